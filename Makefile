@@ -1,0 +1,45 @@
+# `make demo` and `make test` set everything up first; nothing but Python 3.11+ with venv, and make, need be installed.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# Pins the build environment of the editable install too: older pips read the first of them, newer ones the second.
+PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+
+# A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
+unexport OMP_NUM_THREADS
+
+.PHONY: help setup demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP)  ## .venv with every dependency pinned; does nothing when it is up to date
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "t2ray needs Python 3.11 or newer as '$(PYTHON)'; name another with: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' lacks the venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(PINS) $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench,dev]'
+	@touch $@
+
+demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluate; report in runs/demo
+	$(BIN)/t2ray demo
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest --durations=10
+
+lint: setup  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup  ## the core's speed beside its peers; figures in runs/bench.json
+	$(BIN)/t2ray bench rows folded update rollout cem dispatch --json runs/bench.json
+
+clean:  ## removes what was built and run, .venv included
+	rm -rf $(VENV) runs build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

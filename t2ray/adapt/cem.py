@@ -1,0 +1,182 @@
+"""The cross-entropy method over mixing weights (paper section 3.2, c). numpy only.
+
+It knows vectors and their fitness, not experts, prompts or models: `fewshot` translates. Deterministic for a seed and a
+deterministic objective.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from t2ray.core import ConfigError
+
+Array = NDArray[np.float64]
+
+
+class Fitness(NamedTuple):
+    """Compared left to right: accuracy first, then the mean log-likelihood (nats) of the correct answers."""
+
+    accuracy: float
+    log_likelihood: float
+
+
+class CEMConfig(BaseModel):
+    """Settings of the search; the defaults are the paper's: population 32, elite 0.2, alpha in [0, 1], 50 rounds.
+
+    `mean` and `sigma` are the first round's distribution; a mean of None is 1 / (number of experts), plain averaging.
+    The search ends before a round that would exceed `budget_prompts` (generated answers) or `budget_s` (seconds, judged
+    by the slowest round so far), and after a round that leaves no spread to search.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    population: int = Field(32, ge=2)
+    elite: float = Field(0.2, gt=0.0, le=1.0)
+    iterations: int = Field(50, ge=1)
+    low: float = 0.0
+    high: float = 1.0
+    mean: float | None = None
+    sigma: float = Field(0.3, gt=0.0)
+    seed: int = 0
+    budget_prompts: int | None = Field(None, ge=1)
+    budget_s: float | None = Field(None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low is {self.low} and high is {self.high}; low must be below high")
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One round of the search: the best member's fitness, the distribution that the elites leave, totals so far."""
+
+    iteration: int
+    best: Fitness
+    mean_accuracy: float
+    mean: tuple[float, ...]
+    sigma: tuple[float, ...]
+    prompts: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CEMResult:
+    """The chosen member (D,), its fitness when it was evaluated last, and the rounds."""
+
+    alpha: Array
+    fitness: Fitness
+    history: tuple[Round, ...]
+
+
+Objective = Callable[[Array], Awaitable[Sequence[Fitness]]]
+
+FINALISTS = 4  # members that the last evaluation compares, beside the elites' mean
+FLOOR = 0.02  # least sigma, as a share of high - low: elites that agree by chance must not end the search at once
+
+
+async def cem(
+    objective: Objective,
+    seeds: Array,
+    settings: CEMConfig,
+    *,
+    prompts_per_member: int = 1,
+    progress: Callable[[Round], None] | None = None,
+) -> CEMResult:
+    """Searches for the vector of the highest fitness.
+
+    Each round evaluates its whole population in one call. Elites are chosen by the whole fitness, so that equal
+    accuracies are told apart by log-likelihood. The best member is evaluated again in the next round: when the
+    objective samples, a lucky draw does not survive. At the end the four best members ever and the elites' mean are
+    evaluated once more and the best of those wins.
+
+    Args:
+        objective: (P, D) members -> P values of fitness.
+        seeds: (S, D); the first is the first round's mean, all of them are members of the first round (clipped into the
+            bounds), so that the result is never worse than any of them on a deterministic objective.
+        prompts_per_member: what one member costs of `budget_prompts`.
+
+    Raises:
+        ConfigError: a budget that does not pay for the first round and the last comparison.
+    """
+    size, budget = max(settings.population, len(seeds)), settings.budget_prompts
+    least = (size + FINALISTS + 1) * prompts_per_member
+    if budget is not None and budget < least:
+        raise ConfigError(
+            f"budget_prompts is {budget}; a population of {size} on {prompts_per_member} prompts needs {least}: "
+            "raise the budget, or lower population or the number of shots"
+        )
+    seen: dict[bytes, tuple[Fitness, Array]] = {}
+
+    async def remembered(members: Array) -> list[Fitness]:
+        fitness = list(await objective(members))
+        seen.update({member.tobytes(): (f, member) for f, member in zip(fitness, members, strict=True)})
+        return fitness
+
+    history = await _rounds(remembered, seeds, settings, prompts_per_member, progress)
+    ranked = sorted(seen.values(), key=lambda pair: pair[0], reverse=True)
+    middle = np.clip(history[-1].mean, settings.low, settings.high)  # a mean of equal bounds can round past them
+    finalists = np.vstack([*(member for _, member in ranked[:FINALISTS]), middle])
+    fitness = await remembered(finalists)
+    winner = max(range(len(fitness)), key=fitness.__getitem__)
+    return CEMResult(alpha=finalists[winner], fitness=fitness[winner], history=history)
+
+
+async def _rounds(
+    objective: Objective,
+    seeds: Array,
+    settings: CEMConfig,
+    prompts_per_member: int,
+    progress: Callable[[Round], None] | None,
+) -> tuple[Round, ...]:
+    rng = np.random.default_rng(settings.seed)
+    low, high = settings.low, settings.high
+    elite_count = max(1, round(settings.elite * settings.population))
+
+    def sample(mean: Array, sigma: Array, count: int) -> Array:
+        return np.clip(rng.normal(mean, sigma, (count, len(mean))), low, high)
+
+    seeds = np.clip(seeds, low, high)
+    drawn = sample(seeds[0], np.full_like(seeds[0], settings.sigma), max(0, settings.population - len(seeds)))
+    population = np.vstack([seeds, drawn])
+    history: list[Round] = []
+    start, prompts, slowest_s = time.perf_counter(), 0, 0.0
+    for iteration in range(settings.iterations):
+        began = time.perf_counter()
+        fitness = list(await objective(population))
+        order = sorted(range(len(fitness)), key=fitness.__getitem__, reverse=True)
+        elites = population[order[:elite_count]]
+        mean, spread = elites.mean(axis=0), elites.std(axis=0)
+        sigma = np.maximum(spread, FLOOR * (high - low))
+        prompts += len(population) * prompts_per_member
+        now = time.perf_counter()
+        slowest_s = max(slowest_s, now - began)
+        last = Round(
+            iteration=iteration,
+            best=fitness[order[0]],
+            mean_accuracy=float(np.mean([f.accuracy for f in fitness])),
+            mean=tuple(mean.tolist()),
+            sigma=tuple(sigma.tolist()),
+            prompts=prompts,
+            seconds=now - start,
+        )
+        history.append(last)
+        if progress is not None:
+            progress(last)
+        left = float("inf") if settings.budget_prompts is None else settings.budget_prompts - prompts
+        if left < (settings.population + FINALISTS + 1) * prompts_per_member:
+            break
+        if settings.budget_s is not None and last.seconds + slowest_s > settings.budget_s:
+            break
+        if (spread < FLOOR * (high - low)).all():
+            break
+        population = np.vstack([population[order[:1]], sample(mean, sigma, settings.population - 1)])
+    return tuple(history)

@@ -1,0 +1,110 @@
+"""A task's mixture from a handful of labelled prompts (paper section 3.2, c): once per task. No torch.
+
+Translates between experts and the vectors of `cem`, and evaluates a whole population as one batch of requests. Not
+here: the search itself, and saving the mixture (the registry does). Called by `t2ray adapt` and the demo.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from t2ray.adapt.cem import Array, CEMConfig, Fitness, Round, cem
+from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score
+
+Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewShotResult:
+    """The mixture, its accuracy and mean log-likelihood (nats) on the shots, and the rounds of the search."""
+
+    mixture: Mixture
+    accuracy: float
+    log_likelihood: float
+    history: tuple[Round, ...]
+
+
+async def fewshot(
+    generate: Generate,
+    score: Score,
+    verify: Verify,
+    examples: Sequence[Example],
+    experts: Sequence[str],
+    *,
+    settings: CEMConfig,
+    sampling: SamplingParams,
+    gold: Callable[[Mapping[str, Any]], str] | None = None,
+    n_layers: int | None = None,
+    progress: Callable[[Round], None] | None = None,
+) -> FewShotResult:
+    """Searches for the weights of `experts` that answer `examples` best.
+
+    A member's fitness is its accuracy on the shots (reward above 0), then the mean log-likelihood of the correct
+    answers: of the golds, summed over tokens, where the task has golds; else of its own correct answers, a token's mean
+    (the paper's rule). The first population holds the mean, the base model and every expert alone at weight 1 (or the
+    nearest that the bounds allow), so that the result does at least as well on its shots as the best single expert.
+    A population of 32 on 10 shots is one gather of 320 generations and one of 320 scorings.
+
+    Args:
+        examples: the k labelled shots; 10 in the paper, and fewer than that are easily fitted by chance.
+        n_layers: a weight for each expert and each of so many decoder layers, instead of one for each expert.
+
+    Raises:
+        ConfigError: no shots, no experts, an expert twice, or a budget below one population.
+    """
+    if not examples:
+        raise ConfigError("the few-shot search has no examples; give it at least one labelled prompt (10 in the paper)")
+    if not experts or len(set(experts)) < len(experts):
+        raise ConfigError(f"the few-shot search got the experts {list(experts)}; name at least one, each once")
+    width = n_layers or 1
+
+    def mixture_of(alpha: Array) -> Mixture:
+        return Mixture.of({name: row.tolist() for name, row in zip(experts, alpha.reshape(-1, width), strict=True)})
+
+    async def objective(alphas: Array) -> list[Fitness]:
+        rows = [(mixture_of(alpha), example) for alpha in alphas for example in examples]
+        correct, likelihood = await _answer(generate, score, verify, rows, gold, sampling)
+        correct, likelihood = correct.reshape(len(alphas), -1), likelihood.reshape(len(alphas), -1)
+        counted = correct if gold is None else np.ones_like(correct)
+        return [
+            Fitness(float(right.mean()), float(nats[use].mean()) if use.any() else 0.0)
+            for right, nats, use in zip(correct, likelihood, counted, strict=True)
+        ]
+
+    mean = 1.0 / len(experts) if settings.mean is None else settings.mean
+    singles = np.repeat(np.eye(len(experts)), width, axis=1)
+    seeds = np.vstack([np.full_like(singles[:1], mean), np.zeros_like(singles[:1]), singles])
+    found = await cem(objective, seeds, settings, prompts_per_member=len(examples), progress=progress)
+    return FewShotResult(
+        mixture=mixture_of(found.alpha),
+        accuracy=found.fitness.accuracy,
+        log_likelihood=found.fitness.log_likelihood,
+        history=found.history,
+    )
+
+
+async def _answer(
+    generate: Generate,
+    score: Score,
+    verify: Verify,
+    rows: Sequence[tuple[Mixture, Example]],
+    gold: Callable[[Mapping[str, Any]], str] | None,
+    sampling: SamplingParams,
+) -> tuple[NDArray[np.bool_], Array]:
+    """Whether each row was answered right, (R,), and the log-likelihood of its gold or of its own answer, (R,)."""
+    answers = asyncio.gather(*(generate(example.messages, mixture, sampling) for mixture, example in rows))
+    if gold is None:
+        completions = await answers
+        likelihood = [float(np.mean(c.logprobs)) for c in completions]
+    else:
+        golds = asyncio.gather(*(score(example.messages, (gold(example.row),), mixture) for mixture, example in rows))
+        completions, scores = await asyncio.gather(answers, golds)
+        likelihood = [nats for (nats,) in scores]
+    rewards = await verify([c.text for c in completions], [example.row for _, example in rows])
+    return np.array(rewards) > 0, np.array(likelihood)

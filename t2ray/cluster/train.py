@@ -1,0 +1,174 @@
+"""Training on a cluster: one Ray Train job a domain, as many at once as the cluster fits; then the registry gets the experts.
+
+Not here: what a worker does (`rl.job`). Called by `t2ray train`, `jobs/train.py` and the demo. Ray restarts a worker
+that dies; the run itself, when its driver dies, goes on with `--resume`: both find the newest checkpoint in the run folder.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ray import train as ray_train
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train.torch import TorchTrainer
+
+from t2ray.cluster.session import session, slots
+from t2ray.config import TrainConfig
+from t2ray.core import ResourceError, T2RayError
+from t2ray.experts import Registry
+from t2ray.rl.job import EXPERT, Result, domain_store, finished, train_domain
+from t2ray.rl.run import open_run, prepare
+from t2ray.store import Store
+from t2ray.weights import Weights
+
+Tick = Callable[[TrainConfig], None]
+_RESTARTS = 3
+_POLL_S = 0.5
+
+
+def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:
+    """Trains every domain of a job and saves its expert; `tick` is called about twice a second for a live display.
+
+    Returns:
+        The result of each domain, in the job's order; its expert is in the registry under the domain's name.
+
+    Raises:
+        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small. Nothing is left half-written.
+        KeyboardInterrupt: the run's checkpoints stand and no process is left.
+    """
+    config = prepare(config, resume=resume)
+    if config.workers == 0:
+        config = config.model_copy(update={"cpus": config.cpus or 1.0})
+        open_run(config)
+        for domain in _unfinished(config):
+            train_domain(config, domain, lambda row: tick(config))
+    else:
+        with session() as resources:
+            config, at_once = _fit(config, resources)
+            open_run(config)
+            _on_ray(config, _unfinished(config), at_once, tick)
+    tick(config)
+    return _collect(config)
+
+
+def _unfinished(config: TrainConfig) -> list[str]:
+    return [domain for domain in config.domains if finished(domain_store(config, domain)) is None]
+
+
+def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int]:
+    """The job with its CPUs a worker decided, and how many domains run at once."""
+    jobs = len(config.domains) * config.workers
+    cpus = config.cpus or max(1.0, resources.get("CPU", 0.0) // jobs)
+    need = {"CPU": cpus * config.workers, "GPU": config.gpus * config.workers}
+    return config.model_copy(update={"cpus": cpus}), slots(need, resources, f"a domain of run {config.run!r}")
+
+
+def _on_ray(config: TrainConfig, domains: Sequence[str], at_once: int, tick: Tick) -> None:
+    """Runs the domains in threads of their own, and raises what the first that fails raises."""
+    free = threading.BoundedSemaphore(at_once)
+    ended: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
+
+    def run(domain: str) -> None:
+        with free:
+            try:
+                _fit_domain(config, domain)
+            except (T2RayError, TrainingFailedError) as error:
+                ended.put((domain, error))
+            else:
+                ended.put((domain, None))
+
+    for domain in domains:
+        # Daemons: an interrupted driver shuts Ray down and leaves without waiting for them.
+        threading.Thread(target=run, args=(domain,), daemon=True).start()
+    for _ in domains:
+        domain, error = _wait(ended, lambda: tick(config))
+        if isinstance(error, TrainingFailedError):
+            raise ResourceError(_diagnosis(domain, error)) from error
+        if error is not None:
+            raise error
+
+
+def _wait(
+    ended: queue.Queue[tuple[str, BaseException | None]], tick: Callable[[], None]
+) -> tuple[str, BaseException | None]:
+    while True:
+        try:
+            return ended.get(timeout=_POLL_S)
+        except queue.Empty:
+            tick()
+
+
+def _fit_domain(config: TrainConfig, domain: str) -> None:
+    """One domain's Ray Train job, to its end."""
+    threads = str(max(1, int(config.cpus or 1)))
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config={"config": config.model_dump(mode="json"), "domain": domain},
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.gpus > 0,
+            resources_per_worker={"CPU": config.cpus} | ({"GPU": config.gpus} if config.gpus else {}),
+        ),
+        run_config=RunConfig(
+            # Ray resumes a name silently: a new one each time leaves the resuming to the run folder's checkpoints.
+            name=f"{domain}-{uuid.uuid4().hex[:8]}",
+            storage_path=f"{config.out}/{config.run}/ray",
+            failure_config=FailureConfig(max_failures=_RESTARTS, controller_failure_limit=_RESTARTS),
+            worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
+        ),
+    )
+    error = trainer.fit().return_value
+    if error is not None:
+        raise error
+
+
+def _worker(job: dict[str, Any]) -> T2RayError | None:
+    """Runs in each Ray Train worker. A mistake of the user's is returned: raised, it would be retried."""
+    config = TrainConfig.model_validate(job["config"])
+
+    def report(row: dict[str, Any]) -> None:
+        if "validation" in row:
+            ray_train.report(row)
+
+    try:
+        train_domain(config, job["domain"], report)
+    except T2RayError as error:
+        return error
+    return None
+
+
+def _diagnosis(domain: str, error: TrainingFailedError) -> str:
+    causes = error.worker_failures.values() if isinstance(error, WorkerGroupError) else [error]
+    lines = [str(cause).strip().splitlines() for cause in causes]
+    last = next((line[-1] for line in lines if line), type(error).__name__)
+    return (
+        f"domain {domain!r} failed {_RESTARTS + 1} times, last with: {last.strip()}; if a worker was killed, the machine ran out "
+        "of memory: lower rl.micro_batch or the domains at once (cpus); the run goes on with --resume"
+    )
+
+
+def _collect(config: TrainConfig) -> dict[str, Result]:
+    """Puts each domain's expert into the registry, once, and returns the figures."""
+    assert config.experts is not None
+    registry, results, digest = Registry(config.experts), {}, Weights(config.model).digest
+    for domain in config.domains:
+        store = domain_store(config, domain)
+        result = finished(store)
+        assert result is not None, domain
+        metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
+        run = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
+        if domain not in registry.names() or registry.manifest(domain).config != run:
+            registry.save(
+                domain, store.read_tensors(EXPERT), base_digest=digest, domain=domain, config=run,
+                metrics=metrics, seed=config.seed,
+            )  # fmt: skip
+        results[domain] = result
+    if Store(config.out).local is not None:
+        for leftover in Path(config.out, config.run, "ray").glob("*"):
+            Store(leftover.parent).delete(leftover.name)
+    return results

@@ -1,0 +1,91 @@
+"""What the terminal shows while something runs: progress bars with the time left, and a live line for each domain."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from t2ray.config import TrainConfig
+from t2ray.rl.job import domain_store, finished
+from t2ray.rl.records import read_metrics
+
+console = Console(highlight=False, soft_wrap=True)
+_PLAIN_EVERY_S = 10.0
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yields `progress(done, total, name)` that draws a bar with the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, name: str = "") -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {name}".strip())
+
+        yield update
+
+
+class TrainingDisplay:
+    """A live table in a terminal; elsewhere a plain line a domain every ten seconds."""
+
+    def __init__(self) -> None:
+        self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self.printed = time.monotonic()
+
+    def __enter__(self) -> TrainingDisplay:
+        if self.live:
+            self.live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live:
+            self.live.stop()
+
+    def show(self, config: TrainConfig) -> None:
+        """Reads each domain's metrics from the run folder and draws them; `cluster.train` calls it as it waits."""
+        if self.live:
+            self.live.update(_table(config), refresh=True)
+        elif time.monotonic() - self.printed > _PLAIN_EVERY_S:
+            self.printed = time.monotonic()
+            for domain in config.domains:
+                console.print(f"{domain}: {', '.join(f'{k} {v}' for k, v in _line(config, domain).items())}")
+
+
+def _table(config: TrainConfig) -> Table:
+    table = Table("domain", "step", "reward", "accuracy", "validation", "KL", "tokens/s", "left", box=None)
+    for domain in config.domains:
+        table.add_row(domain, *_line(config, domain).values())
+    return table
+
+
+def _line(config: TrainConfig, domain: str) -> dict[str, str]:
+    """The newest figures of a domain; `left` is the steps left at the pace of the last ten."""
+    store = domain_store(config, domain)
+    rows, steps = read_metrics(store), config.domain_rl(domain).steps
+    if not rows:
+        return dict.fromkeys(("step", "reward", "accuracy", "validation", "KL", "tokens/s"), "-") | {"left": "starting"}
+    last, recent = rows[-1], rows[-10:]
+    left = (steps - last["step"]) * sum(row["seconds"] for row in recent) / len(recent)
+    validation = next((f"{row['validation']:.3f}" for row in reversed(rows) if "validation" in row), "-")
+    return {
+        "step": f"{last['step']}/{steps}",
+        "reward": f"{last['reward_mean']:+.3f}",
+        "accuracy": f"{last['accuracy']:.3f}",
+        "validation": validation,
+        "KL": f"{last['kl']:.4f}",
+        "tokens/s": f"{last['tokens_per_s']:.0f}",
+        "left": "done" if finished(store) else f"{left:.0f} s",
+    }

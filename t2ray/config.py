@@ -1,0 +1,264 @@
+"""What a training job is configured by: pydantic models, and YAML with `key=value` overrides. No torch, no ray.
+
+Precedence: defaults < preset < YAML < `key=value` on the command line. The resolved configuration is written into the
+run folder as `config.json`; a file that a person wrote is YAML, one that the program wrote is JSON.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from t2ray.core import ConfigError, check_name
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RLConfig(Strict):
+    """REINFORCE with a KL penalty on z (paper section 3.1). The defaults suit small models; `preset: paper` is Table 6."""
+
+    steps: int = Field(40, ge=1, description="optimiser steps")
+    prompts: int = Field(24, ge=1, description="prompts a step")
+    samples: int = Field(4, ge=1, description="rollouts a prompt")
+    baseline: Literal["none", "mean", "loo"] = Field(
+        "mean", description="subtracted from the reward: 0, the batch's mean, or the prompt's other samples' mean"
+    )
+    temperature: float = Field(1.0, gt=0, description="of the rollouts")
+    max_tokens: int = Field(48, ge=1, description="of a rollout, where the task does not say")
+    lr: float = Field(2e-2, gt=0, description="AdamW's, at its highest")
+    schedule: Literal["cosine", "constant"] = Field("cosine", description="of lr, down to a tenth")
+    kl: float = Field(0.02, ge=0, description="lambda, the weight of KL(policy || base), nats a token")
+    clip: float = Field(1.0, gt=0, description="the gradient's greatest norm")
+    init: Literal["scale", "sigmoid"] = Field(
+        "scale", description="z = 1 + N(0, sigma^2), or the reference code's z = sigmoid(p)"
+    )
+    sigma: float = Field(0.0, ge=0, description="standard deviation of the initial parameters")
+    micro_batch: int = Field(32, ge=1, description="sequences differentiated at once: bounds the memory")
+    eval_every: int = Field(10, ge=1, description="steps between greedy validations and checkpoints")
+    eval_prompts: int = Field(128, ge=1, description="validation prompts")
+    patience: int = Field(0, ge=0, description="validations without a better one before the run stops early; 0: never")
+
+    @model_validator(mode="after")
+    def _loo_needs_siblings(self) -> RLConfig:
+        if self.baseline == "loo" and self.samples < 2:
+            raise ValueError("baseline: loo (leave-one-out) needs samples >= 2; use baseline: mean, or more samples")
+        return self
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Table 6 and the reference code: one sample a prompt, no baseline, batch 256.
+    "paper": {
+        "prompts": 256, "samples": 1, "baseline": "none", "lr": 2e-3, "schedule": "constant", "kl": 0.2, "clip": 1e-3,
+        "init": "sigmoid", "sigma": 1e-3**0.5, "max_tokens": 512, "micro_batch": 8,
+    },
+}  # fmt: skip
+
+
+class DomainConfig(Strict):
+    """One domain: a built-in `task`; or `data`, `prompt` and `reward` of one's own; or, with `others`, the classifier."""
+
+    task: str | None = Field(None, description="a built-in task: math, code, pick, gsm8k, arc_easy, mbpp, ...")
+    data: str | None = Field(None, description="a JSONL, CSV or Parquet file, or a hub data set's id")
+    split: str = Field("train", description="of a hub data set")
+    validation: str | None = Field(None, description="a file or a hub split; else every 10th row of `data` is held out")
+    prompt: str | None = Field(
+        None, description='a template such as "Q: {question}", or the name of a column of messages'
+    )
+    reward: str | None = Field(None, description='"module:function", (completion, example) -> float in [-1, 1]')
+    gold: str | None = Field(None, description="the column of right answers, for `t2ray verify` and few-shot ties")
+    max_tokens: int | None = Field(None, ge=1, description="of a completion")
+    others: str | None = Field(
+        None, description="makes this the classification domain: the task or file of prompts that fit none"
+    )
+    rl: dict[str, Any] = Field(default_factory=dict, description="RL settings of this domain alone")
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> DomainConfig:
+        kinds = [kind for kind in ("task", "data", "others") if getattr(self, kind) is not None]
+        if not kinds or (len(kinds) > 1 and set(kinds) != {"task", "data"}):
+            raise ValueError(
+                "a domain needs one of task (a built-in), data (with prompt and reward), or others (the classifier)"
+            )
+        if kinds == ["data"] and not (self.prompt and self.reward):
+            missing = [key for key in ("prompt", "reward") if not getattr(self, key)]
+            raise ValueError(f"a domain with data also needs {' and '.join(missing)}")
+        return self
+
+
+class TrainConfig(Strict):
+    """A training job: one expert a domain."""
+
+    model: str = Field("tiny", description='"tiny", a local Hugging Face folder, or a hub id')
+    run: str = Field("train", description="the run's name: its folder under `out`")
+    out: str = Field("runs", description="where runs are written: a local folder or a URI that all nodes share")
+    experts: str | None = Field(None, description="registry that receives the experts; default <out>/<run>/experts")
+    factors: str | None = Field(
+        None, description="the decomposition; default <out>/factors/<digest>, made when missing"
+    )
+    domains: dict[str, DomainConfig] = Field(min_length=1)
+    preset: Literal["default", "paper"] = "default"
+    rl: RLConfig = RLConfig()  # type: ignore[call-arg]
+    targets: tuple[str, ...] | None = Field(
+        None, description='patterns of matrices, e.g. "*.mlp.*"; default all projections'
+    )
+    layers: str | None = Field(None, description='decoder layers, e.g. "0-3,8"; default all')
+    seed: int = 0
+    workers: int = Field(1, ge=0, description="Ray Train workers a domain; 0 runs in this process")
+    cpus: float | None = Field(
+        None, gt=0, description="CPUs a worker, and its threads, rounded down; default: its share of the cluster"
+    )
+    gpus: float = Field(0.0, ge=0, description="GPUs a worker")
+    verifiers: int = Field(1, ge=0, description="verifier processes a worker; 0 verifies in the worker")
+    verify_timeout_s: float = Field(10.0, gt=0, description="time limit of one verification")
+    unsafe_code: bool = Field(False, description="run model-written code where no isolation can be had")
+    code: str = Field("", description="folder that holds the reward modules; default: the YAML's own")
+
+    @field_validator("domains")
+    @classmethod
+    def _names(cls, domains: dict[str, DomainConfig]) -> dict[str, DomainConfig]:
+        for name in domains:
+            check_name(name, "domain")
+        return domains
+
+    def domain_rl(self, domain: str) -> RLConfig:
+        """The RL settings of one domain: `rl` with the domain's own `rl` over it.
+
+        Raises:
+            ConfigError: the domain's `rl` has an unknown key or a value out of range.
+        """
+        return validate(RLConfig, self.rl.model_dump() | self.domains[domain].rl, where=f"domains.{domain}.rl")
+
+    @property
+    def digest(self) -> str:
+        """Equal for configurations that train the same z: what a resume must not change."""
+        return hashlib.blake2b(json.dumps(self.resume_fields(), sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def resume_fields(self) -> dict[str, Any]:
+        """Everything but where things lie and how many processes do the work."""
+        free = {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code"}
+        return {key: value for key, value in self.model_dump(mode="json").items() if key not in free}
+
+
+def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
+    """`values` as a `model`, or one line that says what is wrong with which key.
+
+    Raises:
+        ConfigError: with the key's path, the value, and for an unknown key the nearest one that exists.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_explain(model, error)}") from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {path!r}{nearest(str(first['loc'][-1]), _keys(model, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"the key {path!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    given = f", not {first['input']!r}" if first["loc"] and not isinstance(first["input"], dict) else ""
+    return f"{path + ': ' if path else ''}{message}{given}"
+
+
+def _keys(model: type[BaseModel], loc: Iterable[str | int]) -> list[str]:
+    """The keys accepted at a place inside `model`."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            continue  # a key of a dict, such as a domain's name
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'steps'? (known: ...)"`: the tail of an error about an unknown word."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known) or 'none'})"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML (with the line), or holds something else.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a configuration is a mapping of keys, not {type(values).__name__}")
+    return values
+
+
+def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """`values` with `rl.steps=30`-like assignments laid over it; values are read as YAML.
+
+    Raises:
+        ConfigError: an assignment that is not `key=value`, or that goes through something that is no mapping.
+    """
+    values = json.loads(json.dumps(values))
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{text!r} is not key=value; write for instance rl.steps=30")
+        *parents, last = key.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{text!r}: {parent!r} holds no keys")
+        try:
+            place[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{text!r}: the value is not valid YAML") from None
+    return values
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """The training job in a YAML file, with overrides; paths in it are relative to the working folder.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    path = Path(path)
+    return resolve(override(read_yaml(path), overrides), where=str(path), code=str(path.resolve().parent))
+
+
+def resolve(values: dict[str, Any], *, where: str, code: str = "") -> TrainConfig:
+    """A `TrainConfig` from plain values: the preset is laid under `rl`, every domain's settings are checked."""
+    preset = values.get("preset", "default")
+    if preset not in PRESETS:
+        raise ConfigError(f"{where}: unknown preset {preset!r}{nearest(str(preset), PRESETS)}")
+    rl = values.get("rl", {})
+    if isinstance(rl, dict):
+        values = values | {"rl": PRESETS[preset] | rl}
+    if code and not values.get("code"):
+        values = values | {"code": code}
+    config = validate(TrainConfig, values, where=where)
+    check_name(config.run, "run")
+    for domain in config.domains:
+        config.domain_rl(domain)
+    return config

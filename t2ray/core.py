@@ -1,0 +1,250 @@
+"""The nouns that the whole program passes around, and its errors. Standard library only.
+
+Not here: anything that computes. Every record is frozen, slotted and keyword-only, and crosses processes as it is;
+tensors never do.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+# ---------------------------------------------------------------------------------------------------------------- errors
+#
+# T2RayError
+# ├── ConfigError      (ValueError)   a key, value or file that the user wrote is wrong
+# ├── DataError        (ValueError)   a data file's row is missing, malformed or mistyped
+# ├── UnknownExpert    (KeyError)     no expert or mixture of that name in the registry
+# ├── ExpertError      (ValueError)   an expert that cannot be used: other base, bad shape, NaN
+# ├── ModelError       (ValueError)   a model folder that cannot be read
+# ├── RewardError      (RuntimeError) a reward function that raised or returned no number in [-1, 1]
+# ├── ResourceError    (RuntimeError) the cluster, the disk or the sandbox lacks what the job needs
+# └── RunError         (RuntimeError) a run folder that cannot be started or resumed
+#
+# None has an own __init__: Ray must be able to unpickle them on the driver.
+
+
+class T2RayError(Exception):
+    """The root of every error that t2ray raises for a mistake that a user can mend."""
+
+    def __str__(self) -> str:  # KeyError would print its message in quotes
+        return str(self.args[0]) if self.args else ""
+
+
+class ConfigError(T2RayError, ValueError):
+    """A key, value or file that the user wrote is wrong."""
+
+
+class DataError(T2RayError, ValueError):
+    """A data file or one of its rows is missing, malformed or mistyped; names the file and the line."""
+
+
+class UnknownExpert(T2RayError, KeyError):
+    """No expert or mixture of that name exists."""
+
+
+class ExpertError(T2RayError, ValueError):
+    """An expert that cannot be used: made for another base, of another shape, not finite."""
+
+
+class ModelError(T2RayError, ValueError):
+    """A model folder that cannot be read."""
+
+
+class RewardError(T2RayError, RuntimeError):
+    """A reward function that raised, or returned no finite number in [-1, 1]."""
+
+
+class ResourceError(T2RayError, RuntimeError):
+    """The cluster, the disk or the sandbox lacks what the job needs."""
+
+
+class RunError(T2RayError, RuntimeError):
+    """A run folder that cannot be started or resumed."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- nouns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a chat: `Message(role="user", content="17+25")`."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+def user(content: str) -> tuple[Message, ...]:
+    """A conversation of one user turn, which is what nearly every prompt is."""
+    return (Message(role="user", content=content),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to continue a prompt: `SamplingParams(max_tokens=32, temperature=1.0, seed=7)`.
+
+    `temperature=0` is greedy. With a `seed`, the text depends on the prompt, the mixture and the seed alone, whatever
+    else is in the batch.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+def check_name(name: str, what: str = "expert") -> str:
+    """`name` itself, when it may name an expert, a mixture or a run.
+
+    Raises:
+        ConfigError: it does not match `[a-z0-9][a-z0-9._-]{0,62}`, so that it could not be a folder's name everywhere.
+    """
+    if not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot name a {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mixture:
+    """Experts and their weights: `z' = 1 + sum_k alpha_k (z_k - 1)` (paper section 3.2; the base holds what they leave).
+
+    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, no zero
+    weights. A weight is one number, or one number for each decoder layer.
+    """
+
+    weights: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    @classmethod
+    def base(cls) -> Mixture:
+        """The base model: no expert."""
+        return cls()
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float | Sequence[float]]) -> Mixture:
+        """From `{"math": 0.7}`, or `{"math": [0.7, 0.2, ...]}` with a weight a layer.
+
+        Raises:
+            ConfigError: a name that no expert can have, or a weight that is not a finite number.
+        """
+        rows = []
+        for name, weight in weights.items():
+            check_name(name)
+            alpha = tuple(float(w) for w in (weight if isinstance(weight, Sequence) else (weight,)))
+            if not alpha or any(w != w or abs(w) == float("inf") for w in alpha):
+                raise ConfigError(f"the weight of expert {name!r} is {weight!r}; it must be a finite number")
+            if any(w != 0.0 for w in alpha):
+                rows.append((name, alpha))
+        return cls(weights=tuple(sorted(rows)))
+
+    @classmethod
+    def parse(cls, text: str) -> Mixture:
+        """From `"math"`, `"math:0.7,code:0.3"` or `"base"`.
+
+        Raises:
+            ConfigError: text that is no list of `name` or `name:weight`, or that names an expert twice.
+        """
+        if text == "base":
+            return cls.base()
+        weights: dict[str, float] = {}
+        for part in text.split(","):
+            name, colon, weight = part.strip().partition(":")
+            if name in weights:
+                raise ConfigError(f"mixture {text!r} names the expert {name!r} twice")
+            try:
+                weights[name] = float(weight) if colon else 1.0
+            except ValueError:
+                raise ConfigError(
+                    f"mixture {text!r}: {weight!r} is not a number; write name:weight,name:weight"
+                ) from None
+        return cls.of(weights)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in self.weights)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits, equal for equal mixtures in every process: the salt of whatever was computed with it."""
+        return hashlib.blake2b(json.dumps(self.weights).encode(), digest_size=8).hexdigest()
+
+    def __str__(self) -> str:
+        parts = [f"{name}:{'/'.join(f'{w:.3g}' for w in alpha)}" for name, alpha in self.weights]
+        return ",".join(parts) or "base"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One generated answer.
+
+    `Completion(prompt_ids=(1, 45, 9), token_ids=(30, 2), logprobs=(-0.1, -0.7), text="42", finish_reason="stop",
+    mixture=Mixture.parse("math"))`. `token_ids` are the sampled ids, the end token included when it was sampled; `logprobs` (nats, one
+    a token) are the model's own at temperature 1. The loss uses these ids: text is never tokenised again.
+    """
+
+    prompt_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: Literal["stop", "length"]
+    mixture: Mixture
+
+    def __post_init__(self) -> None:
+        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One row of a task: `Example(id="gsm8k/train/17", messages=user("Natalia sold ..."), row={"answer": "#### 72"})`."""
+
+    id: str
+    messages: tuple[Message, ...]
+    row: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A sampled completion of an example with its verified reward in [-1, 1]."""
+
+    example: Example
+    completion: Completion
+    reward: float
+
+
+# ---------------------------------------------------------------------------------------------------------------- seams
+
+
+class Generate(Protocol):
+    """Answers a conversation with a mixture. The engine, a Serve handle and `FakeGenerate` satisfy it.
+
+    Calls that are awaited together (`asyncio.gather`) share a batch.
+    """
+
+    async def __call__(
+        self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams
+    ) -> Completion: ...
+
+
+class Score(Protocol):
+    """Log-likelihoods (nats, summed over tokens) of each of `labels` as the continuation of a conversation."""
+
+    async def __call__(
+        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
+    ) -> tuple[float, ...]: ...

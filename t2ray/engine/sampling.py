@@ -1,0 +1,70 @@
+"""Choosing the next token, row by row: a logits processor, so that transformers' own generation loop does the rest.
+
+Each row has its own temperature, top_p and stream of random numbers, so that a seeded row's text does not depend on
+its neighbours. Also records the log-probability of each token that was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor, StoppingCriteria
+
+from t2ray.core import SamplingParams
+
+
+class RowSampler(LogitsProcessor):
+    """Leaves one finite score a row, the chosen token's: the greedy loop around it then samples.
+
+    Sampling inverts the cumulative distribution at one uniform number a token. The numbers of a row are drawn at once
+    from its own seed; a row without one gets a seed from torch's global generator.
+    """
+
+    def __init__(self, sampling: Sequence[SamplingParams], device: torch.device) -> None:
+        self.temperature_B1 = torch.tensor([[s.temperature] for s in sampling], device=device)
+        self.top_p_B1 = torch.tensor([[s.top_p] for s in sampling], device=device)
+        self.greedy = all(s.temperature == 0 for s in sampling)
+        self.nucleus = any(s.top_p < 1 for s in sampling)
+        self.logprobs: list[Tensor] = []
+        if not self.greedy:
+            longest = max(s.max_tokens for s in sampling)
+            self.uniform_BT = torch.stack([_uniforms(s.seed, longest) for s in sampling]).to(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logprob_BV = scores.log_softmax(-1)
+        token_B1 = logprob_BV.argmax(-1, keepdim=True)
+        if not self.greedy:
+            sampled_B1 = self._sample(logprob_BV)
+            token_B1 = torch.where(self.temperature_B1 > 0, sampled_B1, token_B1)
+        self.logprobs.append(logprob_BV.gather(-1, token_B1)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
+
+    def _sample(self, logprob_BV: Tensor) -> Tensor:
+        p_BV = (logprob_BV / self.temperature_B1.clamp_min(1e-6)).softmax(-1)
+        if self.nucleus:
+            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+            outside = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p_B1
+            p_BV = torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV.masked_fill(outside, 0.0))
+        cumulative_BV = p_BV.double().cumsum(-1)
+        u_B1 = self.uniform_BT[:, len(self.logprobs), None] * cumulative_BV[:, -1:]
+        # `right` never picks a token of probability 0; rounding can never pass the last token that has some.
+        token_B1 = torch.searchsorted(cumulative_BV, u_B1, right=True)
+        last_B1 = p_BV.shape[-1] - 1 - (p_BV > 0).flip(-1).int().argmax(-1, keepdim=True)
+        return torch.minimum(token_B1, last_B1)
+
+
+def _uniforms(seed: int | None, n: int) -> Tensor:
+    seed = int(torch.randint(2**62, (1,))) if seed is None else seed
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64)
+
+
+class RowLimits(StoppingCriteria):
+    """Ends each row at its own `max_tokens`."""
+
+    def __init__(self, limits: Sequence[int], prompt: int, device: torch.device) -> None:
+        self.limit_B = torch.tensor(limits, device=device) + prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        return self.limit_B <= input_ids.shape[1]

@@ -1,0 +1,83 @@
+"""A Hugging Face causal language model with SVF layers in it: loading, and the few passes that t2ray asks of it.
+
+Not here: generation (`engine`) and losses (`rl.loss`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2ray.chat import Chat
+from t2ray.core import ModelError
+from t2ray.svd import Factors
+from t2ray.svf import SVF
+from t2ray.weights import resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), its `svf` layers and `chat`."""
+
+    hf: Any
+    svf: SVF
+    chat: Chat
+    base_digest: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.svf.s_K.device
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return int(self.hf.config.max_position_embeddings)
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
+        states: Tensor = self.hf.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits, (..., V), of hidden states."""
+        scores: Tensor = self.hf.get_output_embeddings()(hidden)
+        return scores.float()
+
+
+def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> Model:
+    """The model at `ref` with its decomposed matrices replaced by SVF layers; on the GPU when there is one.
+
+    Raises:
+        ModelError: the folder is no causal language model that transformers knows without remote code.
+        ExpertError: the decomposition was made from another model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = resolve(ref)
+    opened = Factors.open(factors, base_digest=base_digest(folder))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: not a model that transformers can load: {str(error).splitlines()[0]}") from None
+    hf = hf.to(device).eval().requires_grad_(False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos = hf.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
+    return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)
+
+
+def base_digest(folder: Path) -> str:
+    """The digest that ties decompositions and experts to this model's weights."""
+    from t2ray.weights import Weights
+
+    return Weights(folder).digest

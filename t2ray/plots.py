@@ -1,0 +1,123 @@
+"""The report's figures, by matplotlib, as SVG text to put into a page. No torch.
+
+Ink and grid come out as `currentColor` and `var(--line)`, and the text as text, so that one figure suits a light and a
+dark page. Every figure is about 380 px wide: a phone shows one beside nothing, a wide screen several in a row. Called
+by `report` alone.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+INK, LINE = "#010203", "#040506"  # stand for the page's colours until the SVG is written
+SERIES = ("#3b82c4", "#d97706", "#2f9e6e", "#b05cc6", "#d14d6b", "#7a8b2a")
+WIDTH = 3.95  # inches of 96 px
+
+
+def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": name, "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
+        "axes.edgecolor": LINE, "xtick.color": INK, "ytick.color": INK, "grid.color": LINE, "axes.titlesize": 10,
+        "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+    }  # fmt: skip
+    out = io.StringIO()
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        draw(figure)
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(LINE, "var(--line)")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
+    head, bracket, body = svg.partition(">")
+    return re.sub(r' (width|height)="[^"]*"', "", head) + bracket + body  # the page sets the size
+
+
+def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A run's metrics: accuracy of its rollouts and its greedy validation above, KL to the base (nats) below."""
+    steps = [row["step"] for row in rows]
+    checked = [row for row in rows if "validation" in row]
+
+    def draw(figure: Figure) -> None:
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+        above.plot(steps, [row["accuracy"] for row in rows], color=SERIES[0], lw=1.2, alpha=0.8, label="rollouts")
+        above.plot(
+            [row["step"] for row in checked], [row["validation"] for row in checked],
+            color=SERIES[1], marker="o", ms=3.5, lw=1.4, label="validation, greedy",
+        )  # fmt: skip
+        above.set(ylim=(-0.03, 1.03), ylabel="accuracy", title=domain)
+        above.legend(loc="lower right", fontsize=8)
+        below.plot(steps, [row["kl"] for row in rows], color=SERIES[2], lw=1.2)
+        below.set(ylabel="KL (nats)", xlabel="step")
+        for axes in (above, below):
+            axes.grid(lw=0.5)
+
+    return _svg(f"curves-{domain}", 2.9, draw)
+
+
+def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
+    """A group of bars a task, a bar an expert; a weight for each layer is drawn as their mean and their range."""
+    experts = list(dict.fromkeys(name for row in mixtures.values() for name in row))
+    step = 0.8 / max(1, len(experts))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, expert in enumerate(experts):
+            weights = [np.atleast_1d(row.get(expert, 0.0)) for row in mixtures.values()]
+            mean = np.array([w.mean() for w in weights])
+            reach = np.array([(w.mean() - w.min(), w.max() - w.mean()) for w in weights]).T
+            at = np.arange(len(mixtures)) + (i - (len(experts) - 1) / 2) * step
+            color = SERIES[i % len(SERIES)]
+            axes.barh(at, mean, step * 0.9, color=color, label=expert, xerr=reach if reach.any() else None, ecolor=INK)
+            for y, (value, beyond) in zip(at, zip(mean, reach[1], strict=True), strict=True):
+                axes.text(max(value + beyond, 0.0) + 0.015, y, f"{value:.2f}", va="center", fontsize=7.5)
+        axes.set_yticks(range(len(mixtures)), list(mixtures))
+        axes.invert_yaxis()
+        axes.margins(x=0.12)
+        axes.axvline(0, color=LINE, lw=0.8)
+        axes.set(xlabel="alpha")
+        axes.grid(axis="x", lw=0.5)
+        axes.set_axisbelow(True)
+        figure.legend(loc="outside upper left", ncols=4, fontsize=8)
+
+    return _svg("alphas", 0.9 + 0.22 * len(mixtures) * max(2, len(experts)), draw)
+
+
+def heat(
+    expert: str, rows: Sequence[str], layers: Sequence[int], values: Sequence[Sequence[float]], limit: float
+) -> str:
+    """z - 1 by matrix (down) and layer (across); `limit` is the colour scale's end, one for all experts.
+
+    Values of both signs get a scale that diverges from 0, magnitudes one that starts there.
+    """
+    grid = np.array(values, dtype=float)
+    signed = bool((grid < 0).any())
+    norm = Normalize(-limit if signed else 0.0, limit)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        mesh = axes.pcolormesh(grid, cmap="RdBu_r" if signed else "viridis", norm=norm, edgecolors="none")
+        axes.invert_yaxis()
+        axes.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
+        every = -(-len(layers) // 8)
+        axes.set_xticks(np.arange(0, len(layers), every) + 0.5, [str(x) for x in layers[::every]])
+        axes.tick_params(length=0)
+        axes.set(xlabel="layer", title=expert)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        if len(layers) <= 8:
+            for (y, x), value in np.ndenumerate(grid):
+                r, g, b, _ = mesh.cmap(norm(value))
+                ink = "#111111" if 0.3 * r + 0.59 * g + 0.11 * b > 0.5 else "#ffffff"
+                axes.text(x + 0.5, y + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7.5, color=ink)
+        bar = figure.colorbar(mesh, ax=axes, fraction=0.05)
+        bar.outline.set_visible(False)
+
+    return _svg(f"heat-{expert}", 0.85 + 0.27 * len(rows), draw)

@@ -1,0 +1,101 @@
+"""A run folder: `<out>/<run>/config.json` and one folder a domain. Opened once, resumed on purpose, never by accident."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from t2ray.config import TrainConfig
+from t2ray.core import RunError
+from t2ray.store import Store
+from t2ray.svd import decompose
+from t2ray.tasks.build import build_task
+from t2ray.weights import Weights, resolve
+
+CONFIG = "config.json"
+
+
+def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
+    """The job with every path absolute, checked as far as can be without a cluster, and its model decomposed.
+
+    Raises:
+        RunError: the run exists and is not resumed, or is resumed with another configuration.
+        T2RayError: a mistake in the job, its data, its rewards or its model.
+    """
+    config = _absolute(config)
+    _check_run(config, resume)
+    for domain in config.domains:
+        task = build_task(config, domain)
+        task.examples("train", 1), task.examples("validation", 1)
+    assert config.factors is not None
+    decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
+    return config
+
+
+def open_run(config: TrainConfig) -> None:
+    """Writes the resolved configuration: from here on the run exists."""
+    Store(f"{config.out}/{config.run}").write_text(CONFIG, config.model_dump_json(indent=1))
+
+
+def read_run(folder: str) -> TrainConfig:
+    """The configuration of a run.
+
+    Raises:
+        RunError: there is no run in that folder.
+    """
+    store = Store(folder)
+    if not store.exists(CONFIG):
+        raise RunError(f"no run in {folder}; `t2ray train` makes one")
+    return TrainConfig.model_validate_json(store.read_text(CONFIG))
+
+
+def _check_run(config: TrainConfig, resume: bool) -> None:
+    folder = f"{config.out}/{config.run}"
+    if not Store(folder).exists(CONFIG):
+        return
+    if not resume:
+        raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
+    before, now = read_run(folder).resume_fields(), config.resume_fields()
+    differing = _differing(before, now)
+    if differing:
+        raise RunError(
+            f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"
+        )
+
+
+def _differing(before: object, now: object, path: str = "") -> list[str]:
+    """The keys that differ, as `rl.lr: 0.01, now 0.02`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now}]
+        return [
+            line for key in keys for line in _differing(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if before == now else [f"{path}: {json.dumps(before)}, now {json.dumps(now)}"]
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Paths made absolute, since workers run in other folders; defaults that depend on others filled in."""
+    model = resolve(config.model)
+    out = config.out if "://" in config.out else str(Path(config.out).absolute())
+    spec = json.dumps([Weights(model).digest, config.targets, config.layers])
+    cache = "runs" if "://" in out else out
+    factors = config.factors or f"{cache}/factors/{hashlib.blake2b(spec.encode(), digest_size=6).hexdigest()}"
+    experts = config.experts or f"{out}/{config.run}/experts"
+    domains = {
+        name: domain.model_copy(update={key: _file(getattr(domain, key)) for key in ("data", "validation", "others")})
+        for name, domain in config.domains.items()
+    }
+    return config.model_copy(
+        update={
+            "model": str(model),
+            "out": out,
+            "factors": str(Path(factors).absolute()),
+            "experts": experts if "://" in experts else str(Path(experts).absolute()),
+            "domains": domains,
+        }
+    )
+
+
+def _file(value: str | None) -> str | None:
+    return str(Path(value).absolute()) if value is not None and Path(value).is_file() else value

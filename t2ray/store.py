@@ -1,0 +1,185 @@
+"""Bytes, text and tensors under a URI: a local folder, `s3://bucket/path` or `gs://bucket/path` (pyarrow.fs).
+
+A file is whole or absent: it is written beside its place and moved there. Not here: what the files mean (svd.py,
+experts.py and run folders know that), and no pickle: tensors go through safetensors only.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from pyarrow import ArrowInvalid, fs
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors
+
+from t2ray.core import ConfigError, ResourceError
+
+STALE_S = 3600.0  # a temporary file older than this belongs to no living writer
+
+
+class Store:
+    """The files under one URI, by their path relative to it.
+
+    Raises:
+        ConfigError: a URI whose scheme is unknown.
+    """
+
+    def __init__(self, uri: str | Path, filesystem: fs.FileSystem | None = None) -> None:
+        self.uri = str(uri).rstrip("/") or "/"
+        self.local: Path | None = None
+        if filesystem is not None:
+            self.fs, self.root = filesystem, self.uri
+        elif "://" in self.uri:
+            try:
+                self.fs, self.root = fs.FileSystem.from_uri(self.uri)
+            except (ArrowInvalid, OSError) as error:
+                raise ConfigError(f"{self.uri!r} cannot be opened: use a folder, s3:// or gs:// ({error})") from error
+        else:
+            self.fs, self.root = fs.LocalFileSystem(), str(Path(self.uri).expanduser().absolute())
+        if isinstance(self.fs, fs.LocalFileSystem):
+            self.local = Path(self.root)
+            if self.local.exists() and not self.local.is_dir():
+                raise ConfigError(f"{self.local} is a file; name a folder, s3:// or gs://")
+
+    def exists(self, path: str) -> bool:
+        return bool(self._info(f"{self.root}/{path}").type != fs.FileType.NotFound)
+
+    def names(self, path: str = "") -> list[str]:
+        """The names in a folder, sorted; hidden and temporary ones left out. Empty for a folder that is not there."""
+        infos = self._info(fs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
+        return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
+
+    def read_bytes(self, path: str) -> bytes:
+        """Raises FileNotFoundError where there is no such file."""
+        with self.fs.open_input_stream(f"{self.root}/{path}") as file:
+            return bytes(file.read())
+
+    def read_text(self, path: str) -> str:
+        return self.read_bytes(path).decode()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Replace a file, or leave it as it was.
+
+        Raises:
+            ResourceError: the disk is full or refuses; what stood there before stands.
+        """
+        with self._replacing(path) as temporary:
+            if self.local is None:
+                with self.fs.open_output_stream(temporary) as stream:
+                    stream.write(data)
+            else:
+                Path(temporary).write_bytes(data)
+
+    def write_text(self, path: str, text: str) -> None:
+        self.write_bytes(path, text.encode())
+
+    def write_tensors(self, path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        """Replace a safetensors file; raises as `write_bytes` does."""
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        if self.local is None:
+            self.write_bytes(path, safetensors.save(contiguous, dict(metadata)))
+            return
+        with self._replacing(path) as temporary:
+            Path(temporary).touch()
+            mode = Path(temporary).stat().st_mode
+            safetensors.save_file(contiguous, temporary, dict(metadata))
+            Path(temporary).chmod(mode)  # the library's own files are for their owner alone
+
+    def read_tensors(self, path: str) -> dict[str, torch.Tensor]:
+        """The tensors of a safetensors file, memory-mapped where it is local.
+
+        Raises:
+            FileNotFoundError: no such file.
+            SafetensorError: a file that is truncated or no safetensors file.
+        """
+        if self.local is None:
+            return dict(safetensors.load(self.read_bytes(path)))
+        with safe_open(self.local / path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+
+    def claim(self, path: str) -> bool:
+        """Make a folder that this caller alone may fill; False when somebody else has it.
+
+        Object stores make no folder exclusively: there each caller leaves a mark and then looks, and who sees another's
+        mark stands back. Listings are consistent, so that at most one of them stays; of two at once, neither may.
+
+        Raises:
+            ResourceError: the folder cannot be made.
+        """
+        if self.local is None:
+            mark = f".claim-{uuid.uuid4().hex}"
+            self.write_bytes(f"{path}/{mark}", b"")
+            infos = self._info(fs.FileSelector(f"{self.root}/{path}"))
+            return [info.base_name for info in infos] == [mark]
+        folder = self.local / path
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise ResourceError(
+                f"cannot make {folder} ({error.strerror}); free some space or name another place"
+            ) from error
+        return True
+
+    def delete(self, path: str) -> None:
+        """Delete a file, or a folder with all that is in it."""
+        full = f"{self.root}/{path}"
+        if self._info(full).type == fs.FileType.Directory:
+            self.fs.delete_dir(full)
+        else:
+            self.fs.delete_file(full)
+
+    def sweep(self) -> None:
+        """Delete the temporary files that killed writers left in the top folder; local only."""
+        if self.local is not None:
+            for path in self.local.glob(".*.tmp"):
+                if time.time() - path.stat().st_mtime > STALE_S:
+                    path.unlink(missing_ok=True)
+
+    def _info(self, what: str | fs.FileSelector) -> Any:
+        try:
+            return self.fs.get_file_info(what)
+        except OSError as error:
+            raise ResourceError(f"cannot look into {self.uri} ({error}); check its address and your rights") from error
+
+    @contextmanager
+    def _replacing(self, path: str) -> Iterator[str]:
+        """Yields the full name of a temporary file beside `path` and moves it there when the block ends well."""
+        folder, _, name = f"{self.root}/{path}".rpartition("/")
+        temporary, target = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp", f"{folder}/{name}"
+        try:
+            self.fs.create_dir(folder, recursive=True)
+            yield temporary
+            if self.local is None:
+                self.fs.move(temporary, target)
+            else:
+                _sync(temporary)
+                os.replace(temporary, target)
+                _sync(folder)
+        except BaseException as error:
+            with suppress(OSError):
+                self.fs.delete_file(temporary)
+            if isinstance(error, OSError | SafetensorError):
+                raise ResourceError(
+                    f"cannot write {target} ({error}); what stood there is untouched: "
+                    "free some space or name another place"
+                ) from error
+            raise
+
+
+def _sync(path: str) -> None:
+    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,192 @@
+"""SVF layers: `y = ((x V) * (s * z_row)) U^T + b` in place of a model's linear layers, and the mixing of experts.
+
+Not here: where factors and experts come from (`svd`, `experts`), and who decides which rows run (`engine`, `rl.trainer`).
+
+Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch, T tokens, N inputs, M outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from t2ray.config import nearest
+from t2ray.core import ExpertError, Mixture, UnknownExpert
+from t2ray.svd import Factors, Target
+
+
+class Bound(threading.local):
+    """What the next forward of this thread uses: nothing (the base), gains by row, or the folded weights."""
+
+    gain_RK: Tensor | None = None
+    row_index: Tensor | None = None
+    folded: bool = False
+
+
+class SVFLinear(nn.Module):
+    """A linear layer that holds its dense weight and its factors, and never a weight that is trained.
+
+    With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
+    its own z. Folded, it uses one mixture's dense weight.
+    """
+
+    def __init__(self, linear: nn.Linear, factors: tuple[Tensor, Tensor, Tensor], span: slice, bound: Bound) -> None:
+        super().__init__()
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
+        U_Mr, s_r, Vh_rN = factors
+        self.register_buffer("U_Mr", U_Mr, persistent=False)
+        self.register_buffer("s_r", s_r, persistent=False)
+        self.register_buffer("Vh_rN", Vh_rN, persistent=False)
+        self.folded_MN: Tensor | None = None
+        self.span, self.bound = span, bound
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = self.bound
+        if bound.gain_RK is None:
+            return F.linear(x, self.folded_MN if bound.folded else self.weight, self.bias)
+        gain = bound.gain_RK[:, self.span].to(x.dtype)
+        if bound.row_index is not None:
+            gain = gain[bound.row_index]
+            # One index a row of (B, T, N), or one a token of a packed (1, T, N).
+            gain = gain[:, None] if x.shape[0] == gain.shape[0] else gain[None]
+        return F.linear(F.linear(x, self.Vh_rN) * gain, self.U_Mr, self.bias)
+
+    def fold(self, change_r: Tensor) -> None:
+        """Sets the folded weight to `W + U diag(s (z - 1)) V^T`; `change_r` is `s (z - 1)`, exact 0 where z is 1."""
+        if self.folded_MN is None:
+            self.folded_MN = torch.empty_like(self.weight)
+        torch.addmm(self.weight, self.U_Mr * change_r.to(self.U_Mr.dtype), self.Vh_rN, out=self.folded_MN)
+
+
+class SVF:
+    """The adapted matrices of one model: what z the next forward uses, and the experts that mixtures are made of.
+
+    `layout` names the targets in order; a z is one vector of K numbers, the targets' in that order.
+    """
+
+    def __init__(self, model: nn.Module, factors: Factors) -> None:
+        """Replaces the targets' linear layers in `model` by SVF layers.
+
+        Raises:
+            ExpertError: a target of the decomposition that `model` lacks or holds in another shape.
+        """
+        self.layout: tuple[Target, ...] = factors.layout
+        self.bound = Bound()
+        self.layers: list[SVFLinear] = []
+        self.bank: dict[str, Tensor] = {}
+        self._folded: tuple[Mixture, Tensor] | None = None
+        modules = dict(model.named_modules())
+        start = 0
+        for target in self.layout:
+            linear = modules.get(target.name)
+            if not isinstance(linear, nn.Linear) or linear.weight.shape != (target.m, target.n):
+                raise ExpertError(
+                    f"the decomposition has {target.name} ({target.m} x {target.n}), the model has {linear}"
+                )
+            parts = tuple(part.to(linear.weight.device, linear.weight.dtype) for part in factors.load(target.name))
+            layer = SVFLinear(linear, parts, slice(start, start + target.rank), self.bound)  # type: ignore[arg-type]
+            parent, _, child = target.name.rpartition(".")
+            setattr(modules[parent], child, layer)
+            self.layers.append(layer)
+            start += target.rank
+        self.K = start
+        self.s_K = torch.cat([layer.s_r for layer in self.layers]).float()
+        self.layer_of_K = torch.repeat_interleave(
+            torch.tensor([t.layer for t in self.layout]), torch.tensor([t.rank for t in self.layout])
+        ).to(self.s_K.device)
+
+    def tokens_to_fold(self) -> int:
+        """From how many tokens on one fold and dense passes cost less than factored passes, in multiply-adds."""
+        fold = sum(t.m * t.n * t.rank for t in self.layout)
+        saved = sum(t.rank * (t.m + t.n) - t.m * t.n for t in self.layout)
+        return fold // max(saved, 1)
+
+    # ------------------------------------------------------------------------------------------------ z of a forward
+
+    @contextmanager
+    def rows(self, z_RK: Tensor, row_index: Tensor | None = None) -> Iterator[None]:
+        """In this thread, forwards use z by row: row (or packed token) i of the batch uses `z_RK[row_index[i]]`.
+
+        Without `row_index`, R must be 1 and all rows use that z. Differentiable in `z_RK`.
+        """
+        assert not self._busy(), "rows are bound already: bindings do not nest"
+        assert z_RK.shape[-1] == self.K and (row_index is not None or len(z_RK) == 1), (z_RK.shape, self.K)
+        self.bound.gain_RK, self.bound.row_index = z_RK * self.s_K, row_index
+        try:
+            yield
+        finally:
+            self.bound.gain_RK = self.bound.row_index = None
+
+    @contextmanager
+    def folded(self, mixture: Mixture) -> Iterator[None]:
+        """In this thread, forwards use the dense weights of `mixture`; folding happens when it differs from the last."""
+        assert not self._busy(), "rows are bound already: bindings do not nest"
+        z_K = self.mix(mixture)
+        if self._folded is None or self._folded[0] != mixture or not torch.equal(self._folded[1], z_K):
+            change_K = self.s_K * (z_K - 1)
+            with torch.no_grad():
+                for layer in self.layers:
+                    layer.fold(change_K[layer.span])
+            self._folded = (mixture, z_K.clone())
+        self.bound.folded = True
+        try:
+            yield
+        finally:
+            self.bound.folded = False
+
+    def is_folded(self, mixture: Mixture) -> bool:
+        """Whether `folded(mixture)` would find its weights ready."""
+        return (
+            self._folded is not None and self._folded[0] == mixture and torch.equal(self._folded[1], self.mix(mixture))
+        )
+
+    def _busy(self) -> bool:
+        return self.bound.gain_RK is not None or self.bound.folded
+
+    # -------------------------------------------------------------------------------------------------------- experts
+
+    def mix(self, mixture: Mixture) -> Tensor:
+        """`z' = 1 + sum_k alpha_k (z_k - 1)`, (K,), float32 (paper section 3.2).
+
+        Raises:
+            UnknownExpert: the mixture names an expert that is not in the bank.
+            ExpertError: it has weights by layer, and not one for each layer.
+        """
+        z_K = torch.ones(self.K, device=self.s_K.device)
+        for name, alpha in mixture.weights:
+            if name not in self.bank:
+                raise UnknownExpert(f"unknown expert {name!r}{nearest(name, self.bank)}")
+            weight = torch.tensor(alpha, device=z_K.device)
+            if len(alpha) > 1:
+                layers = int(self.layer_of_K.max()) + 1
+                if len(alpha) != layers:
+                    raise ExpertError(
+                        f"expert {name!r} has {len(alpha)} weights by layer; the model has {layers} layers"
+                    )
+                weight = weight[self.layer_of_K]
+            z_K = z_K + weight * (self.bank[name] - 1)
+        return z_K
+
+
+def parametrise(p_K: Tensor, kind: str, s_K: Tensor, ranks: list[int]) -> Tensor:
+    """z of the trained parameters, (K,).
+
+    `scale`: z = p. `sigmoid`: the reference code's `z = sigmoid(p)`, each matrix rescaled by `sum(s) / sum(s z)`, so
+    that equal parameters are the base model.
+    """
+    if kind == "scale":
+        return p_K
+    z_K = torch.sigmoid(p_K)
+    parts = zip(z_K.split(ranks), s_K.split(ranks), strict=True)
+    return torch.cat([z * (s.sum() / (s * z).sum()) for z, s in parts])
+
+
+def by_target(z_K: Tensor, layout: tuple[Target, ...]) -> Mapping[str, Tensor]:
+    """The flat z as one vector a target: what an expert's file holds."""
+    return dict(zip((t.name for t in layout), z_K.split([t.rank for t in layout]), strict=True))

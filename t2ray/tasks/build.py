@@ -1,0 +1,41 @@
+"""From a training job's configuration to its tasks. Called by training, `t2ray verify` and the evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from t2ray.config import TrainConfig
+from t2ray.core import ConfigError
+from t2ray.tasks import builtin, dispatch, own
+from t2ray.tasks.task import Task
+
+
+def build_task(config: TrainConfig, domain: str) -> Task:
+    """The task of one domain, named after it.
+
+    The classification domain takes its prompts from all other domains, and those of no kind from its `others`: a
+    built-in task's name, or a file read with its `prompt`.
+
+    Raises:
+        ConfigError: an unknown task, a template that names no column, a reward that cannot be imported.
+        DataError: a data file that is missing, empty or malformed.
+    """
+    settings = config.domains[domain]
+    if settings.others is not None:
+        rest = [build_task(config, name) for name, other in config.domains.items() if other.others is None]
+        if not rest:
+            raise ConfigError(f"domains.{domain}: a classifier needs at least one other domain to tell apart")
+        others = (
+            own("others", settings.model_copy(update={"data": settings.others}), config.code)
+            if settings.prompt
+            else builtin(settings.others)
+        )
+        task = dispatch(rest, others)
+    elif settings.task is not None:
+        task = builtin(settings.task, settings.data)
+    else:
+        task = own(domain, settings, config.code)
+    limit = settings.max_tokens or (
+        task.max_tokens if settings.task or settings.others else config.domain_rl(domain).max_tokens
+    )
+    return replace(task, name=domain, max_tokens=limit)

@@ -1,0 +1,61 @@
+"""The classification domain: which kind of request is this? (paper section 3.2 b). Made from other tasks' prompts.
+
+Not here: how a request is dispatched when it is served (`adapt.strategies`). Training and evaluation call `dispatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from t2ray.core import ConfigError, Message
+from t2ray.prompts import OTHERS, dispatch_prompt
+from t2ray.tasks.task import Row, Task
+
+_MOST = 5_000  # prompts of a label
+
+
+def dispatch(tasks: Sequence[Task], others: Task) -> Task:
+    """The task of naming the task: its labels are the names of `tasks`, and "others".
+
+    A split holds equally many prompts of each label, as many as the smallest has (at most 5,000), in turns.
+    A row is `{"messages": [{"role", "content"}, ...], "label": "math", "labels": ["math", ..., "others"]}`.
+
+    Raises:
+        ConfigError: no tasks, or two of one name.
+    """
+    labels = [*(task.name for task in tasks), OTHERS]
+    if not tasks or len(set(labels)) != len(labels):
+        raise ConfigError(f"the classification domain needs other domains of different names, not {labels[:-1]}")
+
+    def rows(split: str) -> list[Row]:
+        columns = [_labelled(task, label, labels, split) for task, label in zip((*tasks, others), labels, strict=True)]
+        return [row for turn in zip(*columns, strict=False) for row in turn]
+
+    return Task(
+        name="dispatch", rows=rows, messages=_messages, reward="t2ray.tasks.dispatch:reward", gold=_gold, max_tokens=8
+    )
+
+
+def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[Row]:
+    return [
+        {
+            "messages": [{"role": message.role, "content": message.content} for message in example.messages],
+            "label": label,
+            "labels": labels,
+        }
+        for example in task.examples(split, _MOST)
+    ]
+
+
+def _messages(row: Row) -> tuple[Message, ...]:
+    return dispatch_prompt(tuple(Message(**message) for message in row["messages"]), tuple(row["labels"]))
+
+
+def _gold(row: Row) -> str:
+    return str(row["label"])
+
+
+def reward(completion: str, row: dict[str, Any]) -> float:
+    """+1 for exactly the label, alone; else -1."""
+    return 1.0 if completion.strip() == row["label"] else -1.0

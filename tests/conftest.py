@@ -1,0 +1,96 @@
+"""What every test runs under: no network, one thread, a quiet Ray; and the fixtures that many share.
+
+Not here: fakes. `t2ray.testing` has those, since a user's own tests need them too.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+import pytest
+
+# Read by the libraries when they are imported, and inherited by the processes that tests start.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+    OMP_NUM_THREADS="1",  # the matrices are so small that a second thread costs more than it computes
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(32),  # else Ray writes one into the home folder
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # else a warning about GPUs where there are none
+    RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # the default of 2 s is most of a short run
+    RAY_TRAIN_METRICS_ENABLED="0",
+)
+
+# The smallest template that marks every turn and the start of the answer.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and data sets that may lie beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"no real models and data at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: a seeded random Llama of 2 layers x 32, grouped k and v, one token a byte, chat template.
+
+    float32, untied head; its matrices are 32x32 (q, o), 16x32 (k, v), 64x32 (gate, up) and 32x64 (down). Read only:
+    a test that changes it copies it first.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *bytes_))}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    bpe.add_special_tokens(list(SPECIAL_TOKENS))
+    pad, end, *turns = SPECIAL_TOKENS
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, pad_token=pad, eos_token=end, additional_special_tokens=turns, model_max_length=512
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        initializer_range=0.2,  # so that greedy answers differ between prompts and mixtures
+        pad_token_id=vocabulary[pad],
+        bos_token_id=None,
+        eos_token_id=vocabulary[end],
+    )
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,225 @@
+"""The house rules that a machine can check: layers, libraries, sizes, docstrings on the syntax tree; and the pins."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from functools import cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+
+# Top to bottom. A module imports the rows below its own and its own column, never another column of its row. A column
+# is a module, or a package with all that is in it but what another entry names more closely.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("jobs",),
+    ("t2ray.cli",),
+    ("t2ray.commands", "t2ray.tiny.pretrain"),
+    ("t2ray.demo",),
+    ("t2ray.cluster", "t2ray.bench", "t2ray.tiny.corpus"),
+    ("t2ray.rl.job", "t2ray.rl.run"),
+    ("t2ray.rl.trainer", "t2ray.evaluate", "t2ray.report"),
+    ("t2ray.rl", "t2ray.adapt", "t2ray.tasks", "t2ray.plots"),
+    ("t2ray.engine",),
+    ("t2ray.model",),
+    ("t2ray.chat", "t2ray.svf", "t2ray.exchange"),
+    ("t2ray.svd", "t2ray.experts"),
+    ("t2ray.targets", "t2ray.weights"),
+    ("t2ray.store", "t2ray.config", "t2ray.prompts", "t2ray.testing", "t2ray.tiny"),
+    ("t2ray.core", "t2ray"),
+)
+
+# Library -> who may import it. Programs (jobs, the tiny model's pretraining) may use transformers as any user would.
+RIMS = {
+    "ray": ("t2ray.cluster",),
+    "fastapi": ("t2ray.api",),
+    "transformers": ("t2ray.model", "t2ray.chat", "t2ray.engine", "t2ray.tiny.pretrain", "jobs"),
+}
+
+# Where an error of any kind is not a fault but the answer: model-written code runs there.
+CATCH_ALL = {"t2ray.tasks.sandbox_child"}
+
+TORCH_FREE = (
+    "t2ray.core",
+    "t2ray.config",
+    "t2ray.prompts",
+    "t2ray.testing",
+    "t2ray.adapt",
+    "t2ray.tasks",
+    "t2ray.rl.rollout",
+    "t2ray.evaluate",
+    "t2ray.report",
+    "t2ray.plots",
+)
+HEAVY = {"torch", "transformers", "ray", "fastapi"}
+
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((*ROOT.glob("t2ray/**/*.py"), *ROOT.glob("jobs/*.py")))
+}
+Function = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(FILES[module].read_text(encoding="utf-8"), filename=str(FILES[module]))
+
+
+def imports(module: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import of a module, those inside functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: a relative import"
+            assert node.module is not None
+            # `from t2ray.tasks import tiny` imports a module, `from t2ray.core import Message` a name of one
+            yield from (
+                (node.lineno, name if (name := f"{node.module}.{alias.name}") in FILES else node.module)
+                for alias in node.names
+            )
+
+
+def under(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(f"{name}.") for name in names)
+
+
+def column(module: str) -> tuple[int, str]:
+    """The row of a module, counted from the top, and its column."""
+    fits = [(row, name) for row, names in enumerate(LAYERS) for name in names if under(module, (name,))]
+    # the package's own name covers `t2ray/__init__.py` alone, not every module there is
+    fits = [(row, name) for row, name in fits if name != "t2ray" or module == "t2ray"]
+    assert fits, f"{module} stands in no row of LAYERS"
+    return max(fits, key=lambda fit: len(fit[1]))
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_imports_only_rows_below_its_own(module: str) -> None:
+    row, name = column(module)
+    wrong = []
+    for line, imported in imports(module):
+        if not under(imported, ("t2ray", "jobs")):
+            continue
+        other_row, other = column(imported)
+        if other != name and other_row <= row:
+            wrong.append(f"{module}:{line} imports {imported}, {'sideways' if other_row == row else 'upward'}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_library_stays_at_its_rim(module: str) -> None:
+    roots = {(line, name.partition(".")[0]) for line, name in imports(module)}
+    wrong = [
+        f"{module}:{line} imports {root}" for line, root in roots if root in RIMS and not under(module, RIMS[root])
+    ]
+    if under(module, TORCH_FREE):
+        wrong += [f"{module}:{line} imports torch" for line, root in roots if root == "torch"]
+    assert not wrong, "\n".join(wrong)
+
+
+def loaded_by(code: str) -> set[str]:
+    """The heavy libraries that a fresh interpreter has loaded after `code`."""
+    code += f"\nimport sys; print(); print('loaded:', *sorted({HEAVY} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.rpartition("loaded:")[2].split())
+
+
+def test_help_loads_no_heavy_library() -> None:
+    assert (
+        loaded_by("from t2ray.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code")
+        == set()
+    )
+
+
+def test_torch_free_modules_load_no_heavy_library() -> None:
+    modules = [module for module in FILES if under(module, TORCH_FREE)]
+    assert loaded_by("import " + ", ".join(modules)) == set()
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_a_module_and_its_functions_are_short(module: str) -> None:
+    lines = FILES[module].read_text(encoding="utf-8").count("\n")
+    limit = 40 if under(module, ("jobs",)) else 300
+    wrong = [f"{module}: {lines} lines, more than {limit}"] if lines > limit else []
+    for node in ast.walk(tree(module)):
+        if isinstance(node, Function):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            wrong += [f"{module}:{node.lineno} {node.name}: {length} lines, more than 60"] if length > 60 else []
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", [module for module in FILES if module not in CATCH_ALL])
+def test_nothing_swallows_every_error(module: str) -> None:
+    """A bare `except` never; `except Exception` only to clean up or to name the culprit, and then raise."""
+    wrong = []
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ExceptHandler):
+            caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = {ast.unparse(kind).rpartition(".")[2] if kind else "everything" for kind in caught}
+            raises = isinstance(node.body[-1], ast.Raise)
+            if "everything" in names or (names & {"Exception", "BaseException"} and not raises):
+                wrong.append(f"{module}:{node.lineno} catches {', '.join(sorted(names))}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_what_is_public_has_a_docstring(module: str) -> None:
+    nodes = [
+        node
+        for node in tree(module).body
+        if isinstance(node, (*Function, ast.ClassDef)) and under(module, ("t2ray",)) and not node.name.startswith("_")
+    ]
+    missing = [f"{module}:{node.lineno} {node.name}" for node in nodes if not ast.get_docstring(node)]
+    if tree(module).body and not ast.get_docstring(tree(module)):
+        missing.append(f"{module}: the module itself")
+    assert not missing, "\n".join(missing)
+
+
+# ------------------------------------------------------------------------------------------------------- dependencies
+
+
+def declared() -> dict[str, Requirement]:
+    """Every requirement in pyproject.toml, the extras' too, by its canonical name."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+
+
+def pinned() -> dict[str, Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    return {canonicalize_name(pin.name): pin for pin in pins}
+
+
+def test_what_the_package_imports_is_declared() -> None:
+    distributions = packages_distributions()
+    roots = {name.partition(".")[0] for module in FILES for _, name in imports(module)}
+    own = {"t2ray", "jobs", *(module.rpartition(".")[2] for module in FILES)}  # a script imports its neighbours by name
+    third_party = roots - sys.stdlib_module_names - own
+    undeclared = [
+        root
+        for root in sorted(third_party)
+        if not declared().keys() & {canonicalize_name(name) for name in distributions.get(root, [root])}
+    ]
+    assert not undeclared, f"imported, but not in pyproject.toml: {undeclared}"
+
+
+def test_every_pin_is_an_exact_version_within_the_declared_range() -> None:
+    wrong = []
+    for name, pin in pinned().items():
+        if not re.fullmatch(r"==[0-9][0-9a-z.]*", str(pin.specifier)) or pin.url:
+            wrong.append(f"{pin} is no exact version (a local suffix such as +cpu is one machine's alone)")
+        elif name in declared() and not declared()[name].specifier.contains(str(pin.specifier)[2:]):
+            wrong.append(f"{pin} is outside {declared()[name]}")
+    wrong += [f"{name} is not pinned" for name in sorted(declared().keys() - pinned().keys())]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,396 @@
+"""The registry keeps every version whole, refuses what does not fit, and takes experts in and gives them out."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+from safetensors.torch import save_file
+
+from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
+from t2ray.exchange import export_expert, histogram, import_expert
+from t2ray.experts import Expert, Registry
+from t2ray.store import Store
+from t2ray.svd import Factors, Target, decompose
+
+BASE = "ab" * 16
+LAYOUT = (
+    Target(name="model.layers.0.self_attn.q_proj", layer=0, m=6, n=4, rank=4),
+    Target(name="model.layers.0.mlp.up_proj", layer=0, m=3, n=8, rank=3),
+    Target(name="model.layers.1.mlp.up_proj", layer=1, m=3, n=8, rank=3),
+)
+
+
+def vectors(seed: int = 0, targets: tuple[Target, ...] = LAYOUT) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {target.name: 1 + 0.1 * torch.randn(target.rank, generator=generator) for target in targets}
+
+
+def equal(expert: Expert, z: dict[str, torch.Tensor]) -> bool:
+    return expert.z.keys() == z.keys() and all(torch.equal(expert.z[name], z[name]) for name in z)
+
+
+@pytest.fixture(params=["local", "object store"])
+def registry(request: pytest.FixtureRequest, tmp_path: Path) -> Registry:
+    registry = Registry(tmp_path / "experts")
+    if request.param == "object store":
+        registry.store = Store("bucket/experts", fs._MockFileSystem())
+    return registry
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Registry:
+    return Registry(tmp_path / "experts")
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def test_an_expert_is_loaded_as_it_was_saved(registry: Registry) -> None:
+    z = vectors()
+    version = registry.save(
+        "math",
+        z,
+        base_digest=BASE,
+        domain="math",
+        config={"lr": 0.02},
+        metrics={"accuracy": 0.9},
+        seed=7,
+        rescaled=True,
+    )
+    expert = registry.load("math", base_digest=BASE, layout=LAYOUT)
+    assert (expert.name, expert.version, version) == ("math", 1, 1)
+    assert equal(expert, z)
+    kept = expert.manifest
+    assert (kept.domain, kept.config, kept.metrics, kept.seed) == ("math", {"lr": 0.02}, {"accuracy": 0.9}, 7)
+    assert kept.rescaled and kept.parametrisation == "scale" and kept.base_digest == BASE
+    assert kept.targets == tuple((target.name, target.rank) for target in LAYOUT)
+
+
+def test_flat_follows_the_layout_and_is_one_where_there_is_no_target(local: Registry) -> None:
+    z = vectors(targets=LAYOUT[1:])
+    local.save("code", z, base_digest=BASE)
+    flat = local.load("code", layout=LAYOUT).flat(LAYOUT)
+    assert flat.dtype == torch.float32
+    assert torch.equal(flat, torch.cat([torch.ones(4), z[LAYOUT[1].name], z[LAYOUT[2].name]]))
+
+
+def test_versions_rise_and_the_latest_is_loaded(registry: Registry) -> None:
+    for seed in range(3):
+        assert registry.save("math", vectors(seed), base_digest=BASE) == seed + 1
+    assert registry.versions("math") == (1, 2, 3)
+    assert equal(registry.load("math"), vectors(2))
+    assert equal(registry.load("math", 1), vectors(0))
+    assert [(m.name, m.version) for m in registry.list()] == [("math", 3)]
+
+
+def test_adding_an_expert_changes_no_file_of_another(local: Registry, tmp_path: Path) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    before = {path: path.read_bytes() for path in (tmp_path / "experts").rglob("*") if path.is_file()}
+    local.save("code", vectors(1), base_digest=BASE)
+    local.save("math", vectors(2), base_digest=BASE)
+    assert before == {path: path.read_bytes() for path in before}
+    assert equal(local.load("math", 1), vectors())
+
+
+def test_a_version_without_manifest_does_not_exist_and_its_number_is_not_used_again(registry: Registry) -> None:
+    registry.save("math", vectors(), base_digest=BASE)
+    registry.store.write_text("math/v0002/expert.safetensors", "half")
+    registry.store.write_text("draft/v0001/expert.safetensors", "half")
+    assert registry.names() == ("math",)
+    assert registry.load("math").version == 1
+    assert registry.save("math", vectors(), base_digest=BASE) == 3
+
+
+def test_writers_at_once_each_get_a_version_of_their_own(registry: Registry) -> None:
+    versions: dict[int, int] = {}
+
+    def save(seed: int) -> None:
+        versions[seed] = registry.save("math", vectors(seed), base_digest=BASE)
+
+    threads = [threading.Thread(target=save, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(versions.values()) == list(registry.versions("math")) and len(versions) == 6
+    for seed, version in versions.items():
+        assert equal(registry.load("math", version), vectors(seed))
+
+
+def test_saving_leaves_the_seeded_generators_alone(local: Registry) -> None:
+    import random
+
+    random.seed(0)
+    expected = random.Random(0).random()
+    local.save("math", vectors(), base_digest=BASE)
+    assert random.random() == expected
+
+
+def test_deleting_takes_a_version_or_all(registry: Registry) -> None:
+    for seed in range(2):
+        registry.save("math", vectors(seed), base_digest=BASE)
+    registry.save("code", vectors(), base_digest=BASE)
+    registry.delete("math", 2)
+    assert registry.versions("math") == (1,)
+    registry.delete("math")
+    assert registry.names() == ("code",)
+    with pytest.raises(UnknownExpert):
+        registry.delete("math")
+
+
+def test_an_unknown_expert_is_named_with_its_nearest(registry: Registry) -> None:
+    with pytest.raises(UnknownExpert, match="'math'.*known: none"):
+        registry.load("math")
+    for name in ("math", "code"):
+        registry.save(name, vectors(), base_digest=BASE)
+    with pytest.raises(UnknownExpert, match="'mth'.*did you mean 'math'.*code, math"):
+        registry.load("mth")
+    with pytest.raises(UnknownExpert, match="no version 9; it has 1"):
+        registry.load("math", 9)
+
+
+@pytest.mark.parametrize("name", ["../math", "Math", "", "a/b", "_mixtures", "x" * 64, ".hidden"])
+def test_a_name_that_is_no_folder_name_is_refused(name: str, local: Registry, tmp_path: Path) -> None:
+    for use in (lambda: local.save(name, vectors(), base_digest=BASE), lambda: local.load(name)):
+        with pytest.raises(ConfigError, match=re.escape(repr(name))):
+            use()
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- what does not fit
+
+
+def test_an_expert_of_another_base_is_refused_with_both_digests(local: Registry) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    with pytest.raises(ExpertError, match=f"belongs to another base model.*{BASE}.*{'cd' * 16}"):
+        local.load("math", base_digest="cd" * 16)
+
+
+def test_targets_and_shapes_that_the_factors_lack_are_refused(local: Registry) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    with pytest.raises(ExpertError, match=r"adapts model\.layers\.1\.mlp\.up_proj, which the factors lack"):
+        local.load("math", layout=LAYOUT[:2])
+    other = (Target(name=LAYOUT[0].name, layer=0, m=6, n=5, rank=5), *LAYOUT[1:])
+    with pytest.raises(ExpertError, match=r"4 numbers for model\.layers\.0\.self_attn\.q_proj, whose factors have 5"):
+        local.load("math", layout=other)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("truncated", "damaged: .*cannot be read"),
+        ("missing", "damaged: .*cannot be read"),
+        ("shape", r"damaged: model\.layers\.0\.mlp\.up_proj has the shape \(2,\), not \(3,\)"),
+        ("absent", r"damaged: model\.layers\.0\.mlp\.up_proj has the shape None"),
+        ("nan", r"not finite, in model\.layers\.0\.mlp\.up_proj"),
+    ],
+)
+def test_damaged_tensors_are_refused(damage: str, says: str, local: Registry, tmp_path: Path) -> None:
+    z = vectors()
+    local.save("math", z, base_digest=BASE)
+    path, name = tmp_path / "experts/math/v0001/expert.safetensors", LAYOUT[1].name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        z[name] = torch.ones(2) if damage == "shape" else torch.full((3,), float("nan"))
+        save_file({key: value for key, value in z.items() if (damage, key) != ("absent", name)}, path)
+    with pytest.raises(ExpertError, match=says):
+        local.load("math")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"schema_version": 2}, "schema_version"),
+        ({"parametrisation": "sigmoid"}, "parametrisation"),
+        ({"colour": "red"}, "colour"),
+        ({"base_digest": None}, "base_digest"),
+    ],
+)
+def test_a_manifest_of_another_schema_is_refused(change: dict[str, object], says: str, local: Registry) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    manifest = json.loads(local.store.read_text("math/v0001/manifest.json"))
+    local.store.write_text("math/v0001/manifest.json", json.dumps(manifest | change))
+    with pytest.raises(ExpertError, match=says):
+        local.load("math")
+
+
+@pytest.mark.parametrize("z", [{}, {"a": torch.ones(2, 2)}, {"a": torch.tensor([1.0, float("inf")])}])
+def test_what_could_not_be_loaded_is_not_saved(z: dict[str, torch.Tensor], local: Registry, tmp_path: Path) -> None:
+    with pytest.raises(ExpertError, match="not saved"):
+        local.save("math", z, base_digest=BASE)
+    assert not (tmp_path / "experts").exists()
+
+
+FULL_DISK = """
+import resource, sys, torch
+from t2ray.core import ResourceError
+from t2ray.experts import Registry
+registry = Registry(sys.argv[1])
+registry.save("math", {"a": torch.ones(4)}, base_digest="0")
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    registry.save("math", {"a": torch.ones(5000)}, base_digest="0")
+except ResourceError as error:
+    print(error)
+"""
+
+
+def test_a_save_that_finds_no_room_leaves_no_version(tmp_path: Path) -> None:
+    """A limit on file sizes fails a write half-way, as a full disk does."""
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path)]
+    assert "free some space" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert os.listdir(tmp_path / "math") == ["v0001"]
+    assert torch.equal(Registry(tmp_path).load("math").z["a"], torch.ones(4))
+
+
+# ------------------------------------------------------------------------------------------------------------ mixtures
+
+
+def test_a_mixture_is_kept_by_name_and_is_no_expert(registry: Registry) -> None:
+    mixture = Mixture.of({"math": [0.25, 0.1], "code": 0.5})
+    registry.save_mixture("long-math", Mixture.base())
+    registry.save_mixture("long-math", mixture, {"accuracy": 0.9})
+    assert registry.load_mixture("long-math") == mixture
+    assert registry.mixture_record("long-math").meta == {"accuracy": 0.9}
+    assert registry.mixtures() == ("long-math",)
+    assert registry.names() == ()
+    with pytest.raises(UnknownExpert, match="no mixture 'long-mth'.*did you mean 'long-math'"):
+        registry.load_mixture("long-mth")
+    registry.store.write_text("_mixtures/bad.json", "{}")
+    with pytest.raises(ExpertError, match=r"bad\.json is no mixture"):
+        registry.load_mixture("bad")
+
+
+# ------------------------------------------------------------------------------------------------------------ exchange
+
+
+@pytest.fixture
+def factors(tmp_path: Path) -> Factors:
+    generator = torch.Generator().manual_seed(0)
+    named = {f"{target.name}.weight": torch.randn(target.m, target.n, generator=generator) for target in LAYOUT}
+    (tmp_path / "model").mkdir()
+    save_file(named, tmp_path / "model" / "model.safetensors")
+    return decompose(str(tmp_path / "model"), tmp_path / "factors")
+
+
+def test_an_exported_expert_is_imported_unchanged(local: Registry, factors: Factors, tmp_path: Path) -> None:
+    local.save("math", vectors(), base_digest=factors.base_digest, domain="math", metrics={"accuracy": 0.9}, seed=7)
+    export_expert(local.load("math"), tmp_path / "handed on")
+    assert import_expert(local, "theirs", tmp_path / "handed on", factors) == 1
+    theirs = local.load("theirs", base_digest=factors.base_digest, layout=factors.layout)
+    assert equal(theirs, vectors())
+    assert (theirs.manifest.domain, theirs.manifest.metrics, theirs.manifest.seed) == ("math", {"accuracy": 0.9}, 7)
+    with pytest.raises(ConfigError, match="not an empty folder"):
+        export_expert(local.load("math"), tmp_path / "handed on")
+
+
+def test_an_exported_expert_of_another_base_is_refused(local: Registry, factors: Factors, tmp_path: Path) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    export_expert(local.load("math"), tmp_path / "x")
+    with pytest.raises(ExpertError, match="another base model"):
+        import_expert(local, "theirs", tmp_path / "x", factors)
+
+
+@pytest.mark.parametrize("spell", [str, "{}.weight".format, lambda name: f"{name}.weight".replace(".", "_")])
+def test_names_are_read_in_every_spelling(spell, local: Registry, factors: Factors, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    save_file({spell(name): z for name, z in vectors().items()}, tmp_path / "z.safetensors")
+    import_expert(local, "math", tmp_path / "z.safetensors", factors)
+    assert equal(local.load("math"), vectors())
+
+
+def test_the_reference_codes_checkpoint_composes_the_same_matrices(
+    local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    """Its composed matrix, computed as that code does: `U diag(s * sigmoid(p)) V^T * sum(s) / sum(s * sigmoid(p))`."""
+    p = {f"{name}.weight": torch.nn.Parameter((z * 3).bfloat16()) for name, z in vectors().items() if ".mlp." in name}
+    torch.save(p, tmp_path / "learnable_params.pt")
+    import_expert(local, "theirs", tmp_path / "learnable_params.pt", factors)
+    expert = local.load("theirs", base_digest=factors.base_digest, layout=factors.layout)
+    assert expert.manifest.rescaled and len(expert.z) == 2
+    for name, z in expert.z.items():
+        u, s, vh = factors.load(name)
+        mask = torch.sigmoid(p[f"{name}.weight"].detach().float())
+        theirs = (u @ torch.diag_embed(s * mask) @ vh) * (s.sum() / (s * mask).sum())
+        torch.testing.assert_close((u * (s * z)) @ vh, theirs)
+
+
+def test_equal_numbers_in_a_reference_checkpoint_are_the_base(
+    local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    torch.save({f"{target.name}.weight": torch.full((target.rank,), 0.1) for target in LAYOUT}, tmp_path / "p.pt")
+    import_expert(local, "same", tmp_path / "p.pt", factors)
+    torch.testing.assert_close(local.load("same").flat(LAYOUT), torch.ones(10))
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"model.layers.7.mlp.up_proj": torch.ones(3)}, r"'model\.layers\.7\.mlp\.up_proj' is no target"),
+        ({LAYOUT[1].name: torch.ones(4)}, r"has the shape \(4,\); its factors need \(3,\)"),
+        ({LAYOUT[1].name: torch.ones(3), f"{LAYOUT[1].name}.weight": torch.ones(3)}, "twice"),
+        ({LAYOUT[1].name: torch.full((3,), float("nan"))}, "finite"),
+        ({LAYOUT[1].name: 3}, "has the shape int"),
+        ([torch.ones(3)], "holds a list"),
+        ({}, "no targets"),
+    ],
+)
+def test_what_does_not_fit_is_not_imported(
+    found: object, says: str, local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    torch.save(found, tmp_path / "p.pt")
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "bad", tmp_path / "p.pt", factors)
+    assert local.names() == ()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, ("evil",)
+
+
+def test_code_in_a_pickle_does_not_run(
+    local: Registry, factors: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "zip.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps({"a": Evil()}, protocol=2))
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "empty.pt").touch()
+    for name in ("zip.pt", "plain.pt", "text.pt", "empty.pt", "missing.pt"):
+        with pytest.raises(ExpertError, match=f"{name} cannot be read safely"):
+            import_expert(local, "bad", tmp_path / name, factors)
+    (tmp_path / "text.safetensors").write_text("hello")
+    for name in ("text.safetensors", "missing"):
+        with pytest.raises(ExpertError, match="cannot be read as an expert"):
+            import_expert(local, "bad", tmp_path / name, factors)
+    assert not (tmp_path / "evil").exists() and local.names() == ()
+
+
+# ----------------------------------------------------------------------------------------------------------- histogram
+
+
+def test_the_histogram_has_a_line_a_kind_with_its_figures(local: Registry) -> None:
+    z = {"l.0.up_proj": torch.tensor([0.5, 1.0]), "l.1.up_proj": torch.tensor([1.5, 1.0]), "l.0.q": torch.ones(3)}
+    local.save("math", z, base_digest=BASE)
+    head, up, q = histogram(local.load("math")).splitlines()
+    assert "[0.5, 1.5]" in head
+    assert up.split() == ["up_proj", "▄", "█", "▄", "0.500", "1.000", "1.500", "4"]
+    assert q.split() == ["q", "█", "1.000", "1.000", "1.000", "3"]
+
+
+def test_the_histogram_of_the_base_is_one_bar(local: Registry) -> None:
+    local.save("same", {"l.0.q": torch.ones(3)}, base_digest=BASE)
+    assert histogram(local.load("same")).splitlines()[1].split() == ["q", "█", "1.000", "1.000", "1.000", "3"]

@@ -1,0 +1,85 @@
+"""Pass 1: which mixture a request gets, and what was asked of the model to know it."""
+
+import asyncio
+import math
+
+import pytest
+
+from t2ray.adapt.strategies import classify, classify_by_generation, fixed
+from t2ray.core import Message, Mixture, user
+from t2ray.prompts import dispatch_prompt
+from t2ray.testing import FakeGenerate, FakeScore
+
+LABELS = ("math", "code", "others")
+
+
+def by_word(messages, label, mixture):
+    return 0.0 if label in messages[-1].content.rpartition("\n")[2] else -5.0
+
+
+def ask(strategy, text):
+    return asyncio.run(strategy(user(text)))
+
+
+def test_fixed_is_the_same_for_every_request():
+    strategy = fixed(Mixture.parse("math:0.7"), name="fewshot")
+    assert ask(strategy, "a").mixture == ask(strategy, "b").mixture == Mixture.parse("math:0.7")
+    assert ask(strategy, "a").strategy == "fewshot"
+    assert ask(strategy, "a").label is None
+
+
+@pytest.mark.parametrize(
+    ("text", "mixture"), [("math please", "math"), ("write code", "code"), ("none of these, others", "base")]
+)
+def test_the_likeliest_label_becomes_the_mixture_and_others_the_base(text, mixture):
+    assert ask(classify(FakeScore(by_word), LABELS, Mixture.base()), text).mixture == Mixture.parse(mixture)
+
+
+def test_all_labels_are_scored_in_one_call_on_the_dispatch_prompt_with_the_classifying_mixture():
+    score = FakeScore(by_word)
+    messages = (Message(role="system", content="Be brief."), *user("write code"))
+    dispatch = asyncio.run(classify(score, LABELS, Mixture.parse("dispatch"), name="cls")(messages))
+    assert score.calls == [(dispatch_prompt(messages, LABELS), LABELS, Mixture.parse("dispatch"))]
+    assert dispatch.strategy == "cls"
+    assert dispatch.seconds > 0
+
+
+def test_probabilities_are_the_softmax_of_the_scores():
+    scores = dict(zip(LABELS, (math.log(6), math.log(3), math.log(1)), strict=True))
+    dispatch = ask(classify(FakeScore(lambda m, label, x: scores[label]), LABELS, Mixture.base()), "?")
+    assert dispatch.probabilities == pytest.approx({"math": 0.6, "code": 0.3, "others": 0.1})
+
+
+def test_scores_far_from_zero_neither_overflow_nor_vanish():
+    for shift in (-1e4, 1e4):
+        score = FakeScore(lambda m, label, x, shift=shift: shift + (label == "code"))
+        dispatch = ask(classify(score, LABELS, Mixture.base()), "?")
+        assert dispatch.label == "code"
+        assert sum(dispatch.probabilities.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "label"),
+    [
+        ("math", "math"),
+        (" Kind: CODE.\n", "code"),
+        ("others", "others"),
+        ("math or code", "others"),
+        ("mathematics", "others"),
+        ("math.v2", "others"),
+        ("math-long", "others"),
+        ("", "others"),
+    ],
+)
+def test_a_generated_label_is_read_as_a_word_and_anything_unclear_is_others(answer, label):
+    generate = FakeGenerate(lambda messages, mixture: answer)
+    dispatch = ask(classify_by_generation(generate, LABELS, Mixture.base()), "17+25")
+    assert dispatch.label == label
+    assert dispatch.mixture == (Mixture.base() if label == "others" else Mixture.parse(label))
+    assert generate.calls[0][0] == dispatch_prompt(user("17+25"), LABELS)
+
+
+def test_a_label_that_begins_another_is_told_from_it():
+    generate = FakeGenerate(lambda messages, mixture: "math-long")
+    strategy = classify_by_generation(generate, ("math", "math-long", "others"), Mixture.base())
+    assert ask(strategy, "?").label == "math-long"
