@@ -53,16 +53,24 @@ def _command(
     return parser
 
 
+def _add_registry(parser: argparse.ArgumentParser) -> None:
+    """Where experts are: a run folder, or a registry by itself."""
+    parser.add_argument("--run", metavar="FOLDER", help="a training run (default: runs/demo where that is)")
+    parser.add_argument("--experts", metavar="URI", help="the registry: a folder, s3:// or gs:// (default: the run's)")
+    parser.set_defaults(model=None, factors=None)
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     """Where a model with its experts is: a run folder, or the parts by themselves."""
+    _add_registry(parser)
     parser.add_argument(
-        "--run",
-        metavar="FOLDER",
-        help="a training run: its model, factors and experts (default runs/demo where that is)",
+        "--model",
+        metavar="MODEL",
+        help='"tiny", a local Hugging Face folder or a hub id (default: the run\'s, else tiny)',
     )
-    parser.add_argument("--model", metavar="MODEL", help='"tiny", a local Hugging Face folder or a hub id')
-    parser.add_argument("--factors", metavar="DIR", help="the model's decomposition (default: made when missing)")
-    parser.add_argument("--experts", metavar="URI", help="the registry: a folder, s3:// or gs://")
+    parser.add_argument(
+        "--factors", metavar="DIR", help="the model's decomposition (default: the run's, or one in runs/factors)"
+    )
 
 
 def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -98,23 +106,28 @@ def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     p.add_argument("--limit", type=int, default=500, metavar="N", help="test prompts a task (default: all 500)")
 
 
+_OF_MIXTURES = ("show", "delete")
+
+
 def _add_experts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     group = commands.add_parser("experts", help="list, show, delete, import or export experts").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
     for name, text in (
         ("list", "list the experts and mixtures of a registry"),
-        ("show", "show an expert: its manifest and histograms of z"),
+        ("show", "show an expert, its manifest and histograms of z, or a mixture"),
         ("delete", "delete an expert with all its versions, or a mixture"),
         ("import", "add an expert from a safetensors file, an exported folder or the reference code's .pt"),
         ("export", "write an expert into a folder of its own"),
     ):
         p = _command(group, name, f"experts:{name}_expert" if name != "list" else "experts:list_experts", text)
         if name != "list":
-            p.add_argument("name", metavar="NAME")
+            p.add_argument(
+                "name", metavar="NAME", help="of an expert" + (", or fewshot/NAME" if name in _OF_MIXTURES else "")
+            )
         if name in ("import", "export"):
             p.add_argument("path", metavar="PATH")
-        _add_model(p)
+        (_add_model if name == "import" else _add_registry)(p)
 
 
 def _add_adapting(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -133,7 +146,7 @@ def _add_adapting(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "--prompt",
         metavar="TEMPLATE",
         default="{prompt}",
-        help='of a file: a template of its columns (default "{prompt}")',
+        help='of a file: a template of its columns, or a column of messages (default "{prompt}")',
     )
     p.add_argument(
         "--reward", metavar="MODULE:FUNCTION", help='of a file (default: the answer equals the column "answer")'
@@ -178,13 +191,17 @@ def _add_adapting(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_measuring(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     p = _command(commands, "eval", "evaluate:evaluate", "accuracy of strategies on tasks, with Wilson intervals")
     p.add_argument(
-        "--tasks", required=True, metavar="NAMES", help="separated by commas; NAME=FILE reads a task's rows from a file"
+        "--tasks",
+        required=True,
+        metavar="NAMES",
+        help="built-in tasks or the run's domains, separated by commas; NAME=FILE reads a built-in task's rows there",
     )
     p.add_argument(
         "--strategies",
         default="base",
         metavar="NAMES",
-        help="of base, oracle, prompt, cls, fewshot, or an expert's name (default: base)",
+        help="of base, oracle, prompt, cls, fewshot (the mixture saved under the task's name), fewshot/NAME, or an "
+        "expert's name (default: base)",
     )
     p.add_argument("--split", default="test", choices=["train", "validation", "test", "all"])
     p.add_argument("--limit", type=int, metavar="N", help="prompts a task (default: all)")

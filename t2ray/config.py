@@ -29,7 +29,7 @@ class Strict(BaseModel):
 
 
 class RLConfig(Strict):
-    """REINFORCE with a KL penalty on z (paper section 3.1). The defaults suit small models; `preset: paper` is Table 6."""
+    """REINFORCE with a KL penalty on z (paper section 3.1). Defaults for small models; `preset: paper` is Table 6."""
 
     steps: int = Field(40, ge=1, description="optimiser steps")
     prompts: int = Field(24, ge=1, description="prompts a step")
@@ -70,7 +70,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class DomainConfig(Strict):
-    """One domain: a built-in `task`; or `data`, `prompt` and `reward` of one's own; or, with `others`, the classifier."""
+    """One domain: a built-in `task`; `data`, `prompt` and `reward` of one's own; or, with `others`, the classifier."""
 
     task: str | None = Field(None, description="a built-in task: math, code, pick, gsm8k, arc_easy, mbpp, ...")
     data: str | None = Field(None, description="a JSONL, CSV or Parquet file, or a hub data set's id")

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-# ---------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 #
 # T2RayError
 # ├── ConfigError      (ValueError)   a key, value or file that the user wrote is wrong
@@ -67,7 +67,7 @@ class RunError(T2RayError, RuntimeError):
     """A run folder that cannot be started or resumed."""
 
 
-# ----------------------------------------------------------------------------------------------------------------- nouns
+# ---------------------------------------------------------------------------------------------------------------- nouns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ def check_name(name: str, what: str = "expert") -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Experts and their weights: `z' = 1 + sum_k alpha_k (z_k - 1)` (paper section 3.2; the base holds what they leave).
+    """Experts and weights: `z' = 1 + sum_k alpha_k (z_k - 1)`; the base holds what they leave (paper section 3.2).
 
     `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, no zero
     weights. A weight is one number, or one number for each decoder layer.
@@ -195,8 +195,9 @@ class Completion:
     """One generated answer.
 
     `Completion(prompt_ids=(1, 45, 9), token_ids=(30, 2), logprobs=(-0.1, -0.7), text="42", finish_reason="stop",
-    mixture=Mixture.parse("math"))`. `token_ids` are the sampled ids, the end token included when it was sampled; `logprobs` (nats, one
-    a token) are the model's own at temperature 1. The loss uses these ids: text is never tokenised again.
+    mixture=Mixture.parse("math"))`. `token_ids` are the sampled ids, the end token included when it was sampled;
+    `logprobs` (nats, one a token) are the model's own at temperature 1. The loss uses these ids: text is never
+    tokenised again.
     """
 
     prompt_ids: tuple[int, ...]
@@ -212,7 +213,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
-    """One row of a task: `Example(id="gsm8k/train/17", messages=user("Natalia sold ..."), row={"answer": "#### 72"})`."""
+    """One row of a task: `Example(id="gsm8k/train/17", messages=user("Natalia ..."), row={"answer": "#### 72"})`."""
 
     id: str
     messages: tuple[Message, ...]

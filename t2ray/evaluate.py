@@ -173,6 +173,7 @@ def build_report(
     adaptive: Mapping[str, Mapping[str, Cell]],
     labels: Sequence[str],
     others: Mapping[str, Mapping[str, int]],
+    classifier: Mapping[str, Cell],
     mixtures: Mapping[str, Mixture],
     experts: Sequence[str],
     timing_s: Mapping[str, float],
@@ -189,6 +190,7 @@ def build_report(
         adaptive: task -> strategy ("prompt", "cls", "fewshot") -> cell.
         labels: the dispatcher's labels, in their order.
         others: strategy -> label counts of prompts that fit no domain (`dispatch_counts`); may be empty.
+        classifier: "base" and "expert" -> cell of the classification task itself, its label written; may be empty.
         mixtures: task -> what the few-shot search found for it.
         timing_s: seconds of decompose, train, adapt, evaluate, total.
         pass1_share: time of pass 1 over pass 2 at 64 new tokens, measured elsewhere; None where it was not.
@@ -213,6 +215,7 @@ def build_report(
             for task, alone in singles.items()
         },
         "confusion": {name: confusion(rows, labels) for name, rows in counts.items()},
+        "classifier": {name: cell.row() for name, cell in classifier.items()},
         "mixtures": {task: {name: _alpha(mixture, name) for name in experts} for task, mixture in mixtures.items()},
         "timing_s": dict(timing_s),
         "pass1_share": pass1_share,
@@ -249,7 +252,8 @@ def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
         value = round(value, 9)  # 0.95 - 0.55 is below 0.4 in floating point
         rows.append({"name": f"{name}, at least", "target": target, "value": value, "met": value >= target})
 
-    for task, row in trained.items():
+    classifier = {"dispatch": report["classifier"]} if report["classifier"] else {}
+    for task, row in (trained | classifier).items():
         if "expert" in row and "base" in row:
             at_least(f"{task}: accuracy of its expert", 0.80, row["expert"]["acc"])
             at_least(f"{task}: its expert above the base", 0.40, row["expert"]["acc"] - row["base"]["acc"])

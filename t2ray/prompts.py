@@ -1,4 +1,4 @@
-"""The one prompt that t2ray itself writes: the question of pass 1, "what kind of request is this?". Standard library only.
+"""The one prompt that t2ray itself writes: the question of pass 1, "what kind of request is this?". No torch.
 
 The dispatch strategies (paper section 3.2, a and b), the classification domain and the tiny model's pretraining all
 build it here, so that they ask the same question.

@@ -63,6 +63,12 @@ def text_tables(report: Mapping[str, Any]) -> str:
                 for task, row in table.items()
             ]
             parts += [f"## {title}", NOTES["accuracy"], _table(["task", "n", *(METHODS[name] for name in names)], rows)]
+    if classifier := report["classifier"]:
+        cells = [_text_cell(classifier[name]) for name in ("base", "expert")]
+        parts += [
+            "## The classification task",
+            _table(["task", "n", "base", "own expert"], [["dispatch", _n(classifier), *cells]]),
+        ]
     for name, matrix in report["confusion"].items():
         labels = list(next(iter(matrix.values())))
         rows = [[task, *(str(row[label]) for label in labels)] for task, row in matrix.items()]
@@ -116,6 +122,13 @@ def _confusion(report: Mapping[str, Any]) -> str:
     if not report["confusion"]:
         return ""
     parts = [f"<h2>Dispatcher</h2><p>{escape(NOTES['confusion'])}</p>", '<div class="pair">']
+    if classifier := report["classifier"]:
+        row = [
+            f"dispatch<small>n {_n(classifier)}</small>",
+            *(_html_cell(classifier[name]) for name in ("base", "expert")),
+        ]
+        head = ["task", "base", "own expert"]
+        parts.append(f"<section><h3>The classification task</h3>{_html_table(head, [row])}</section>")
     for name, matrix in report["confusion"].items():
         labels = list(next(iter(matrix.values())))
         head = "".join(f"<th>{escape(x)}</th>" for x in ["task", *labels])

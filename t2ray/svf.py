@@ -29,20 +29,18 @@ class Bound(threading.local):
 
 
 class SVFLinear(nn.Module):
-    """A linear layer that holds its dense weight and its factors, and never a weight that is trained.
+    """A linear layer that holds its dense weight and its singular vectors, and never a weight that is trained.
 
     With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
     its own z. Folded, it uses one mixture's dense weight.
     """
 
-    def __init__(self, linear: nn.Linear, factors: tuple[Tensor, Tensor, Tensor], span: slice, bound: Bound) -> None:
+    def __init__(self, linear: nn.Linear, U_Mr: Tensor, Vh_rN: Tensor, span: slice, bound: Bound) -> None:
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
-        U_Mr, s_r, Vh_rN = factors
-        self.register_buffer("U_Mr", U_Mr, persistent=False)
-        self.register_buffer("s_r", s_r, persistent=False)
-        self.register_buffer("Vh_rN", Vh_rN, persistent=False)
+        self.register_buffer("U_Mr", U_Mr.to(self.weight.dtype), persistent=False)
+        self.register_buffer("Vh_rN", Vh_rN.to(self.weight.dtype), persistent=False)
         self.folded_MN: Tensor | None = None
         self.span, self.bound = span, bound
 
@@ -50,12 +48,13 @@ class SVFLinear(nn.Module):
         bound = self.bound
         if bound.gain_RK is None:
             return F.linear(x, self.folded_MN if bound.folded else self.weight, self.bias)
-        gain = bound.gain_RK[:, self.span].to(x.dtype)
+        gain = bound.gain_RK[:, self.span]
         if bound.row_index is not None:
             gain = gain[bound.row_index]
             # One index a row of (B, T, N), or one a token of a packed (1, T, N).
             gain = gain[:, None] if x.shape[0] == gain.shape[0] else gain[None]
-        return F.linear(F.linear(x, self.Vh_rN) * gain, self.U_Mr, self.bias)
+        # The product is taken in the gain's float32: bfloat16 has no number between 1 and 1.0078 for a z.
+        return F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, self.bias)
 
     def fold(self, change_r: Tensor) -> None:
         """Sets the folded weight to `W + U diag(s (z - 1)) V^T`; `change_r` is `s (z - 1)`, exact 0 where z is 1."""
@@ -82,6 +81,7 @@ class SVF:
         self.bank: dict[str, Tensor] = {}
         self._folded: tuple[Mixture, Tensor] | None = None
         modules = dict(model.named_modules())
+        singular: list[Tensor] = []
         start = 0
         for target in self.layout:
             linear = modules.get(target.name)
@@ -89,14 +89,15 @@ class SVF:
                 raise ExpertError(
                     f"the decomposition has {target.name} ({target.m} x {target.n}), the model has {linear}"
                 )
-            parts = tuple(part.to(linear.weight.device, linear.weight.dtype) for part in factors.load(target.name))
-            layer = SVFLinear(linear, parts, slice(start, start + target.rank), self.bound)  # type: ignore[arg-type]
+            U_Mr, s_r, Vh_rN = (part.to(linear.weight.device) for part in factors.load(target.name))
+            singular.append(s_r.to(torch.promote_types(linear.weight.dtype, torch.float32)))
+            layer = SVFLinear(linear, U_Mr, Vh_rN, slice(start, start + target.rank), self.bound)
             parent, _, child = target.name.rpartition(".")
             setattr(modules[parent], child, layer)
             self.layers.append(layer)
             start += target.rank
         self.K = start
-        self.s_K = torch.cat([layer.s_r for layer in self.layers]).float()
+        self.s_K = torch.cat(singular)
         self.layer_of_K = torch.repeat_interleave(
             torch.tensor([t.layer for t in self.layout]), torch.tensor([t.rank for t in self.layout])
         ).to(self.s_K.device)
@@ -129,7 +130,7 @@ class SVF:
         assert not self._busy(), "rows are bound already: bindings do not nest"
         z_K = self.mix(mixture)
         if self._folded is None or self._folded[0] != mixture or not torch.equal(self._folded[1], z_K):
-            change_K = self.s_K * (z_K - 1)
+            change_K = self.s_K * (z_K.to(self.s_K.dtype) - 1)
             with torch.no_grad():
                 for layer in self.layers:
                     layer.fold(change_K[layer.span])

@@ -1,4 +1,4 @@
-"""Ray at the rim: the only package that imports it. Its environment is set here, because Ray reads it when it is imported."""
+"""Ray at the rim: the only package that imports it. Ray's environment is set here, since Ray reads it on import."""
 
 from __future__ import annotations
 

@@ -13,13 +13,14 @@ from t2ray.core import ResourceError
 
 @contextmanager
 def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
-    """Yields the cluster's resources: of the connected one, of `RAY_ADDRESS`, or of one on this machine that ends with the block."""
+    """Yields a cluster's resources: the connected one's, `RAY_ADDRESS`'s, or a local one's that ends with the block."""
     if ray.is_initialized():
         yield dict(ray.cluster_resources())
         return
     address = os.environ.get("RAY_ADDRESS")
     local = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
-    ray.init(address=address, log_to_driver=False, logging_level="error", **local)
+    # "local": without an address Ray would join whatever cluster was started on this machine last.
+    ray.init(address=address or "local", log_to_driver=False, logging_level="error", **local)
     try:
         yield dict(ray.cluster_resources())
     finally:

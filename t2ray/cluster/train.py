@@ -1,7 +1,7 @@
-"""Training on a cluster: one Ray Train job a domain, as many at once as the cluster fits; then the registry gets the experts.
+"""Training on a cluster: a Ray Train job a domain, as many at once as the cluster fits; experts go to the registry.
 
 Not here: what a worker does (`rl.job`). Called by `t2ray train`, `jobs/train.py` and the demo. Ray restarts a worker
-that dies; the run itself, when its driver dies, goes on with `--resume`: both find the newest checkpoint in the run folder.
+that dies; a run whose driver died goes on with `--resume`: both find the newest checkpoint in the run folder.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from typing import Any
 
 from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 
 from t2ray.cluster.session import session, slots
 from t2ray.config import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.experts import Registry
+from t2ray.prompts import OTHERS
 from t2ray.rl.job import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.rl.run import open_run, prepare
 from t2ray.store import Store
+from t2ray.svd import decompose
 from t2ray.weights import Weights
 
 Tick = Callable[[TrainConfig], None]
@@ -38,22 +40,29 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
         The result of each domain, in the job's order; its expert is in the registry under the domain's name.
 
     Raises:
-        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small. Nothing is left half-written.
+        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small; nothing is half-written.
         KeyboardInterrupt: the run's checkpoints stand and no process is left.
     """
     config = prepare(config, resume=resume)
     if config.workers == 0:
         config = config.model_copy(update={"cpus": config.cpus or 1.0})
-        open_run(config)
+        _start(config)
         for domain in _unfinished(config):
             train_domain(config, domain, lambda row: tick(config))
     else:
         with session() as resources:
             config, at_once = _fit(config, resources)
-            open_run(config)
+            _start(config)
             _on_ray(config, _unfinished(config), at_once, tick)
     tick(config)
     return _collect(config)
+
+
+def _start(config: TrainConfig) -> None:
+    """What a job that fits begins with: its model's factors, which may take long, and its run folder."""
+    assert config.factors is not None
+    decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
+    open_run(config)
 
 
 def _unfinished(config: TrainConfig) -> list[str]:
@@ -109,6 +118,8 @@ def _fit_domain(config: TrainConfig, domain: str) -> None:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "domain": domain},
+        # Sums of z's gradient (under 1 M numbers) and of scalars on the CPU: nccl refuses the latter.
+        torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
             use_gpu=config.gpus > 0,
@@ -147,8 +158,8 @@ def _diagnosis(domain: str, error: TrainingFailedError) -> str:
     lines = [str(cause).strip().splitlines() for cause in causes]
     last = next((line[-1] for line in lines if line), type(error).__name__)
     return (
-        f"domain {domain!r} failed {_RESTARTS + 1} times, last with: {last.strip()}; if a worker was killed, the machine ran out "
-        "of memory: lower rl.micro_batch or the domains at once (cpus); the run goes on with --resume"
+        f"domain {domain!r} failed {_RESTARTS + 1} times, last with: {last.strip()}; if a worker was killed, the "
+        "machine ran out of memory: lower rl.micro_batch or the domains at once (cpus); the run goes on with --resume"
     )
 
 
@@ -161,7 +172,9 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
         result = finished(store)
         assert result is not None, domain
         metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
-        run = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
+        run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
+        if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert
+            run["labels"] = [*(name for name, other in config.domains.items() if other.others is None), OTHERS]
         if domain not in registry.names() or registry.manifest(domain).config != run:
             registry.save(
                 domain, store.read_tensors(EXPERT), base_digest=digest, domain=domain, config=run,

@@ -19,10 +19,10 @@ def decompose(args: argparse.Namespace) -> None:
             factors = decompose_on_ray(args.model, args.out, workers=args.workers, progress=progress, **options)
         else:
             factors = decompose_here(args.model, args.out, progress=progress, **options)
-    worst = max(factors.manifest.errors.values(), key=lambda e: e.svd)
+    worst = max(factors.manifest.errors.values(), key=lambda error: error[0])
     console.print(
         f"{len(factors.layout)} matrices, {factors.K} singular values in {args.out}; "
-        f"largest relative error {worst.svd:.1e}"
+        f"largest relative reconstruction error {worst[0]:.1e}"
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from t2ray.core import Completion, ConfigError, Message, Mixture, SamplingParams
-from t2ray.engine.sampling import RowLimits, RowSampler
+from t2ray.engine.sampling import RowEnds, RowSampler
 from t2ray.model import Model
 
 
@@ -34,9 +34,9 @@ class _Request:
     result: Completion | tuple[float, ...] | None = None
 
     @property
-    def kind(self) -> tuple[object, ...]:
-        """Requests of one kind share a batch, if they fit: one stop list, one number of labels."""
-        return (len(self.labels), self.sampling.stop if self.sampling else ())
+    def kind(self) -> int:
+        """Requests of one kind share a batch, if they fit: generations, or scorings of one number of labels."""
+        return len(self.labels)
 
     @property
     def tokens(self) -> int:
@@ -96,15 +96,15 @@ class Engine:
         await asyncio.shield(self._flushing)
         return request.result
 
-    @torch.no_grad()
     async def _flush(self) -> None:
         queue, self._queue, self._flushing = self._queue, [], None
-        queue.sort(key=lambda r: (str(r.kind), len(r.prompt_ids)))  # rows of like length pad little
-        for _, same_kind in groupby(queue, key=lambda r: r.kind):
-            for batch in self._batches(same_kind):
-                results = self._score(batch) if batch[0].labels else self._generate(batch)
-                for request, result in zip(batch, results, strict=True):
-                    request.result = result
+        queue.sort(key=lambda r: (r.kind, len(r.prompt_ids)))  # rows of like length pad little
+        with torch.no_grad():
+            for _, same_kind in groupby(queue, key=lambda r: r.kind):
+                for batch in self._batches(same_kind):
+                    results = self._score(batch) if batch[0].labels else self._generate(batch)
+                    for request, result in zip(batch, results, strict=True):
+                        request.result = result
 
     def _batches(self, requests: Iterable[_Request]) -> Iterable[list[_Request]]:
         batch: list[_Request] = []
@@ -150,6 +150,7 @@ class Engine:
         params = [request.sampling for request in batch if request.sampling]
         ids_BT, mask_BT = self._left_padded(batch)
         sampler = RowSampler(params, device)
+        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, chat.decode, device)
         with self._bind(batch):
             out_BT = self.model.hf.generate(
                 ids_BT,
@@ -159,30 +160,27 @@ class Engine:
                 eos_token_id=list(chat.eos_ids),
                 pad_token_id=chat.pad_id,
                 logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList(
-                    [RowLimits([p.max_tokens for p in params], ids_BT.shape[1], device)]
-                ),
-                **({"stop_strings": list(params[0].stop), "tokenizer": chat.tokenizer} if params[0].stop else {}),
+                stopping_criteria=StoppingCriteriaList([ends]),
             )
         tokens_BT = out_BT[:, ids_BT.shape[1] :].tolist()
         logprobs_BT = torch.stack(sampler.logprobs, dim=1).tolist()
-        return [self._completion(*row) for row in zip(batch, params, tokens_BT, logprobs_BT, strict=True)]
+        rows = zip(batch, params, tokens_BT, logprobs_BT, ends.length_B.tolist(), strict=True)
+        return [
+            self._completion(request, p.stop, tokens[:length], logprobs[:length])
+            for request, p, tokens, logprobs, length in rows
+        ]
 
     def _completion(
-        self, request: _Request, params: SamplingParams, tokens: list[int], logprobs: list[float]
+        self, request: _Request, stops: tuple[str, ...], tokens: list[int], logprobs: list[float]
     ) -> Completion:
-        tokens = tokens[: params.max_tokens]
-        ends = [i for i, token in enumerate(tokens) if token in self.model.chat.eos_ids]
-        pads = [i for i, token in enumerate(tokens) if token == self.model.chat.pad_id]  # after a stop string
-        length = ends[0] + 1 if ends else min([len(tokens), *pads])
-        text = self.model.chat.decode(tokens[:length])
-        cuts = [text.find(stop) for stop in params.stop if stop in text]
+        text = self.model.chat.decode(tokens)
+        cuts = [text.find(stop) for stop in stops if stop in text]
         return Completion(
             prompt_ids=request.prompt_ids,
-            token_ids=tuple(tokens[:length]),
-            logprobs=tuple(logprobs[:length]),
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprobs),
             text=text[: min(cuts)] if cuts else text,
-            finish_reason="stop" if ends or cuts else "length",
+            finish_reason="stop" if cuts or tokens[-1] in self.model.chat.eos_ids else "length",
             mixture=request.mixture,
         )
 

@@ -6,7 +6,7 @@ its neighbours. Also records the log-probability of each token that was chosen.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -60,11 +60,33 @@ def _uniforms(seed: int | None, n: int) -> Tensor:
     return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64)
 
 
-class RowLimits(StoppingCriteria):
-    """Ends each row at its own `max_tokens`."""
+class RowEnds(StoppingCriteria):
+    """Ends each row at an end token, a text of its own `stop` or its own `max_tokens`, and records where.
 
-    def __init__(self, limits: Sequence[int], prompt: int, device: torch.device) -> None:
-        self.limit_B = torch.tensor(limits, device=device) + prompt
+    `length_B` holds each row's number of tokens, the end token included: padding cannot tell, where the padding token
+    is the end token or one that the model may choose.
+    """
+
+    def __init__(
+        self,
+        sampling: Sequence[SamplingParams],
+        prompt: int,
+        eos_ids: Sequence[int],
+        decode: Callable[[Sequence[int]], str],
+        device: torch.device,
+    ) -> None:
+        self.prompt, self.decode = prompt, decode
+        self.limit_B = torch.tensor([s.max_tokens for s in sampling], device=device)
+        self.eos = torch.tensor(eos_ids, device=device)
+        self.stops = [(row, s.stop) for row, s in enumerate(sampling) if s.stop]
+        self.length_B = torch.zeros_like(self.limit_B)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        return self.limit_B <= input_ids.shape[1]
+        answer_BT = input_ids[:, self.prompt :]
+        ends_B = (self.limit_B <= answer_BT.shape[1]) | torch.isin(answer_BT[:, -1], self.eos)
+        for row, stops in self.stops:
+            if not self.length_B[row]:
+                text = self.decode(answer_BT[row].tolist())
+                ends_B[row] |= any(stop in text for stop in stops)
+        self.length_B[ends_B & (self.length_B == 0)] = answer_BT.shape[1]
+        return self.length_B > 0

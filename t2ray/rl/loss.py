@@ -37,7 +37,7 @@ def advantages(rewards: Tensor, samples: int, baseline: str, mean: float) -> Ten
         return rewards
     if baseline == "mean":
         return rewards - mean
-    groups = rewards.view(-1, samples)
+    groups = rewards.view(len(rewards) // samples, samples)
     return ((groups - groups.mean(1, keepdim=True)) * samples / (samples - 1)).flatten()
 
 

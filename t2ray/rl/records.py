@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from t2ray.core import Rollout
+from t2ray.core import ResourceError, Rollout
 from t2ray.store import Store
 
 METRICS = "metrics.jsonl"
@@ -32,18 +32,26 @@ class Records:
             self.tensorboard = SummaryWriter(str(store.local / "tensorboard"), purge_step=step + 1)
 
     def log(self, row: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
-        """One step's metrics, everywhere, and its rollouts."""
+        """One step's metrics, everywhere, and its rollouts.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
         self.rows.append(row)
-        if self.store.local is not None:
+        self.store.write_bytes(f"rollouts/step_{row['step']:06d}.parquet", rollouts_parquet(rollouts))
+        if self.store.local is None or self.tensorboard is None:
+            self._write_metrics()
+            return
+        try:
             with open(self.store.local / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        else:
-            self._write_metrics()
-        if self.tensorboard is not None:
             for key, value in row.items():
                 if key != "step":
                     self.tensorboard.add_scalar(key, value, row["step"])
-        self.store.write_bytes(f"rollouts/step_{row['step']:06d}.parquet", rollouts_parquet(rollouts))
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write the records of {self.store.uri} ({error}); free some space, then go on with --resume"
+            ) from error
 
     def close(self) -> None:
         if self.tensorboard is not None:

@@ -1,4 +1,4 @@
-"""A run folder: `<out>/<run>/config.json` and one folder a domain. Opened once, resumed on purpose, never by accident."""
+"""A run folder: `<out>/<run>/config.json` and one folder a domain. Resumed on purpose, never by accident."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 from t2ray.config import TrainConfig
 from t2ray.core import RunError
 from t2ray.store import Store
-from t2ray.svd import decompose
 from t2ray.tasks.build import build_task
 from t2ray.weights import Weights, resolve
 
@@ -17,7 +16,7 @@ CONFIG = "config.json"
 
 
 def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
-    """The job with every path absolute, checked as far as can be without a cluster, and its model decomposed.
+    """The job with every path absolute, checked as far as can be without a cluster and without computing anything.
 
     Raises:
         RunError: the run exists and is not resumed, or is resumed with another configuration.
@@ -28,8 +27,6 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
     for domain in config.domains:
         task = build_task(config, domain)
         task.examples("train", 1), task.examples("validation", 1)
-    assert config.factors is not None
-    decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
     return config
 
 

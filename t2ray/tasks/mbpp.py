@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,10 +57,16 @@ def task(data: str | None = None) -> Task:
 def _checked(table: Table) -> list[dict[str, Any]]:
     for place, row in zip(table.places, table.need(COLUMNS).rows, strict=True):
         try:
-            ast.parse("\n".join([row["code"], row["test_setup_code"], *row["test_list"]]))
+            _parse(row["code"], row["test_setup_code"], *row["test_list"])
         except (SyntaxError, TypeError) as error:
             raise DataError(f"{table.source}, {place}: the code or a test is no Python: {error}") from None
     return table.rows
+
+
+def _parse(*parts: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the rows' code has escapes such as "\\w", which Python warns of
+        return ast.parse("\n".join(parts))
 
 
 def messages(row: Row) -> tuple[Message, ...]:
@@ -99,10 +106,10 @@ def interface(row: Row) -> tuple[list[str], list[str]]:
     The tests run with imports of their own, so that no candidate can hand them another `math`; the names it defines are
     all that is taken from a candidate.
     """
-    tests = ast.parse("\n".join([row["test_setup_code"], *row["test_list"]]))
+    tests = _parse(row["test_setup_code"], *row["test_list"])
     used = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     imports, names = [], set()
-    for node in ast.parse(row["code"]).body:
+    for node in _parse(row["code"]).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             if used & {(alias.asname or alias.name).partition(".")[0] for alias in node.names}:
                 imports.append(ast.unparse(node))

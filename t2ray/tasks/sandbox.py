@@ -86,7 +86,8 @@ def check(
     Raises:
         ResourceError: no isolation can be had here, and `allow_unsafe` was not called.
     """
-    mode = mode or _mode() or ("none" if _unsafe else None)
+    allowed = (*_ISOLATED, "none") if _unsafe else _ISOLATED
+    mode = mode or next(filter(_works, allowed), None)
     if mode is None:
         raise ResourceError(
             "cannot isolate model-written code here, neither by namespaces nor by bubblewrap: install it, use a "
@@ -101,12 +102,9 @@ def check(
 
 
 @functools.cache
-def _mode() -> str | None:
-    """The first way of isolating that runs a harmless program here."""
-    for mode in _ISOLATED:
-        if _run(_command(mode, 512, 5), "def f(): return 1", ["assert f() == 1"], ["f"], "", 10.0) == "pass":
-            return mode
-    return None
+def _works(mode: str) -> bool:
+    """Whether a harmless program passes in this mode here."""
+    return _run(_command(mode, 512, 5), "def f(): return 1", ["assert f() == 1"], ["f"], "", 10.0) == "pass"
 
 
 def _run(
@@ -150,7 +148,17 @@ def _command(mode: str, memory_mb: int, cpu_s: int) -> list[str]:
     child = [python, "-s", "-S", "-P", "-B", str(_CHILD), mode, str(memory_mb), str(cpu_s), *shown]
     if mode != "bubblewrap":
         return child
-    walls = ["bwrap", "--unshare-all", "--die-with-parent", "--as-pid-1", "--cap-drop", "ALL"]
+    walls = [
+        "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--as-pid-1",
+        "--cap-drop",
+        "ALL",
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+    ]
     for path in (*shown, python, str(_CHILD.parent)):
         walls += ["--ro-bind-try", path, path]
-    return [*walls, "--size", str(16 << 20), "--tmpfs", "/box", "--chdir", "/box", *child]
+    return [*walls, "--size", str(16 << 20), "--tmpfs", "/box", "--remount-ro", "/", "--chdir", "/box", *child]

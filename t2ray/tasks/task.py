@@ -76,8 +76,9 @@ def load_reward(reward: str, folder: str | None = None) -> Reward:
         raise ConfigError(f"reward {reward!r}: no module {module_name!r} in {where}the packages; add {top}.py there")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(f"reward {reward!r}: importing {module_name!r} failed: {error}") from error
+    except Exception as error:  # importing runs the user's code, which may raise anything
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"reward {reward!r}: importing {module_name!r} failed: {reason}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         known = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))

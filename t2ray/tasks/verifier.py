@@ -14,6 +14,7 @@ import functools
 import math
 import multiprocessing
 import numbers
+import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import pebble
 
 from t2ray.core import ConfigError, RewardError, T2RayError
-from t2ray.tasks import sandbox
+from t2ray.tasks import sandbox, sandbox_jail
 from t2ray.tasks.task import Reward, Task, load_reward
 
 TIMED_OUT = -1.0
@@ -65,7 +66,7 @@ class Verifier:
         self.timeouts = 0
         self._job = functools.partial(_grade, reward, path, unsafe_code, timeout_s if workers else None)
         context = multiprocessing.get_context("spawn")
-        self._pool = pebble.ProcessPool(max_workers=workers, context=context) if workers else None
+        self._pool = pebble.ProcessPool(workers, initializer=_start, context=context) if workers else None
 
     def __enter__(self) -> Verifier:
         return self
@@ -144,6 +145,15 @@ def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | N
 # ------------------------------------------------------------------------------------------------------- in the worker
 
 
+def _start() -> None:
+    """Ties a new worker to its owner: it ends when the owner does, however that ends, and at once when told to."""
+    sandbox_jail.die_with_parent()
+    owner = multiprocessing.parent_process()
+    if owner is None or owner.pid != os.getppid():  # it ended before it could be tied to
+        os._exit(1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for code that no signal interrupts
+
+
 def _grade(
     reward: str, path: str | None, unsafe_code: bool, timeout_s: float | None, items: list[Item]
 ) -> list[float | None]:
@@ -164,6 +174,7 @@ class _TimeUp(BaseException):
 
 
 def _grade_one(name: str, function: Reward, timeout_s: float | None, item: Item) -> float | None:
+    start = time.monotonic()
     try:
         with _alarm(timeout_s):
             value: object = function(*item)
@@ -173,6 +184,8 @@ def _grade_one(name: str, function: Reward, timeout_s: float | None, item: Item)
         raise
     except Exception as error:  # whatever a user's function raises must stop the run, and say which function it was
         raise RewardError(f"{_named(name, item)} raised {type(error).__name__}: {error}") from error
+    if timeout_s is not None and time.monotonic() - start > timeout_s:  # it caught the alarm and went on
+        return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -1.0 <= float(value) <= 1.0:
         raise RewardError(f"{_named(name, item)} returned {value!r}; it must return a number in [-1, 1]")
     return float(value)

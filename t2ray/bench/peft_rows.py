@@ -1,0 +1,48 @@
+"""PEFT's batch of mixed LoRA adapters: the peer of rows of mixtures. Needs the `bench` extra.
+
+Not here: the timing. Called by the benches `rows`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RANK = 16
+MISSING = "peft is not installed; pip install 't2ray[bench]'"
+
+
+def available() -> bool:
+    """Whether peft can be imported."""
+    return importlib.util.find_spec("peft") is not None
+
+
+class PeftRows:
+    """A plain model with `adapters` random LoRA adapters of rank 16 on every projection; a row names its own."""
+
+    def __init__(self, base: Any, modules: Sequence[str], adapters: int) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(modules), init_lora_weights=False)
+        self.hf = get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
+        for i in range(1, adapters):
+            self.hf.add_adapter(f"a{i}", config)
+        self.hf.eval()
+
+    def generate(self, ids_BT: Tensor, row_index: Sequence[int], new: int) -> Tensor:
+        """Greedy answers, (B, new); row i with adapter `row_index[i]`."""
+        with torch.no_grad():
+            out_BT: Tensor = self.hf.generate(
+                input_ids=ids_BT,
+                attention_mask=torch.ones_like(ids_BT),
+                adapter_names=[f"a{i}" for i in row_index],
+                max_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        return out_BT[:, ids_BT.shape[1] :]

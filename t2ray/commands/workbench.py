@@ -1,0 +1,225 @@
+"""A model with its factors, an engine and all experts of a registry: what adapt, chat and eval work with.
+
+Resolves `--run`, `--model`, `--factors` and `--experts`. Not here: what the commands do with it, and training, which
+loads models in its workers. Called by the commands and by jobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, fixed
+from t2ray.commands.terminal import bar
+from t2ray.config import TrainConfig, nearest
+from t2ray.core import ConfigError, ExpertError, Message, Mixture, UnknownExpert
+from t2ray.engine import Engine
+from t2ray.experts import Registry
+from t2ray.model import load_model
+from t2ray.prompts import OTHERS, dispatch_prompt
+from t2ray.rl.run import CONFIG, read_run
+from t2ray.store import Store
+from t2ray.svd import MANIFEST, Factors, decompose
+from t2ray.weights import Weights, resolve
+
+DEFAULT_RUN = "runs/demo"
+FEWSHOT = "fewshot/"
+_ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
+_LABEL_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where things are: `Place(model="tiny", factors=None, experts="runs/demo/experts", run=None)`."""
+
+    model: str
+    factors: str | None
+    experts: str | None
+    run: TrainConfig | None
+
+    def registry(self) -> Registry:
+        """The registry, with experts in it or not.
+
+        Raises:
+            ConfigError: none was named, and there is no default run.
+        """
+        if self.experts is None:
+            raise ConfigError(
+                f"no registry: there is no {DEFAULT_RUN} here; name one by --experts or --run, or run `t2ray demo`"
+            )
+        return Registry(self.experts)
+
+
+def locate(args: argparse.Namespace) -> Place:
+    """What the options name; without any of them the demo's run where there is one, else the tiny model by itself.
+
+    Raises:
+        ConfigError: both a run and a model were named.
+        RunError: there is no run in that folder.
+    """
+    if args.run is not None and args.model is not None:
+        raise ConfigError(f"--run {args.run} brings its own model; leave out --model {args.model} or --run")
+    folder = args.run
+    if folder is None and args.model is None and args.experts is None and Store(DEFAULT_RUN).exists(CONFIG):
+        folder = DEFAULT_RUN
+    run = read_run(folder) if folder is not None else None
+    return Place(
+        model=args.model or (run.model if run else "tiny"),
+        factors=args.factors or (run.factors if run else None),
+        experts=args.experts or (run.experts if run else None),
+        run=run,
+    )
+
+
+def open_factors(place: Place) -> Factors:
+    """The model's decomposition, made where it is missing.
+
+    Raises:
+        ModelError: a model that cannot be read, or factors of another one.
+    """
+    weights = Weights(resolve(place.model))
+    if place.factors is None:  # the name that a training job gives it, so that neither makes it twice
+        spec = json.dumps([weights.digest, None, None]).encode()
+        folder = Path("runs/factors", hashlib.blake2b(spec, digest_size=6).hexdigest())
+    else:
+        folder = Path(place.factors)
+    if (folder / MANIFEST).exists():
+        return Factors.open(folder, weights.digest)
+    targets, layers = (place.run.targets, place.run.layers) if place.run else (None, None)
+    with bar("decompose") as progress:
+        return decompose(place.model, folder, targets=targets, layers=layers, progress=progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workbench:
+    """A loaded model with experts.
+
+    `experts` are those that answer; `classifier` is the expert that names the kind of request, or None; `labels` are
+    what it tells apart, in the order that it was trained on (without one: all experts), and "others".
+    """
+
+    place: Place
+    engine: Engine
+    registry: Registry | None
+    experts: tuple[str, ...]
+    classifier: str | None
+    labels: tuple[str, ...]
+
+    def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
+        """`base`, `prompt`, `cls`, `fewshot/NAME` (a saved mixture), or a mixture such as `math:0.7,code:0.3`.
+
+        Raises:
+            UnknownExpert: no expert or saved mixture of that name.
+            ConfigError: text that is no strategy, or one that needs experts where there are none.
+        """
+        if name.startswith(FEWSHOT):
+            return fixed(self.mixture(name.removeprefix(FEWSHOT)), name=name)
+        if name in ("prompt", "cls"):
+            labels = self.dispatch_labels(name)
+            mixture = Mixture.of({self.classifier: 1.0}) if name == "cls" and self.classifier else Mixture.base()
+            if generate_label:
+                return classify_by_generation(self.engine.generate, labels, mixture, name=name)
+            return classify(self.engine.score, labels, mixture, name=name)
+        mixture = Mixture.parse(name)
+        for expert in mixture.names:
+            if expert not in self.engine.model.svf.bank:
+                known = [*self.engine.model.svf.bank, *_ADAPTIVE]
+                raise UnknownExpert(f"no strategy or expert {expert!r}{nearest(expert, known)}")
+        return fixed(mixture, name=name)
+
+    def mixture(self, name: str) -> Mixture:
+        """A mixture saved by `t2ray adapt`.
+
+        Raises:
+            ConfigError: there is no registry.
+            UnknownExpert: no mixture of that name, or one of an expert that is gone.
+        """
+        mixture = self.place.registry().load_mixture(name)
+        self.engine.model.svf.mix(mixture)
+        return mixture
+
+    def dispatch_labels(self, strategy: str) -> tuple[str, ...]:
+        """What `prompt` or `cls` chooses from; the base model is also asked about experts that came later.
+
+        Raises:
+            ConfigError: there are no experts, or for `cls` no classification expert.
+            UnknownExpert: an expert that the classification expert was trained to name is gone.
+        """
+        where = self.place.experts or "no registry"
+        if not self.experts:
+            raise ConfigError(
+                f"strategy {strategy!r} needs experts to choose from, and there are none ({where}); name them by --run "
+                "or --experts, train some by `t2ray demo` or `t2ray train`, or use the strategy base"
+            )
+        if strategy == "cls":
+            if self.classifier is None:
+                raise ConfigError(
+                    f"strategy 'cls' needs a classification expert, and there is none in {where}; train a domain with "
+                    "others (see `t2ray train`), or use the strategy prompt"
+                )
+            for label in self.labels[:-1]:
+                if label not in self.experts:
+                    raise UnknownExpert(
+                        f"the classification expert {self.classifier!r} names the expert {label!r}, which is not in "
+                        f"{where}; import it again, or use the strategy prompt"
+                    )
+            return self.labels
+        known = [label for label in self.labels if label in self.experts]
+        return (*known, *(name for name in self.experts if name not in known), OTHERS)
+
+    def fits(self, messages: tuple[Message, ...], max_tokens: int, labels: tuple[str, ...] = ()) -> bool:
+        """Whether the context holds a conversation with an answer and, with `labels`, the question of pass 1."""
+        engine = self.engine
+        if labels:
+            longest = max(len(engine.model.chat.encode_answer(label)) for label in labels)
+            if not engine.fits(dispatch_prompt(messages, labels), max(longest, _LABEL_TOKENS)):
+                return False
+        return engine.fits(messages, max_tokens)
+
+    def answer_tokens(self, asked: int | None, usual: int) -> int:
+        """How long an answer may be: what was asked for, else what is usual, but at most half the context."""
+        return asked if asked is not None else min(usual, max(1, self.engine.model.context // 2))
+
+
+def open_workbench(place: Place) -> Workbench:
+    """Loads the model and every expert.
+
+    Raises:
+        ConfigError: a registry was named that has no experts, or has two classification experts.
+        ExpertError: an expert of another base model.
+        ModelError: the model cannot be read.
+    """
+    registry = Registry(place.experts) if place.experts is not None else None
+    manifests = registry.list() if registry is not None else ()
+    if registry is not None and not manifests and place.run is None:
+        raise ConfigError(
+            f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
+        )
+    classifiers = [manifest for manifest in manifests if "labels" in manifest.config]
+    if len(classifiers) > 1:
+        names = " and ".join(repr(manifest.name) for manifest in classifiers)
+        raise ConfigError(f"{place.experts} holds several classification experts, {names}; delete all but one of them")
+    factors = open_factors(place)
+    engine = Engine(load_model(place.model, factors.folder))
+    svf = engine.model.svf
+    for manifest in manifests:
+        assert registry is not None
+        expert = registry.load(manifest.name, base_digest=factors.base_digest, layout=svf.layout)
+        svf.bank[manifest.name] = expert.flat(svf.layout).to(engine.model.device)
+    classifier = classifiers[0].name if classifiers else None
+    experts = tuple(manifest.name for manifest in manifests if manifest.name != classifier)
+    labels = _labels(classifiers[0].config["labels"], classifiers[0].name) if classifiers else (*experts, OTHERS)
+    return Workbench(
+        place=place, engine=engine, registry=registry, experts=experts, classifier=classifier, labels=labels
+    )
+
+
+def _labels(labels: object, classifier: str) -> tuple[str, ...]:
+    if not (isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels) and labels[-1] == OTHERS):
+        raise ExpertError(
+            f"expert {classifier!r}: its manifest's labels must be names and at last {OTHERS!r}; not {labels}"
+        )
+    return tuple(labels)

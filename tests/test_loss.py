@@ -1,0 +1,195 @@
+"""REINFORCE with a KL: hand-computed values, and the gradient against the plain algorithm's and its own parts'."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import load_as, plain, random_z, rollout
+from torch import Tensor
+from torch.func import functional_call
+
+from t2ray.core import Rollout
+from t2ray.model import Model
+from t2ray.rl import loss
+from t2ray.rl.loss import LossTerms, advantages, backward, token_losses
+
+A, B = (0.9, 0.1), (0.5, 0.5)
+KL_AB = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_as(torch.float64, tiny_llama, tmp_path_factory.mktemp("loss"))
+
+
+ROLLOUTS = [
+    rollout([7, 8, 9], [10, 11]),
+    rollout([7], [200, 4, 60, 61, 1]),
+    rollout([30, 31, 32, 33, 34, 35], [1]),
+    rollout([8, 8], [100, 101, 102]),
+    rollout([7, 8, 9], [10, 12, 13, 14]),
+]
+ADVANTAGES = [1.0, -0.5, 0.25, -1.0, 0.75]
+
+
+def gradient(
+    model: Model,
+    z_K: Tensor,
+    rollouts: Sequence[Rollout] = ROLLOUTS,
+    advantage_B: Sequence[float] = ADVANTAGES,
+    *,
+    lam: float = 0.3,
+    temperature: float = 1.0,
+) -> tuple[Tensor, LossTerms]:
+    """The gradient of one micro-batch of a batch of 5 at z, (K,), and its sums."""
+    leaf_1K = z_K.double()[None].requires_grad_()
+    terms = backward(model, leaf_1K, rollouts, advantage_B, lam=lam, temperature=temperature, batch=len(ROLLOUTS))
+    assert leaf_1K.grad is not None
+    return leaf_1K.grad[0], terms
+
+
+# -------------------------------------------------------------------------------------------------------- hand-computed
+
+
+def test_the_loss_of_a_token_by_hand() -> None:
+    loss_N, kl_N = token_losses(
+        torch.tensor([A, A, B]).log(), torch.tensor([B, B, A]).log(), torch.tensor([0, 1, 1]),
+        torch.tensor([1.0, -2.0, 0.0]), 0.5, 1.0,
+    )  # fmt: skip
+    kl_BA = 0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1)
+    assert kl_N.tolist() == pytest.approx([KL_AB, KL_AB, kl_BA], rel=1e-5)
+    expected = [0.5 * KL_AB - math.log(0.9), 0.5 * KL_AB + 2 * math.log(0.1), 0.5 * kl_BA]
+    assert loss_N.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_divergence_is_the_policys_from_the_base_and_not_the_other_way_round() -> None:
+    _, kl_N = token_losses(
+        torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 1, 1
+    )
+    assert float(kl_N) == pytest.approx(KL_AB, rel=1e-5)
+    assert abs(KL_AB - (0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))) > 0.1  # the other way round differs
+
+
+def test_the_temperature_reaches_the_sampled_token_and_not_the_divergence() -> None:
+    loss_N, kl_N = token_losses(
+        torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 0.0, 2.0
+    )
+    assert float(loss_N) == pytest.approx(-math.log(3 / 4), rel=1e-5)  # sqrt(.9) : sqrt(.1) = 3 : 1
+    assert float(kl_N) == pytest.approx(KL_AB, rel=1e-5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.floats(-30, 30)] * 2), min_size=2, max_size=9))
+def test_the_divergence_is_never_negative(logits: list[tuple[float, float]]) -> None:
+    both = torch.tensor(logits, dtype=torch.float64).T
+    _, kl_N = token_losses(both[:1], both[1:], torch.zeros(1).long(), torch.zeros(1), 1.0, 1.0)
+    assert float(kl_N) >= -1e-12
+
+
+def test_advantages_by_hand() -> None:
+    rewards = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 0.0], dtype=torch.float64)
+    mean = float(rewards.mean())
+    assert advantages(rewards, 3, "none", mean).tolist() == rewards.tolist()
+    assert advantages(rewards, 3, "mean", mean).tolist() == pytest.approx([r - 1 / 6 for r in rewards.tolist()])
+    # (1, -1, 1): each less the mean of the other two; then (1, -1, 0)
+    assert advantages(rewards, 3, "loo", mean).tolist() == pytest.approx([1.0, -2.0, 1.0, 1.5, -1.5, 0.0])
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
+def test_a_worker_without_rollouts_has_no_advantages(baseline: str) -> None:
+    assert advantages(torch.tensor([], dtype=torch.float64), 2, baseline, 0.5).tolist() == []
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize(("lam", "temperature"), [(0.3, 1.0), (0.0, 1.0), (0.3, 0.7), (5.0, 1.6)])
+def test_the_gradient_is_that_of_the_plain_algorithm(model: Model, lam: float, temperature: float) -> None:
+    """Row by row, without padding or chunks: dense weights U diag(s z) V^T, one autograd graph to z."""
+    z_K = random_z(model.svf.K, 3).double().requires_grad_()
+    policy, base, gain_K = plain(model), plain(model), z_K * model.svf.s_K
+    weights = {
+        f"{target.name}.weight": (layer.U_Mr * gain_K[layer.span]) @ layer.Vh_rN
+        for target, layer in zip(model.svf.layout, model.svf.layers, strict=True)
+    }
+    total, kl_sum = torch.zeros((), dtype=torch.float64), 0.0
+    for one, advantage in zip(ROLLOUTS, ADVANTAGES, strict=True):
+        prompt, answer = one.completion.prompt_ids, one.completion.token_ids
+        ids = torch.tensor([prompt + answer])
+        logits = functional_call(policy, weights, (ids,)).logits[0, len(prompt) - 1 : -1]
+        reference = base(ids).logits[0, len(prompt) - 1 : -1]
+        log_p, log_q = logits.log_softmax(-1), reference.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum()
+        sampled = (logits / temperature).log_softmax(-1)
+        chosen = sum(sampled[i, token] for i, token in enumerate(answer))
+        total = total + lam * kl - advantage * chosen
+        kl_sum += float(kl.detach())
+    (total / len(ROLLOUTS)).backward()
+    grad_K, terms = gradient(model, z_K.detach(), lam=lam, temperature=temperature)
+    assert z_K.grad is not None
+    # The model's logits are float32 from the head on, whatever its weights are.
+    torch.testing.assert_close(grad_K, z_K.grad, rtol=0, atol=1e-6 * float(z_K.grad.abs().max()))
+    assert terms.loss == pytest.approx(float(total.detach()) / len(ROLLOUTS), rel=1e-5)
+    assert terms.kl == pytest.approx(kl_sum, rel=1e-5)
+    assert terms.tokens == sum(len(r.completion.token_ids) for r in ROLLOUTS)
+
+
+@pytest.mark.parametrize("tokens_at_once", [1, 4, 7])
+def test_chunks_of_the_vocabulary_give_what_the_whole_gives(
+    model: Model, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
+) -> None:
+    z_K = random_z(model.svf.K, 3)
+    whole, terms = gradient(model, z_K)
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", tokens_at_once * model.hf.config.vocab_size)
+    chunked, chunked_terms = gradient(model, z_K)
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+    assert (chunked_terms.loss, chunked_terms.kl) == pytest.approx((terms.loss, terms.kl), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_whole_batch(model: Model, size: int) -> None:
+    z_K = random_z(model.svf.K, 3)
+    whole, terms = gradient(model, z_K)
+    parts = [gradient(model, z_K, ROLLOUTS[i : i + size], ADVANTAGES[i : i + size]) for i in range(0, 5, size)]
+    summed = torch.stack([grad for grad, _ in parts]).sum(0)
+    torch.testing.assert_close(summed, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
+    assert sum(t.loss for _, t in parts) == pytest.approx(terms.loss, rel=1e-6)
+    assert sum(t.tokens for _, t in parts) == terms.tokens
+
+
+def test_a_micro_batch_adds_to_the_gradient_that_is_there(model: Model) -> None:
+    leaf_1K = torch.ones(1, model.svf.K, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        backward(model, leaf_1K, ROLLOUTS[:1], [1.0], lam=0.1, temperature=1.0, batch=1)
+    once = torch.ones(1, model.svf.K, dtype=torch.float64, requires_grad=True)
+    backward(model, once, ROLLOUTS[:1], [1.0], lam=0.1, temperature=1.0, batch=1)
+    torch.testing.assert_close(leaf_1K.grad, 2 * once.grad)
+
+
+def test_at_the_base_model_the_divergence_and_its_gradient_are_zero(model: Model) -> None:
+    ones = torch.ones(model.svf.K)
+    grad_K, terms = gradient(model, ones, advantage_B=[0.0] * 5, lam=1.0)
+    away, _ = gradient(model, random_z(model.svf.K, 3), advantage_B=[0.0] * 5, lam=1.0)
+    assert abs(terms.kl) < 1e-6
+    assert float(grad_K.abs().max()) < 1e-5 * float(away.abs().max())
+
+
+def test_the_divergence_pulls_z_back_to_the_base(model: Model) -> None:
+    z_K = random_z(model.svf.K, 3, spread=0.05).double()
+    grad_K, terms = gradient(model, z_K, advantage_B=[0.0] * 5, lam=1.0)
+    assert terms.kl > 0
+    assert float(grad_K @ (z_K - 1)) > 0  # a step against the gradient goes back towards 1
+
+
+def test_a_rewarded_answer_becomes_likelier(model: Model) -> None:
+    z_K = torch.ones(model.svf.K, dtype=torch.float64)
+    grad_K, before = gradient(model, z_K, ROLLOUTS[:1], [1.0], lam=0.0)
+    _, after = gradient(model, z_K - 1e-3 * grad_K / grad_K.norm(), ROLLOUTS[:1], [1.0], lam=0.0)
+    assert after.loss < before.loss
+    assert after.loss - before.loss == pytest.approx(-1e-3 * float(grad_K.norm()), rel=0.05)

@@ -1,0 +1,322 @@
+"""SVF layers: exact by row and by token, exact when folded, differentiated in z alone; and the mixing of experts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import load_as, plain, random_z, token_rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from t2ray.core import ExpertError, Mixture, UnknownExpert
+from t2ray.model import Model
+from t2ray.svd import Factors
+from t2ray.svf import SVF, by_target, parametrise
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def loaded(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_as(request.param, tiny_llama, tmp_path_factory.mktemp("svf"))
+
+
+@pytest.fixture(scope="module")
+def loaded64(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_as(torch.float64, tiny_llama, tmp_path_factory.mktemp("svf64"))
+
+
+def with_experts(model: Model) -> Iterator[Model]:
+    model.svf.bank = {name: random_z(model.svf.K, seed) for seed, name in enumerate(("math", "code", "pick"))}
+    yield model
+    model.svf.bank = {}
+
+
+@pytest.fixture
+def model(loaded: Model) -> Iterator[Model]:
+    yield from with_experts(loaded)
+
+
+@pytest.fixture
+def model64(loaded64: Model) -> Iterator[Model]:
+    yield from with_experts(loaded64)
+
+
+def forward(model: Model, ids_BT: Tensor) -> Tensor:
+    """Logits in the model's own precision, (B, T, V)."""
+    with torch.no_grad():
+        logits: Tensor = model.hf(input_ids=ids_BT, use_cache=False).logits
+    return logits
+
+
+def close(model: Model, a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE[model.hf.dtype] * float(b.abs().max()))
+
+
+# -------------------------------------------------------------------------------------------------------- equivalences
+
+
+def test_with_nothing_bound_it_is_the_base_model_bit_for_bit(model: Model) -> None:
+    ids = token_rows(model, 2, 9)
+    assert torch.equal(forward(model, ids), plain(model)(input_ids=ids, use_cache=False).logits)
+
+
+def test_z_of_one_is_the_base_model(model: Model) -> None:
+    ids = token_rows(model, 2, 9)
+    with model.svf.rows(torch.ones(1, model.svf.K)):
+        close(model, forward(model, ids), plain(model)(input_ids=ids).logits)
+
+
+def test_an_expert_answers_unlike_the_base(model: Model) -> None:
+    ids = token_rows(model, 2, 9)
+    with model.svf.rows(model.svf.bank["math"][None]):
+        difference = forward(model, ids)
+    assert float((difference - forward(model, ids)).abs().max()) > 0.5
+
+
+def test_a_row_of_a_mixed_batch_is_that_row_alone(model: Model) -> None:
+    ids, index = token_rows(model, 5, 9), [0, 1, 2, 1, 3]
+    z_RK = torch.stack([*model.svf.bank.values(), torch.ones(model.svf.K)])
+    with model.svf.rows(z_RK, torch.tensor(index)):
+        mixed = forward(model, ids)
+    for row, z in enumerate(index):
+        with model.svf.rows(z_RK[z : z + 1]):
+            close(model, mixed[row : row + 1], forward(model, ids[row : row + 1]))
+
+
+@pytest.mark.parametrize("text", ["math", "math:0.7,code:0.3", "base", "math:-0.5,pick:1.5"])
+def test_folded_equals_factored(model: Model, text: str) -> None:
+    ids, mixture = token_rows(model, 3, 9), Mixture.parse(text)
+    with model.svf.rows(model.svf.mix(mixture)[None]):
+        factored = forward(model, ids)
+    with model.svf.folded(mixture):
+        close(model, forward(model, ids), factored)
+
+
+def test_an_index_by_token_equals_an_index_by_row(model: Model) -> None:
+    z_RK = torch.stack(list(model.svf.bank.values()))
+    for layer in model.svf.layers[:7]:
+        x_BTN = torch.randn(4, 6, layer.weight.shape[1], dtype=layer.weight.dtype)
+        index = torch.tensor([2, 0, 1, 0])
+        with model.svf.rows(z_RK, index):
+            by_row = layer(x_BTN)
+        with model.svf.rows(z_RK, index.repeat_interleave(6)):
+            close(model, layer(x_BTN.reshape(1, 24, -1)).reshape_as(by_row), by_row)
+
+
+def test_a_fold_follows_its_expert(model: Model) -> None:
+    """An expert that is trained changes under one name: the folded weights must not be the old ones."""
+    ids, mixture = token_rows(model, 1, 5), Mixture.parse("math")
+    with model.svf.folded(mixture):
+        before = forward(model, ids)
+    assert model.svf.is_folded(mixture)
+    model.svf.bank["math"] = random_z(model.svf.K, 99)
+    assert not model.svf.is_folded(mixture)
+    with model.svf.folded(mixture):
+        after = forward(model, ids)
+    assert float((after - before).abs().max()) > 0.1
+    with model.svf.rows(model.svf.bank["math"][None]):
+        close(model, after, forward(model, ids))
+
+
+def test_experts_that_are_added_change_nothing_for_the_others_bit_for_bit(model: Model) -> None:
+    ids, mixture = token_rows(model, 2, 7), Mixture.parse("math:0.7,code:0.3")
+
+    def outputs() -> list[Tensor]:
+        with model.svf.rows(torch.stack([model.svf.mix(mixture), model.svf.bank["pick"]]), torch.tensor([0, 1])):
+            factored = forward(model, ids)
+        with model.svf.folded(mixture):
+            return [factored, forward(model, ids), forward(model, ids)]
+
+    before = outputs()
+    for seed in range(20):
+        model.svf.bank[f"new-{seed}"] = random_z(model.svf.K, 100 + seed)
+    assert all(torch.equal(a, b) for a, b in zip(before, outputs(), strict=True))
+
+
+def test_singular_values_keep_their_precision_under_a_bfloat16_model(tiny_llama: Path, tmp_path: Path) -> None:
+    model = load_as(torch.bfloat16, tiny_llama, tmp_path)
+    stored = torch.cat([Factors.open(tmp_path / "factors").load(target.name)[1] for target in model.svf.layout])
+    assert model.svf.s_K.dtype == torch.float32
+    assert torch.equal(model.svf.s_K, stored)
+    assert not torch.equal(stored, stored.bfloat16().float())
+    assert all(
+        layer.weight.dtype == layer.U_Mr.dtype == layer.Vh_rN.dtype == torch.bfloat16 for layer in model.svf.layers
+    )
+    # A z so near to 1 that bfloat16 would round it away still moves the output.
+    ids = token_rows(model, 4, 9)
+    with model.svf.rows(torch.ones(1, model.svf.K)):
+        at_one = forward(model, ids)
+    with model.svf.rows(torch.full((1, model.svf.K), 1.002)):
+        assert not torch.equal(forward(model, ids), at_one)
+
+
+# ----------------------------------------------------------------------------------------------------------- gradients
+
+
+def test_the_gradient_of_z_is_that_of_finite_differences(model64: Model) -> None:
+    ids, generator = token_rows(model64, 3, 5), torch.Generator().manual_seed(1)
+    weight = torch.randn(3, 5, model64.hf.config.vocab_size, generator=generator, dtype=torch.float64)
+    index = torch.tensor([0, 1, 0])
+    z_RK = torch.stack([random_z(model64.svf.K, 5), random_z(model64.svf.K, 6)]).double().requires_grad_()
+
+    def f(z_RK: Tensor) -> Tensor:
+        with model64.svf.rows(z_RK, index):
+            return (model64.hf(input_ids=ids, use_cache=False).logits * weight).sum()
+
+    f(z_RK).backward()
+    assert z_RK.grad is not None
+    for _ in range(8):
+        direction = torch.randn(z_RK.shape, generator=generator, dtype=torch.float64)
+        h = 1e-6
+        with torch.no_grad():
+            slope = (f(z_RK + h * direction) - f(z_RK - h * direction)) / (2 * h)
+        torch.testing.assert_close((z_RK.grad * direction).sum(), slope, rtol=1e-6, atol=1e-6)
+
+
+class Watch(TorchDispatchMode):
+    """Collects the shapes of matrices that operations allocate: what is no view of a tensor there before."""
+
+    def __init__(self, known: list[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.made: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.made.add(tuple(tensor.shape))
+        return out
+
+
+def test_only_z_gets_a_gradient_and_no_weights_gradient_is_ever_allocated(model: Model) -> None:
+    ids, hf = token_rows(model, 3, 7), model.hf  # 21 tokens: no activation has a weight's shape
+    z_1K = torch.ones(1, model.svf.K, requires_grad=True)
+    shapes = {tuple(p.shape) for p in hf.parameters() if p.dim() == 2}
+    shapes |= {shape[::-1] for shape in shapes}
+    known = [*hf.parameters(), *hf.buffers()]
+
+    def backward() -> set[tuple[int, ...]]:
+        with model.svf.rows(z_1K):
+            loss = hf(input_ids=ids, use_cache=False).logits.square().mean()
+        with Watch(known) as watch:
+            loss.backward()
+        return watch.made & shapes
+
+    assert backward() == set()
+    assert z_1K.grad is not None and float(z_1K.grad.abs().sum()) > 0
+    assert [name for name, p in hf.named_parameters() if p.requires_grad or p.grad is not None] == []
+    # The watch does see a weight's gradient where there is one.
+    head = hf.get_output_embeddings().weight.requires_grad_()
+    assert backward() != set()
+    head.requires_grad_(False).grad = None
+
+
+# ------------------------------------------------------------------------------------------------------------ bindings
+
+
+@pytest.mark.parametrize("outer", ["rows", "folded"])
+@pytest.mark.parametrize("inner", ["rows", "folded"])
+def test_bindings_refuse_to_nest(model: Model, outer: str, inner: str) -> None:
+    def bind(kind: str) -> Any:
+        return (
+            model.svf.folded(Mixture.parse("math")) if kind == "folded" else model.svf.rows(torch.ones(1, model.svf.K))
+        )
+
+    with bind(outer), pytest.raises(AssertionError, match="do not nest"), bind(inner):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["rows", "folded"])
+def test_an_exception_unbinds(model: Model, kind: str) -> None:
+    ids = token_rows(model, 1, 4)
+    base = forward(model, ids)
+    z = model.svf.bank["math"][None]
+    with pytest.raises(KeyboardInterrupt):
+        with model.svf.folded(Mixture.parse("math")) if kind == "folded" else model.svf.rows(z):
+            assert not torch.equal(forward(model, ids), base)
+            raise KeyboardInterrupt
+    assert torch.equal(forward(model, ids), base)
+
+
+def test_a_binding_is_its_threads_own(model: Model) -> None:
+    ids = token_rows(model, 1, 4)
+    base, seen = forward(model, ids), []
+    with model.svf.rows(model.svf.bank["math"][None]):
+        thread = threading.Thread(target=lambda: seen.append(forward(model, ids)))
+        thread.start()
+        thread.join()
+    assert torch.equal(seen[0], base)
+
+
+def test_rows_of_another_length_are_a_mistake(model: Model) -> None:
+    with pytest.raises(AssertionError), model.svf.rows(torch.ones(1, model.svf.K + 1)):
+        pass
+    with pytest.raises(AssertionError), model.svf.rows(torch.ones(2, model.svf.K)):  # which row is which?
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ mixtures
+
+
+def test_weights_that_sum_to_one_give_the_papers_sum(model: Model) -> None:
+    bank = model.svf.bank
+    paper = 0.5 * bank["math"] + 0.3 * bank["code"] + 0.2 * bank["pick"]
+    torch.testing.assert_close(model.svf.mix(Mixture.parse("math:0.5,code:0.3,pick:0.2")), paper)
+
+
+def test_the_base_holds_what_the_weights_leave(model: Model) -> None:
+    bank = model.svf.bank
+    assert torch.equal(model.svf.mix(Mixture.base()), torch.ones(model.svf.K))
+    torch.testing.assert_close(model.svf.mix(Mixture.parse("math:0.4")), 0.6 + 0.4 * bank["math"])
+
+
+def test_weights_by_layer_reach_their_layers(model: Model) -> None:
+    z_K = model.svf.mix(Mixture.of({"math": [0.25, 2.0], "code": 1.0}))
+    for target, z_r in zip(model.svf.layout, by_target(z_K, model.svf.layout).values(), strict=True):
+        math, code = (by_target(model.svf.bank[name], model.svf.layout)[target.name] for name in ("math", "code"))
+        torch.testing.assert_close(z_r, 1 + (0.25, 2.0)[target.layer] * (math - 1) + (code - 1))
+
+
+def test_a_wrong_number_of_layers_is_refused(model: Model) -> None:
+    with pytest.raises(ExpertError, match=r"'math' has 3 weights by layer; the model has 2 layers"):
+        model.svf.mix(Mixture.of({"math": [1.0, 1.0, 1.0]}))
+
+
+def test_an_unknown_expert_names_the_nearest(model: Model) -> None:
+    with pytest.raises(UnknownExpert) as caught:
+        model.svf.mix(Mixture.parse("maths"))
+    assert str(caught.value) == "unknown expert 'maths'; did you mean 'math'? (known: code, math, pick)"
+
+
+def test_equal_parameters_of_a_sigmoid_are_the_base_model(model: Model) -> None:
+    svf = model.svf
+    ranks = [target.rank for target in svf.layout]
+    for value in (-2.0, 0.1, 3.0):
+        z_K = parametrise(torch.full((svf.K,), value), "sigmoid", svf.s_K, ranks)
+        torch.testing.assert_close(z_K, torch.ones(svf.K), rtol=1e-5, atol=0)
+
+
+def test_a_sigmoid_is_rescaled_matrix_by_matrix() -> None:
+    """By hand: sigmoid(0) = 1/2, sigmoid(ln 3) = 3/4; s = (2, 1) gives sum s / sum s z = 3 / 1.75."""
+    p_K = torch.tensor([0.0, 3.0, 0.0]).log().nan_to_num(neginf=0.0)
+    z_K = parametrise(p_K, "sigmoid", torch.tensor([2.0, 1.0, 5.0]), [2, 1])
+    torch.testing.assert_close(z_K, torch.tensor([0.5 * 3 / 1.75, 0.75 * 3 / 1.75, 1.0]))
+
+
+def test_the_parameters_of_a_scale_are_z_itself() -> None:
+    p_K = torch.tensor([0.5, 2.0])
+    assert parametrise(p_K, "scale", torch.ones(2), [2]) is p_K
+
+
+def test_factors_of_another_shape_are_refused(model: Model, tiny_llama: Path, tmp_path: Path) -> None:
+    factors = Factors.open(Path(model.hf.config._name_or_path).parent / "factors")
+    with pytest.raises(ExpertError, match=r"the decomposition has model.layers.0.self_attn.q_proj \(32 x 32\)"):
+        SVF(torch.nn.Linear(3, 3), factors)
