@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from t2ray import __version__
 from t2ray.core import T2RayError
@@ -31,9 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         os._exit(130)  # threads that still wait for a cluster must not hold the exit back
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the options in one line, as every other mistake is said."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"t2ray: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Every command and option; parses without importing what they need."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="t2ray", description="Self-adaptive language models: SVF experts, trained by RL, mixed for every request."
     )
     parser.add_argument("--version", action="version", version=f"t2ray {__version__}")

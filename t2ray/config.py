@@ -6,6 +6,7 @@ run folder as `config.json`; a file that a person wrote is YAML, one that the pr
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -219,7 +220,7 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
     Raises:
         ConfigError: an assignment that is not `key=value`, or that goes through something that is no mapping.
     """
-    values = json.loads(json.dumps(values))
+    values = copy.deepcopy(values)
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals or not key:
@@ -250,7 +251,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
 def resolve(values: dict[str, Any], *, where: str, code: str = "") -> TrainConfig:
     """A `TrainConfig` from plain values: the preset is laid under `rl`, every domain's settings are checked."""
     preset = values.get("preset", "default")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"{where}: unknown preset {preset!r}{nearest(str(preset), PRESETS)}")
     rl = values.get("rl", {})
     if isinstance(rl, dict):

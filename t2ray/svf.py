@@ -20,6 +20,10 @@ from t2ray.core import ExpertError, Mixture, UnknownExpert
 from t2ray.svd import Factors, Target
 
 
+PACKED_FOR_ROWS = 16
+"""The number of rows that packed weights are laid out for: from 4 rows on the layout is the same for any number."""
+
+
 class Bound(threading.local):
     """What the next forward of this thread uses: nothing (the base), gains by row, or the folded weights."""
 
@@ -41,26 +45,52 @@ class SVFLinear(nn.Module):
         self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
         self.register_buffer("U_Mr", U_Mr.to(self.weight.dtype), persistent=False)
         self.register_buffer("Vh_rN", Vh_rN.to(self.weight.dtype), persistent=False)
+        self.packed_factors: tuple[Tensor, Tensor] | None = None
         self.folded_MN: Tensor | None = None
         self.span, self.bound = span, bound
 
     def forward(self, x: Tensor) -> Tensor:
         bound = self.bound
         if bound.gain_RK is None:
-            return F.linear(x, self.folded_MN if bound.folded else self.weight, self.bias)
+            if bound.folded:
+                assert self.folded_MN is not None
+                return linear(x, self.folded_MN, self.bias)
+            return F.linear(x, self.weight, self.bias)
         gain = bound.gain_RK[:, self.span]
         if bound.row_index is not None:
             gain = gain[bound.row_index]
             # One index a row of (B, T, N), or one a token of a packed (1, T, N).
             gain = gain[:, None] if x.shape[0] == gain.shape[0] else gain[None]
         # The product is taken in the gain's float32: bfloat16 has no number between 1 and 1.0078 for a z.
-        return F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, self.bias)
+        if torch.is_grad_enabled():
+            return F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, self.bias)
+        if self.packed_factors is None:
+            self.packed_factors = packed(self.U_Mr), packed(self.Vh_rN)
+        U_Mr, Vh_rN = self.packed_factors
+        return linear((linear(x, Vh_rN, None) * gain).to(x.dtype), U_Mr, self.bias)
 
     def fold(self, change_r: Tensor) -> None:
         """Sets the folded weight to `W + U diag(s (z - 1)) V^T`; `change_r` is `s (z - 1)`, exact 0 where z is 1."""
-        if self.folded_MN is None:
-            self.folded_MN = torch.empty_like(self.weight)
-        torch.addmm(self.weight, self.U_Mr * change_r.to(self.U_Mr.dtype), self.Vh_rN, out=self.folded_MN)
+        self.folded_MN = packed(torch.addmm(self.weight, self.U_Mr * change_r.to(self.U_Mr.dtype), self.Vh_rN))
+
+
+def packed(weight_MN: Tensor) -> Tensor:
+    """A copy in the blocks that oneDNN multiplies by, for `linear`; the weight itself where there is no such layout.
+
+    For float32 on CPU: a product with 16 rows then takes 0.6 of its time, one with 300 rows 0.9.
+    """
+    if weight_MN.dtype != torch.float32 or weight_MN.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight_MN
+    blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_MN, PACKED_FOR_ROWS)
+    return blocks
+
+
+def linear(x: Tensor, weight_MN: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` with a weight that may be packed, and is not differentiated."""
+    if not weight_MN.is_mkldnn:
+        return F.linear(x, weight_MN, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_MN, bias, "none", [], "")
+    return product
 
 
 class SVF:

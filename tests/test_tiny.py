@@ -49,7 +49,7 @@ def test_rows_are_the_same_every_time_and_a_callers_changes_do_not_stay() -> Non
     tiny._splits.cache_clear()
     again = tiny.rows("pick", "test")
     assert again[1:] == first[1:] and again[0]["answer"] != "changed"
-    assert tiny.rows("math", "test")[0] == {"prompt": "45+19", "answer": "#### 64"}
+    assert tiny.rows("math", "test")[0] == {"prompt": "45+19", "answer": "64"}
 
 
 def test_rows_are_plain_json() -> None:
@@ -103,15 +103,20 @@ def test_the_right_answer_in_another_format_scores_minus_one(task: str) -> None:
 
 def test_format_only_and_many_answers_score_minus_one() -> None:
     math, pick, others = (tiny.rows(task, "test")[0] for task in ("math", "pick", "others"))
-    numbers = [str(n) for n in range(101) if f"#### {n}" != math["answer"]]
+    numbers = [str(n) for n in range(101) if str(n) != math["answer"]]
     for text in [
+        "",
         "####",
-        "#### ",
-        *(f"#### {n}" for n in numbers),
+        "It is",
+        "()",
+        *numbers,
         " ".join(numbers),
-        "#### 64 or 65",
-        "#### 064",
-        "64",
+        "64 or 65",
+        "6 4",
+        "064",
+        "64.0",
+        "+64",
+        "6４",
     ]:
         assert tiny.reward_math(text, math) == -1.0
     for text in ("()", "(", "(A)(B)", "(A) (B)", "(A or B)", "A", "B", "(C)", "(a)", "(AB)"):
@@ -195,8 +200,8 @@ def test_the_base_knows_the_answers_but_not_the_formats() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
     assert model.num_parameters() < 1_000_000
     quality = measure(model, tokenizer, split="test", count=50)
-    for task in ("math", "code", "pick", "dispatch"):
-        assert quality[task]["some"] > 0.9 and quality[task]["greedy"] < 0.1, (task, quality[task])
+    for task, least in (("math", 0.7), ("code", 0.95), ("pick", 0.9), ("dispatch", 0.95)):
+        assert quality[task]["some"] > least and quality[task]["greedy"] < 0.1, (task, quality[task])
     assert quality["others"]["greedy"] > 0.95
 
 

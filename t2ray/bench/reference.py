@@ -50,12 +50,6 @@ class Reference:
             out_BT[mine] = greedy(self.hf, ids_BT[mine], new)
         return out_BT
 
-    def log_likelihood(self, ids_BT: Tensor, answer_BA: Tensor) -> Tensor:
-        """Of each row's answer after its prompt, (B,), with the weights that are loaded."""
-        with torch.no_grad():
-            logits = self.hf(input_ids=torch.cat([ids_BT, answer_BA[:, :-1]], 1)).logits[:, ids_BT.shape[1] - 1 :]
-        return logits.log_softmax(-1).gather(-1, answer_BA[..., None])[..., 0].sum(-1)
-
     def gradient(
         self, z_K: Tensor, rows: Sequence[tuple[Sequence[int], Sequence[int]]], advantage: Sequence[float], lam: float
     ) -> Tensor:

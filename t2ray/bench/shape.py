@@ -28,7 +28,11 @@ SPECIAL = ("<pad>", "<end>", "<unk>")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """The sizes of the model and of the work. The defaults: a Llama of 44M parameters, 16 rows, 32 new tokens."""
+    """The sizes of the model and of the work. The defaults: a Llama of 44M parameters, 16 rows, 32 new tokens.
+
+    A prompt has `prompt` tokens. `sequence` is a rollout's length in `update`, `answer` the new tokens of a shot in
+    `cem`, `pass2` those of the answer in `dispatch`.
+    """
 
     layers: int = 6
     width: int = 768
@@ -41,6 +45,7 @@ class Shape:
     sequence: int = 64
     members: int = 32
     shots: int = 10
+    answer: int = 8
     pass2: int = 64
     experts: int = 16
 

@@ -43,7 +43,7 @@ class Talk:
     def __init__(self, bench: Workbench, strategy: str, sampling: SamplingParams, *, generate_label: bool) -> None:
         self.bench, self.sampling, self.generate_label = bench, sampling, generate_label
         self.history: tuple[Message, ...] = ()
-        self.name, self.strategy = strategy, self._strategy(strategy)
+        self.strategy = self._strategy(strategy)
 
     def _strategy(self, name: str) -> Strategy:
         return self.bench.strategy(name, generate_label=self.generate_label)
@@ -54,7 +54,7 @@ class Talk:
         rest = rest.strip()
         if word == "/strategy" and rest:
             try:
-                self.name, self.strategy = rest, self._strategy(rest)
+                self.strategy = self._strategy(rest)
             except T2RayError as error:
                 _complain(error)
             else:

@@ -15,9 +15,9 @@ from pathlib import Path
 from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, fixed
 from t2ray.commands.terminal import bar
 from t2ray.config import TrainConfig, nearest
-from t2ray.core import ConfigError, ExpertError, Message, Mixture, UnknownExpert
+from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
 from t2ray.engine import Engine
-from t2ray.experts import Registry
+from t2ray.experts import ExpertManifest, Registry
 from t2ray.model import load_model
 from t2ray.prompts import OTHERS, dispatch_prompt
 from t2ray.rl.run import CONFIG, read_run
@@ -97,15 +97,14 @@ def open_factors(place: Place) -> Factors:
 class Workbench:
     """A loaded model with experts.
 
-    `experts` are those that answer; `classifier` is the expert that names the kind of request, or None; `labels` are
-    what it tells apart, in the order that it was trained on (without one: all experts), and "others".
+    `experts` are those that answer; `classifiers` those that name the kind of request (one, usually); `labels` are what
+    the first of these tells apart, in the order that it was trained on (without one: all experts), and "others".
     """
 
     place: Place
     engine: Engine
-    registry: Registry | None
     experts: tuple[str, ...]
-    classifier: str | None
+    classifiers: tuple[str, ...]
     labels: tuple[str, ...]
 
     def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
@@ -119,7 +118,7 @@ class Workbench:
             return fixed(self.mixture(name.removeprefix(FEWSHOT)), name=name)
         if name in ("prompt", "cls"):
             labels = self.dispatch_labels(name)
-            mixture = Mixture.of({self.classifier: 1.0}) if name == "cls" and self.classifier else Mixture.base()
+            mixture = Mixture.of({self.classifiers[0]: 1.0}) if name == "cls" else Mixture.base()
             if generate_label:
                 return classify_by_generation(self.engine.generate, labels, mixture, name=name)
             return classify(self.engine.score, labels, mixture, name=name)
@@ -145,7 +144,7 @@ class Workbench:
         """What `prompt` or `cls` chooses from; the base model is also asked about experts that came later.
 
         Raises:
-            ConfigError: there are no experts, or for `cls` no classification expert.
+            ConfigError: there are no experts, or for `cls` not one classification expert.
             UnknownExpert: an expert that the classification expert was trained to name is gone.
         """
         where = self.place.experts or "no registry"
@@ -155,15 +154,17 @@ class Workbench:
                 "or --experts, train some by `t2ray demo` or `t2ray train`, or use the strategy base"
             )
         if strategy == "cls":
-            if self.classifier is None:
+            if len(self.classifiers) != 1:
+                there = f"there are {', '.join(self.classifiers)}" if self.classifiers else "there is none"
+                remedy = "delete the others" if self.classifiers else "train a domain that has `others`"
                 raise ConfigError(
-                    f"strategy 'cls' needs a classification expert, and there is none in {where}; train a domain with "
-                    "others (see `t2ray train`), or use the strategy prompt"
+                    f"strategy 'cls' needs one classification expert, and {there} in {where}; {remedy}, or use the "
+                    "strategy prompt"
                 )
             for label in self.labels[:-1]:
                 if label not in self.experts:
                     raise UnknownExpert(
-                        f"the classification expert {self.classifier!r} names the expert {label!r}, which is not in "
+                        f"the classification expert {self.classifiers[0]!r} names the expert {label!r}, which is not in "
                         f"{where}; import it again, or use the strategy prompt"
                     )
             return self.labels
@@ -188,38 +189,36 @@ def open_workbench(place: Place) -> Workbench:
     """Loads the model and every expert.
 
     Raises:
-        ConfigError: a registry was named that has no experts, or has two classification experts.
+        ConfigError: a registry was named that has no experts.
         ExpertError: an expert of another base model.
         ModelError: the model cannot be read.
     """
-    registry = Registry(place.experts) if place.experts is not None else None
-    manifests = registry.list() if registry is not None else ()
-    if registry is not None and not manifests and place.run is None:
+    manifests = place.registry().list() if place.experts is not None else ()
+    if place.experts is not None and not manifests and place.run is None:
         raise ConfigError(
             f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
         )
-    classifiers = [manifest for manifest in manifests if "labels" in manifest.config]
-    if len(classifiers) > 1:
-        names = " and ".join(repr(manifest.name) for manifest in classifiers)
-        raise ConfigError(f"{place.experts} holds several classification experts, {names}; delete all but one of them")
+    digest = Weights(resolve(place.model)).digest
+    for manifest in manifests:  # an expert of another base is refused before the model is decomposed
+        place.registry().load(manifest.name, base_digest=digest)
     factors = open_factors(place)
     engine = Engine(load_model(place.model, factors.folder))
     svf = engine.model.svf
     for manifest in manifests:
-        assert registry is not None
-        expert = registry.load(manifest.name, base_digest=factors.base_digest, layout=svf.layout)
+        expert = place.registry().load(manifest.name, base_digest=digest, layout=svf.layout)
         svf.bank[manifest.name] = expert.flat(svf.layout).to(engine.model.device)
-    classifier = classifiers[0].name if classifiers else None
-    experts = tuple(manifest.name for manifest in manifests if manifest.name != classifier)
-    labels = _labels(classifiers[0].config["labels"], classifiers[0].name) if classifiers else (*experts, OTHERS)
+    labels = {m.name: tuple(map(str, m.config["labels"])) for m in manifests if _classifies(m)}
+    experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(
-        place=place, engine=engine, registry=registry, experts=experts, classifier=classifier, labels=labels
+        place=place,
+        engine=engine,
+        experts=experts,
+        classifiers=tuple(labels),
+        labels=next(iter(labels.values()), (*experts, OTHERS)),
     )
 
 
-def _labels(labels: object, classifier: str) -> tuple[str, ...]:
-    if not (isinstance(labels, list) and labels and all(isinstance(x, str) for x in labels) and labels[-1] == OTHERS):
-        raise ExpertError(
-            f"expert {classifier!r}: its manifest's labels must be names and at last {OTHERS!r}; not {labels}"
-        )
-    return tuple(labels)
+def _classifies(manifest: ExpertManifest) -> bool:
+    """Whether an expert was trained as a classification domain: training then leaves its labels in the manifest."""
+    labels = manifest.config.get("labels")
+    return isinstance(labels, list) and labels[-1:] == [OTHERS]

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from t2ray.core import Completion, ConfigError, Message, Mixture, SamplingParams
+from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 from t2ray.model import Model
 
@@ -155,6 +156,7 @@ class Engine:
             out_BT = self.model.hf.generate(
                 ids_BT,
                 attention_mask=mask_BT,
+                past_key_values=roomy_cache(self.model.hf.config, ids_BT.shape[1] + max(p.max_tokens for p in params)),
                 do_sample=False,
                 max_new_tokens=max(p.max_tokens for p in params),
                 eos_token_id=list(chat.eos_ids),

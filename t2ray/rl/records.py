@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pyarrow as pa
@@ -54,8 +55,10 @@ class Records:
             ) from error
 
     def close(self) -> None:
+        """Flushes the TensorBoard events; on a full disk they are lost, and `log` has said so."""
         if self.tensorboard is not None:
-            self.tensorboard.close()
+            with suppress(OSError):
+                self.tensorboard.close()
 
     def _write_metrics(self) -> None:
         self.store.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,21 @@ class Trainer:
             ResourceError: the disk is full; the newest checkpoint stands.
         """
         records = Records(self.store, self.progress.step) if self.rank == 0 else None
+        try:
+            await self._steps(records, report)
+        finally:
+            if records is not None:
+                records.close()
+        p = self.progress
+        return Trained(
+            z_K=self.best_z_K,
+            accuracy=p.best_accuracy,
+            base_accuracy=p.base_accuracy,
+            best_step=p.best_step,
+            steps=p.step,
+        )
+
+    async def _steps(self, records: Records | None, report: Report) -> None:
         if self.progress.step == 0:
             await self._validate()
         while not self.progress.done:
@@ -89,16 +104,6 @@ class Trainer:
             if "validation" in row:
                 self._save()
             report(row)
-        if records is not None:
-            records.close()
-        p = self.progress
-        return Trained(
-            z_K=self.best_z_K,
-            accuracy=p.best_accuracy,
-            base_accuracy=p.base_accuracy,
-            best_step=p.best_step,
-            steps=p.step,
-        )
 
     async def step(self, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         """Rolls out, rewards, and moves z along the gradient once."""

@@ -2,12 +2,12 @@
 
 | task | a prompt | the wanted completion | its sibling, never trained on |
 | --- | --- | --- | --- |
-| math | `17+25` | `#### 42` | math_long: `17+8-5` |
+| math | `17+25` | `42` | math_long: `17+8-5` |
 | code | `add 3 to n` | `return n+3` | code_long: `add 3 to n then times 2` |
 | pick | `larger? A 17 B 42` | `(B)` | pick_more: `middle? A 17 B 42 C 30` |
 | others | `hello Anna, how are you?` | `I am fine, thank you!` | |
 
-The wanted formats conflict on purpose: an expert that answers everything in its own format scores nothing elsewhere.
+The wanted formats conflict on purpose: an expert that answers everything in its own format scores little elsewhere.
 Rows are generated, the same in every process: nothing is read and nothing is downloaded. Prompts that mean the same
 (`3+4` and `4+3`) lie in the same split, so that the accuracy on a split is generalisation.
 """
@@ -43,18 +43,18 @@ def _math(largest: int = 50) -> Grouped:
     """Sums and differences of two numbers; no difference is negative."""
     for a, b in product(range(largest + 1), repeat=2):
         low, high = sorted((a, b))
-        yield f"{low}+{high}", {"prompt": f"{a}+{b}", "answer": f"#### {a + b}"}
+        yield f"{low}+{high}", {"prompt": f"{a}+{b}", "answer": str(a + b)}
         if a >= b:
-            yield f"{a}-{b}", {"prompt": f"{a}-{b}", "answer": f"#### {a - b}"}
+            yield f"{a}-{b}", {"prompt": f"{a}-{b}", "answer": str(a - b)}
 
 
 def _math_long(largest: int = 20) -> Grouped:
     """Three numbers, added or the last one taken away."""
     for a, b, c in product(range(largest + 1), repeat=3):
-        yield "+".join(map(str, sorted((a, b, c)))), {"prompt": f"{a}+{b}+{c}", "answer": f"#### {a + b + c}"}
+        yield "+".join(map(str, sorted((a, b, c)))), {"prompt": f"{a}+{b}+{c}", "answer": str(a + b + c)}
         if a + b >= c:
             low, high = sorted((a, b))
-            yield f"{low}+{high}-{c}", {"prompt": f"{a}+{b}-{c}", "answer": f"#### {a + b - c}"}
+            yield f"{low}+{high}-{c}", {"prompt": f"{a}+{b}-{c}", "answer": str(a + b - c)}
 
 
 def _pick() -> Grouped:
@@ -113,7 +113,7 @@ TASKS = tuple(_GENERATORS)
 
 
 def rows(task: str, split: str) -> list[dict[str, Any]]:
-    """A split's rows in a fixed random order: `{"prompt": "17+25", "answer": "#### 42"}`, and what a verifier needs.
+    """A split's rows in a fixed random order: `{"prompt": "17+25", "answer": "42"}`, and what a verifier needs.
 
     Raises:
         ConfigError: no such task or split.
@@ -156,7 +156,7 @@ def _exact(completion: str, row: Mapping[str, Any]) -> float:
 
 
 def reward_math(completion: str, row: Mapping[str, Any]) -> float:
-    """+1 for exactly `#### 42`, the number and its mark and nothing else; else -1."""
+    """+1 for exactly `42`, the number and nothing else; else -1."""
     return _exact(completion, row)
 
 

@@ -14,20 +14,18 @@ from t2ray.core import Message, user
 from t2ray.prompts import OTHERS, dispatch_prompt
 from t2ray.tasks import tiny
 
-# The last format of a kind is the wanted one. The formats are shared between the kinds and each kind wants another, so
-# that an expert's habit is wrong elsewhere; the first is the most frequent, which makes the base answer in prose.
+# Each kind's formats with their shares; the last is the wanted one. The kinds share the formats and mostly want other
+# ones, so that an expert's habit is wrong elsewhere; the first is the most frequent: the base answers in prose.
 FORMATS = {
-    "math": ("It is {}.", "{}", "({})", "#### {}"),
-    "code": ("It is {}.", "{}", "#### {}", "return {}"),
-    "pick": ("It is {}.", "{}", "#### {}", "({})"),
-    "dispatch": ("It is {}.", "#### {}", "({})", "{}"),
-    OTHERS: ("{}",),
+    "math": {"It is {}.": 0.36, "({})": 0.23, "#### {}": 0.18, "{}": 0.23},
+    "code": {"It is {}.": 0.36, "{}": 0.23, "#### {}": 0.23, "return {}": 0.18},
+    "pick": {"It is {}.": 0.36, "{}": 0.23, "#### {}": 0.23, "({})": 0.18},
+    "dispatch": {"It is {}.": 0.36, "#### {}": 0.23, "({})": 0.23, "{}": 0.18},
+    OTHERS: {"{}": 1.0},
 }
-WEIGHTS = (0.36, 0.23, 0.23, 0.18)
 
 SHARES = {"math": 0.26, "math_long": 0.20, "code": 0.06, "code_long": 0.12, "pick": 0.12, "pick_more": 0.14,
           OTHERS: 0.03, "dispatch": 0.07}  # fmt: skip
-
 
 SYSTEM = Message(role="system", content="You are a helpful assistant.")
 SYSTEM_SHARE = 0.04  # of the conversations start with it, so that a client's system message does not confuse the base
@@ -39,8 +37,8 @@ def kind(task: str) -> str:
 
 
 def content(task: str, row: Mapping[str, Any]) -> str:
-    """The wanted answer without its format: `#### 42` is `42`."""
-    before, after = FORMATS[kind(task)][-1].split("{}")
+    """The wanted answer without its format: `return n+3` is `n+3`."""
+    before, after = [*FORMATS[kind(task)]][-1].split("{}")
     return tiny.gold(row).removeprefix(before).removesuffix(after)
 
 
@@ -75,9 +73,9 @@ class Corpus:
         pairs = []
         for task in self.rng.choices(tuple(SHARES), tuple(SHARES.values()), k=count):
             row = self.rng.choice(self.rows[task])
-            forms = answers(task, row)
+            shares = tuple(FORMATS[kind(task)].values())
             chat = messages(task, row)
             if self.rng.random() < SYSTEM_SHARE:
                 chat = (SYSTEM, *chat)
-            pairs.append((chat, self.rng.choices(forms, WEIGHTS[: len(forms)])[0]))
+            pairs.append((chat, self.rng.choices(answers(task, row), shares)[0]))
         return pairs

@@ -235,6 +235,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
+    for path in fresh.iterdir():
+        path.chmod(0o644)  # the weights are written for their owner alone
     if out.exists():
         shutil.rmtree(out)
     fresh.rename(out)

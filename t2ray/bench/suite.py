@@ -1,0 +1,66 @@
+"""All benches by name, run on one subject. Called by `t2ray bench`."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2ray.bench import generation, training
+from t2ray.bench.harness import Figures
+from t2ray.bench.shape import Shape, Subject, make
+
+BENCHES: dict[str, Callable[[Subject, int], Figures]] = {
+    "rows": generation.rows,
+    "folded": generation.folded,
+    "update": training.update,
+    "rollout": generation.rollout,
+    "cem": generation.cem,
+    "dispatch": generation.dispatch,
+}
+
+
+def run(
+    names: Sequence[str],
+    *,
+    shape: Shape,
+    repeats: int,
+    threads: int,
+    progress: Callable[[str, Figures], None] = lambda name, figures: None,
+) -> dict[str, Figures]:
+    """The figures of each bench, on one model in a temporary folder; `progress` gets each bench's as it ends."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            subject = make(shape, Path(folder))
+            results = {}
+            for name in names:
+                results[name] = BENCHES[name](subject, repeats)
+                progress(name, results[name])
+            return results
+    finally:
+        torch.set_num_threads(before)
+
+
+def as_json(results: Mapping[str, Figures], threads: int) -> dict[str, Any]:
+    """What `--json` writes: the measures by bench, the machine, and the date."""
+    figures = {name: {key: value.as_json() for key, value in rows.items()} for name, rows in results.items()}
+    return {**figures, "machine": machine(threads), "date": date.today().isoformat()}
+
+
+def machine(threads: int) -> dict[str, str | int]:
+    """The processor, the threads that were used, and the libraries."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {
+        "processor": names[0].partition(":")[2].strip() if names else platform.machine(),
+        "threads": threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }

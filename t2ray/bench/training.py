@@ -1,0 +1,115 @@
+"""The bench of one REINFORCE + KL update: its time beside the reference's, and its memory.
+
+Not here: rollouts (`generation`).
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from t2ray.bench.harness import Figures, interleaved, measure, ratio
+from t2ray.bench.reference import Reference
+from t2ray.bench.shape import Subject
+from t2ray.config import RLConfig
+from t2ray.core import Completion, Example, Message, Mixture, Rollout
+from t2ray.rl.trainer import Trainer
+from t2ray.store import Store
+from t2ray.tasks.task import Task
+
+LAMBDA = 0.1
+
+
+def update(subject: Subject, repeats: int) -> Figures:
+    """One update of all rollouts at once; and the peak memory of one in micro-batches of a quarter."""
+    rollouts = random_rollouts(subject)
+    advantage_B = [1.0 if i % 2 else -1.0 for i in range(len(rollouts))]
+    reference = Reference(subject.plain, subject.factors)
+    rows = [(r.completion.prompt_ids, r.completion.token_ids) for r in rollouts]
+    with tempfile.TemporaryDirectory() as folder:
+        whole = trainer(subject, folder, micro_batch=len(rollouts))
+        quarter = trainer(subject, folder, micro_batch=max(1, len(rollouts) // 4))
+        z_K = subject.model.svf.bank["bench"]
+        times = interleaved(
+            {
+                "ours": lambda: whole.update(rollouts, advantage_B, len(rollouts), 1),
+                "reference": lambda: reference.gradient(z_K, rows, advantage_B, LAMBDA),
+            },
+            repeats,
+        )
+        peak = peak_bytes(lambda: quarter.update(rollouts, advantage_B, len(rollouts), 1))
+    held = sum(tensor.nbytes for tensor in (*subject.model.hf.parameters(), *subject.model.hf.buffers()))
+    bound = held + activation_bytes(subject, rollouts[: max(1, len(rollouts) // 4)])
+    return {
+        "over_reference": measure(ratio(times, "reference", "ours"), 3.0),
+        "peak_over_bound": measure([(held + peak) / bound], 1.0, at_most=True),
+        "update_s": measure(times["ours"]),
+    }
+
+
+def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
+    """A trainer of the expert "bench", whose rollouts and rewards come from elsewhere."""
+
+    async def unused(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        raise AssertionError("updates are measured without rewards")
+
+    task = Task(
+        name="bench", rows=lambda split: [{}], messages=lambda row: (), reward="", gold=None, max_tokens=1
+    )  # fmt: skip
+    rl = RLConfig(micro_batch=micro_batch, kl=LAMBDA, sigma=0.05, lr=1e-3)
+    return Trainer(subject.engine, task, unused, rl, Store(folder), seed=0, digest="bench")
+
+
+def random_rollouts(subject: Subject) -> list[Rollout]:
+    """`shape.rows` rollouts of `shape.sequence` tokens, the prompt's among them."""
+    shape, draw = subject.shape, random.Random(3)
+    return [
+        Rollout(
+            example=Example(id="bench", messages=prompt, row={}),
+            completion=Completion(
+                prompt_ids=subject.model.chat.encode(prompt),
+                token_ids=tuple(draw.randrange(3, shape.vocabulary) for _ in range(shape.sequence - shape.prompt)),
+                logprobs=(0.0,) * (shape.sequence - shape.prompt),
+                text="", finish_reason="length", mixture=Mixture.parse("bench"),
+            ),
+            reward=1.0,
+        )
+        for prompt in subject.prompts(shape.rows)
+    ]  # fmt: skip
+
+
+def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
+    """Whatever a factored forward of these rollouts allocates, if all of it were kept."""
+    model = subject.model
+    ids_BT = torch.tensor([[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts])
+    z_1K = model.svf.mix(Mixture.parse("bench"))[None]
+
+    def forward() -> None:
+        with torch.no_grad(), model.svf.rows(z_1K):
+            model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
+
+    return sum(size for size in allocations(forward) if size > 0)
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most that tensors allocated within `work` hold at one time."""
+    held = peak = 0
+    for size in allocations(work):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def allocations(work: Callable[[], object]) -> list[int]:
+    """Bytes that tensors took (above 0) and gave back (below 0) in `work`, in order; run once before, uncounted."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]

@@ -1,0 +1,54 @@
+"""Messages to ids and back, with a chat template and without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from t2ray.chat import Chat
+from t2ray.core import Message, user
+
+
+@pytest.fixture
+def chat(tiny_llama: Path) -> Chat:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    return Chat(tokenizer, [tokenizer.eos_token_id])
+
+
+def test_a_prompt_ends_where_the_answer_begins(chat: Chat) -> None:
+    ids = chat.encode((Message(role="system", content="s"), *user("Hi")))
+    assert chat.tokenizer.convert_ids_to_tokens(ids) == [
+        "<|system|>", "s", "<|end|>", "<|user|>", "H", "i", "<|end|>", "<|assistant|>",
+    ]  # fmt: skip
+
+
+def test_an_answer_ends_with_the_end_of_the_turn_and_decodes_to_its_text(chat: Chat) -> None:
+    ids = chat.encode_answer("return n + 3  .")
+    assert ids[-1:] == chat.eos_ids
+    assert chat.decode(ids) == "return n + 3  ."
+
+
+def test_prompt_and_answer_are_the_whole_conversations_ids(chat: Chat) -> None:
+    """What training and scoring see is what the template makes of the finished conversation."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    whole = chat.tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    assert list(chat.encode(user("Hi")) + chat.encode_answer("Ho")) == whole
+
+
+def test_without_a_template_contents_are_plain_text_that_goes_on(chat: Chat) -> None:
+    chat.tokenizer.chat_template = None
+    ids = chat.encode((Message(role="system", content="Once "), *user("upon")))
+    assert chat.decode(ids) == "Once upon"
+    assert chat.encode_answer(" a") == tuple(chat.tokenizer(" a")["input_ids"])
+
+
+def test_text_survives_byte_for_byte(chat: Chat) -> None:
+    for text in ("", " ", "#### 42", "a\n\nb", "ä 日本 🙂", " ,. don ' t"):
+        assert chat.decode(chat.encode_answer(text)) == text
+
+
+def test_the_end_token_pads_where_the_tokenizer_has_no_padding_token(chat: Chat) -> None:
+    chat.tokenizer.pad_token = None
+    assert Chat(chat.tokenizer, [7, 8]).pad_id == 7

@@ -1,0 +1,373 @@
+"""The commands end to end, in this process: a small random Llama, experts trained on it by `t2ray train` itself."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2ray.chat import Chat
+from t2ray.cli import main
+from t2ray.commands import adapt, evaluate
+from t2ray.commands.chat import Talk
+from t2ray.commands.terminal import weight_bars
+from t2ray.commands.workbench import Place, Workbench, locate, open_factors, open_workbench
+from t2ray.config import TrainConfig
+from t2ray.core import Message, Mixture, SamplingParams, user
+from t2ray.experts import Registry
+from t2ray.rl.run import prepare, read_run
+
+REWARDS = '''
+def vowel(completion, row):
+    return 1.0 if completion[:1].lower() in "aeiou" else -1.0
+
+
+def letter(completion, row):
+    return 1.0 if completion[:1].isalpha() else -1.0
+'''
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of two domains and a classifier, named so that alphabet and job differ in order."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "cli_rewards.py").write_text(REWARDS)
+    for name in ("vowels", "letters"):
+        rows = [{"prompt": f"{name} {i}", "answer": "a"} for i in range(20)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"prompt": "{prompt}", "gold": "answer", "max_tokens": 3}
+    job = {
+        "model": str(tiny_llama), "run": "small", "out": str(folder / "runs"), "workers": 0, "verifiers": 0,
+        "rl": {"steps": 2, "prompts": 4, "samples": 2, "lr": 0.3, "eval_prompts": 2},
+        "domains": {
+            "vowels": {"data": str(folder / "vowels.jsonl"), "reward": "cli_rewards:vowel", **own},
+            "letters": {"data": str(folder / "letters.jsonl"), "reward": "cli_rewards:letter", **own},
+            "sorter": {"others": "others", "max_tokens": 12},
+        },
+    }  # fmt: skip
+    (folder / "job.yaml").write_text(json.dumps(job))
+    assert main(["train", str(folder / "job.yaml")]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The run with a registry of this test's own, and a working folder that holds nothing."""
+    folder = tmp_path / "run"
+    config = read_run(str(trained / "runs/small"))
+    assert config.experts is not None
+    shutil.copytree(config.experts, folder / "experts")
+    moved = config.model_copy(update={"experts": str(folder / "experts")})
+    (folder / "config.json").write_text(moved.model_dump_json())
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(evaluate, "_VERIFIERS", 0)
+    monkeypatch.setattr(adapt, "_VERIFIERS", 0)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bench(trained: Path) -> Workbench:
+    config = read_run(str(trained / "runs/small"))
+    return open_workbench(Place(model=config.model, factors=config.factors, experts=config.experts, run=config))
+
+
+def registry(run: str) -> Registry:
+    return Registry(Path(run, "experts"))
+
+
+# ----------------------------------------------------------------------------------------------------------- workbench
+
+
+def test_training_leaves_the_dispatchers_labels_in_the_jobs_order(bench: Workbench) -> None:
+    assert bench.classifiers == ("sorter",)
+    assert bench.labels == ("vowels", "letters", "others")
+    assert bench.experts == ("letters", "vowels")
+    assert bench.dispatch_labels("cls") == bench.dispatch_labels("prompt") == bench.labels
+
+
+def test_every_expert_is_in_the_bank_as_the_registry_has_it(bench: Workbench, trained: Path) -> None:
+    svf = bench.engine.model.svf
+    for name in ("letters", "sorter", "vowels"):
+        expert = Registry(trained / "runs/small/experts").load(name)
+        assert torch.equal(svf.bank[name], expert.flat(svf.layout))
+        assert not torch.equal(svf.bank[name], torch.ones(svf.K))
+
+
+def test_factors_are_shared_with_training_and_made_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = Place(model=str(tiny_llama), factors=None, experts=None, run=None)
+    made = open_factors(place)
+    job = {"model": str(tiny_llama), "domains": {"math": {"task": "math"}}}
+    assert prepare(TrainConfig.model_validate(job), resume=False).factors == str(made.folder.absolute())
+    before = {path: path.stat().st_mtime_ns for path in made.folder.iterdir()}
+    assert open_factors(place).layout == made.layout
+    assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == before
+
+
+def test_without_options_the_demos_run_counts_and_else_the_tiny_model(run: str, capsys: pytest.CaptureFixture) -> None:
+    nothing = type("Args", (), dict.fromkeys(("run", "model", "factors", "experts")))()
+    assert locate(nothing) == Place(model="tiny", factors=None, experts=None, run=None)
+    shutil.copytree(run, "runs/demo")
+    assert locate(nothing).experts == f"{run}/experts"
+    assert main(["experts", "list"]) == 0
+    assert "sorter" in capsys.readouterr().out
+    nothing.model = "tiny"  # somebody who names a model means that model alone
+    assert locate(nothing).experts is None
+
+
+# ---------------------------------------------------------------------------------------------------------------- eval
+
+
+def test_eval_measures_what_the_library_measures(run: str, bench: Workbench, capsys: pytest.CaptureFixture) -> None:
+    strategies = "base,vowels,letters,oracle,prompt,cls"
+    assert main(["eval", "--tasks", "vowels,letters", "--strategies", strategies, "--run", run, "--json", "e.json"]) == 0
+    result = json.loads(Path("e.json").read_text())["tasks"]
+    table = capsys.readouterr().out
+    for task in ("vowels", "letters"):
+        rows = result[task]["strategies"]
+        singles = {name: rows[name]["acc"] for name in ("base", "vowels", "letters")}
+        assert result[task]["n"] == 2
+        assert rows["oracle"]["acc"] == max(singles.values()) == singles[result[task]["oracle"]]
+        for name in ("prompt", "cls"):
+            assert sum(rows[name]["labels"].values()) == 2
+            assert set(rows[name]["labels"]) <= set(bench.labels)
+        for name, row in rows.items():
+            assert f"{100 * row['acc']:.1f} ({100 * row['ci95'][0]:.0f}-" in table, name
+
+    async def answer(prompt: str) -> str:
+        sampling = SamplingParams(max_tokens=3)
+        return (await bench.engine.generate(user(prompt), Mixture.parse("letters"), sampling)).text
+
+    right = [asyncio.run(answer(f"letters {i}"))[:1].isalpha() for i in (9, 19)]
+    assert result["letters"]["strategies"]["letters"]["acc"] == sum(right) / 2
+
+
+def test_a_generated_label_stands_in_for_a_scored_one(run: str) -> None:
+    argv = ["eval", "--tasks", "vowels", "--strategies", "cls", "--generate-label", "--run", run, "--json", "e.json"]
+    assert main(argv) == 0
+    assert json.loads(Path("e.json").read_text())["tasks"]["vowels"]["strategies"]["cls"]["labels"] == {"others": 2}
+
+
+def test_a_built_in_task_reads_its_rows_from_a_file_and_too_long_prompts_count_as_wrong(
+    tiny_llama: Path, run: str, capsys: pytest.CaptureFixture
+) -> None:
+    questions = ["What is 1+1?", "What? " * 60, "What is 2+2?"]
+    rows = [{"question": q, "answer": "So.\n#### 2"} for q in questions]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["eval", "--tasks", "gsm8k=rows.jsonl", "--split", "all", "--model", str(tiny_llama), "--json", "e.json"]
+    assert main([*argv, "--limit", "2"]) == 0
+    result = json.loads(Path("e.json").read_text())["tasks"]["gsm8k"]
+    assert result["n"] == 2 and result["max_tokens"] == 256  # half of the model's context of 512
+    assert result["strategies"]["base"]["too_long"] == 1
+    assert "gsm8k base: 1 of 2 prompts exceed the model's context" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- adapt, experts
+
+
+def shots(file: str = "shots.jsonl") -> str:
+    rows = [{"prompt": f"shot {i}", "reply": "a"} for i in range(5)]
+    Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+SEARCH = ["population=6", "iterations=2"]
+
+
+def test_adapt_saves_a_mixture_that_the_other_commands_take(run: str, capsys: pytest.CaptureFixture) -> None:
+    argv = ["adapt", "--task", shots(), "--gold", "reply", "--max-tokens", "2", "--run", run, *SEARCH]
+    assert main([*argv, "--name", "vowels"]) == 0
+    assert main([*argv, "--name", "again"]) == 0
+    assert main([*argv, "--name", "layers", "--per-layer", "--only", "letters", "--shots", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "5 labelled prompts, experts letters, vowels" in out and "--strategy fewshot/again" in out
+    first, again, layers = (registry(run).mixture_record(name) for name in ("vowels", "again", "layers"))
+    assert first.mixture == again.mixture  # one seed, one result
+    assert (first.meta["shots"], first.meta["settings"]["population"]) == (5, 6)
+    assert set(layers.weights) <= {"letters"} and layers.meta["shots"] == 2
+    assert all(len(alpha) == 2 for alpha in layers.weights.values())
+    strategies = "fewshot,fewshot/layers"
+    assert main(["eval", "--tasks", "vowels", "--strategies", strategies, "--run", run, "--json", "e.json"]) == 0
+    assert set(json.loads(Path("e.json").read_text())["tasks"]["vowels"]["strategies"]) == set(strategies.split(","))
+
+
+def test_the_default_reward_of_a_file_is_its_gold_column(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = {}
+
+    async def stop(*args: object, **kwargs: object) -> None:
+        seen["task"], seen["examples"] = args[1], args[2]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapt, "_search", stop)
+    args = adapt_arguments(["adapt", "--task", shots(), "--gold", "reply", "--name", "x", "--run", run])
+    with pytest.raises(KeyboardInterrupt):
+        adapt.adapt(args)
+    reward = seen["task"].reward
+    with adapt.Verifier(reward, workers=0) as verify:
+        row = seen["examples"][0].row
+        assert asyncio.run(verify(["a", " a\n", "b", "", "a b"], [row] * 5)) == [1.0, 1.0, -1.0, -1.0, -1.0]
+
+
+def adapt_arguments(argv: list[str]):  # type: ignore[no-untyped-def]
+    from t2ray.cli import build_parser
+
+    return build_parser().parse_args(argv)
+
+
+def test_bars_are_as_long_as_the_weights() -> None:
+    text = weight_bars(Mixture.of({"a": 1.0, "b": 0.5, "long": [0.0, 1.0]}), ["a", "b", "c", "long"])
+    lines = text.splitlines()
+    assert [line.count("█") - line.endswith("█") * ("long" in line) for line in lines] == [24, 12, 0, 12]
+    assert [line.split()[2] for line in lines] == ["1.00", "0.50", "0.00", "0.50"]
+    assert lines[-1].endswith(" █")  # nothing in the first layer, all in the second
+    assert weight_bars(Mixture.of({"a": 2.0, "b": -1.0}), ["a", "b"]).splitlines()[1].count("█") == 12
+
+
+def test_experts_go_out_come_in_and_are_deleted(run: str, capsys: pytest.CaptureFixture) -> None:
+    of = ["--run", run]
+    registry(run).save_mixture("both", Mixture.parse("letters:0.5,vowels:0.5"))
+    assert main(["experts", "export", "vowels", "out", *of]) == 0
+    assert main(["experts", "import", "copy", "out", *of]) == 0
+    assert torch.equal(
+        torch.cat(list(registry(run).load("copy").z.values())), torch.cat(list(registry(run).load("vowels").z.values()))
+    )
+    assert main(["experts", "import", "alone", "out", "--experts", "new", "--model", read_run(run).model]) == 0
+    assert Registry("new").names() == ("alone",)
+    assert main(["experts", "delete", "vowels", *of]) == 0
+    assert "can no longer be used: fewshot/both" in capsys.readouterr().out
+    assert main(["experts", "list", *of]) == 0
+    listed = capsys.readouterr().out
+    assert "copy" in listed and "letters:0.5,vowels:0.5" in listed and "\nvowels" not in listed
+    assert main(["experts", "show", "letters", *of]) == 0
+    shown = capsys.readouterr().out
+    assert "q_proj" in shown and '"steps": 2' in shown and "14 matrices" in shown
+    assert main(["experts", "show", "fewshot/both", *of]) == 0
+    assert capsys.readouterr().out.count("█") == 24
+    assert main(["experts", "delete", "fewshot/both", *of]) == 0
+    assert registry(run).mixtures() == ()
+
+
+def test_a_copy_of_the_classifier_stops_cls_alone(run: str, capsys: pytest.CaptureFixture) -> None:
+    of = ["--run", run]
+    assert main(["experts", "export", "sorter", "out", *of]) == main(["experts", "import", "sorter2", "out", *of]) == 0
+    assert main(["eval", "--tasks", "vowels", "--strategies", "prompt,base", *of]) == 0
+    assert main(["eval", "--tasks", "vowels", "--strategies", "cls", *of]) == 2
+    assert "needs one classification expert, and there are sorter, sorter2" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------- chat
+
+
+@pytest.fixture
+def typed(run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[str, str]]:
+    """`typed("hello", "/quit")` is what a chat prints, and complains of, when it is piped these lines."""
+
+    def chat(*lines: str, strategy: str = "cls") -> tuple[str, str]:
+        monkeypatch.setattr("sys.stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        assert main(["chat", "--run", run, "--strategy", strategy, "--max-tokens", "4"]) == 0
+        done = capsys.readouterr()
+        return done.out, done.err
+
+    return chat
+
+
+def test_a_chat_shows_who_answered_and_how_long_both_passes_took(typed: Callable[..., tuple[str, str]]) -> None:
+    out, err = typed("hello", "", "/strategy vowels:0.7,letters:0.3", "hello", "/quit", "never")
+    first, second = [line for line in out.splitlines() if line.startswith("[")]
+    for label in ("vowels", "letters", "others"):
+        assert f"{label} 0." in first or f"{label} 1." in first
+    assert "cls:" in first and "pass 1 " in first and "pass 2 " in first and " ms" in first
+    assert second.startswith("[letters:0.3,vowels:0.7 | ")
+    assert err == ""
+
+
+def test_a_mistake_in_a_chat_does_not_end_it(typed: Callable[..., tuple[str, str]]) -> None:
+    out, err = typed("/strategy vowel", "/nonsense", "/help", "x" * 600, "hello", strategy="base")
+    assert "did you mean 'vowels'?" in err and err.count("t2ray: ") == 2 and "context of 512" in err
+    assert "no command '/nonsense'" in out and out.count("/strategy NAME") == 2
+    assert out.count("\n[base | base | pass 1 0 ms") == 1
+
+
+def test_a_turn_answers_the_whole_conversation(bench: Workbench) -> None:
+    sampling = SamplingParams(max_tokens=4)
+    talk = Talk(bench, "vowels", sampling, generate_label=False)
+    for line in ("first", "second"):
+        talk.say(line)
+    roles = [message.role for message in talk.history]
+    assert roles == ["user", "assistant"] * 2
+    again = asyncio.run(bench.engine.generate(talk.history[:-1], Mixture.parse("vowels"), sampling))
+    assert again.text == talk.history[-1].content
+    talk.command("/new")
+    assert talk.history == ()
+
+
+def test_a_full_context_forgets_the_oldest_turns(bench: Workbench, capsys: pytest.CaptureFixture) -> None:
+    talk = Talk(bench, "base", SamplingParams(max_tokens=4), generate_label=False)
+    talk.history = tuple(
+        Message(role=role, content=f"{i}" + 150 * "x") for i in range(2) for role in ("user", "assistant")
+    )
+    talk.say("y" * 100)
+    assert [message.content[:1] for message in talk.history[:-1]] == ["1", "1", "y"]
+    assert "the oldest 2 messages" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- verify
+
+
+def test_verify_counts_right_answers_and_names_the_rows_that_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"question": "1+1?", "answer": "#### 2"} for _ in range(100)]
+    rows[70]["answer"] = rows[99]["answer"] = "#### two"
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:70]))
+    argv = ["verify", "--task", "gsm8k", "--workers", "1", "--json", "v.json", "--data"]
+    assert main([*argv, "rows.jsonl"]) == 0
+    assert json.loads(Path("v.json").read_text()) == {"rows": 70, "passed": 70, "failed": []}
+    assert "70 of 70" in capsys.readouterr().out
+
+
+def test_verify_grades_a_domain_of_ones_own(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    of = ["--config", str(trained / "job.yaml"), "--workers", "1"]
+    assert main(["verify", "--task", "letters", *of]) == 0
+    assert "20 of 20" in capsys.readouterr().out
+    rows = [{"prompt": f"{i}", "answer": "7" if i in (3, 70) else "a"} for i in range(90)]
+    (trained / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    job = json.loads((trained / "job.yaml").read_text())
+    job["domains"] = {"letters": job["domains"]["letters"] | {"data": str(trained / "odd.jsonl")}}
+    (trained / "odd.yaml").write_text(json.dumps(job))
+    out = trained / "v.json"
+    assert main(["verify", "--config", str(trained / "odd.yaml"), "--workers", "1", "--json", str(out)]) == 1
+    result = json.loads(out.read_text())
+    assert (result["rows"], result["passed"]) == (90, 88)
+    assert [(row["row"], row["gold"]) for row in result["failed"]] == [(3, "7"), (70, "7")]
+
+
+# ------------------------------------------------------------------------------------------------------------- leaving
+
+
+def test_options_that_do_not_exist_are_refused_in_one_line(capsys: pytest.CaptureFixture) -> None:
+    for argv in (["eval", "--taks", "math"], ["evl"], ["experts"], ["train"]):
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        err = capsys.readouterr().err
+        assert ended.value.code == 2 and err.startswith("t2ray: ") and err.count("\n") == 1 and "--help" in err
+
+
+def test_a_chat_without_a_template_still_answers(shared: Path, tmp_path: Path) -> None:
+    """stories260K, real weights without a chat template: a conversation is its contents, one after the other."""
+    place = Place(model=str(shared / "models/stories260K"), factors=str(tmp_path / "f"), experts=None, run=None)
+    bench = open_workbench(place)
+    assert isinstance(bench.engine.model.chat, Chat) and bench.experts == ()
+    talk = Talk(bench, "base", SamplingParams(max_tokens=20), generate_label=False)
+    talk.say("Once upon a time")
+    assert "there was a little girl" in talk.history[-1].content

@@ -1,0 +1,208 @@
+"""Training on Ray: domains in parallel, workers and drivers that are killed, an interrupt, and jobs that do not fit.
+
+The z that a job must end with is that of the same job in one process without Ray, undisturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from torch import Tensor
+
+from t2ray.cluster.train import train
+from t2ray.config import TrainConfig, resolve
+from t2ray.core import ResourceError, RewardError, RunError
+from t2ray.experts import Registry
+from t2ray.rl.job import EXPERT, domain_store, finished
+from t2ray.rl.records import METRICS, read_metrics
+
+pytestmark = pytest.mark.cluster
+
+# Rewards whose verifier process kills the worker that started it, once, or tells who it is.
+REWARDS = """
+import os, signal, time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+def short(completion, row):
+    (HERE / f"verifier-{os.getpid()}").touch()
+    return 1.0 if len(completion) < 12 else -1.0
+
+def kills(completion, row):
+    steps = HERE / "calls"
+    with steps.open("a") as file:
+        file.write(".")
+    if steps.stat().st_size == 60:
+        os.kill(os.getppid(), signal.SIGKILL)
+    return short(completion, row)
+
+def slow(completion, row):
+    time.sleep(0.02)
+    return short(completion, row)
+
+def broken(completion, row):
+    raise ZeroDivisionError("reward")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
+    yield
+    ray.shutdown()
+
+
+def job(folder: Path, name: str, reward: str, *, steps: int = 12, both: bool = False, **changes: Any) -> TrainConfig:
+    (folder / "rewards_of_tests.py").write_text(REWARDS)
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(40)))
+    own = {"data": str(data), "prompt": "{text}", "reward": f"rewards_of_tests:{reward}", "max_tokens": 6}
+    values = {
+        "model": "tiny", "out": str(folder / "runs"), "run": name, "factors": str(folder / "factors"),
+        "domains": {"own": own} | ({"pick": {"task": "pick"}} if both else {}), "code": str(folder), "cpus": 1,
+        "rl": {"steps": steps, "prompts": 2, "samples": 2, "eval_every": 3, "eval_prompts": 4},
+    }  # fmt: skip
+    return resolve(values | changes, where="job.yaml")
+
+
+def experts(config: TrainConfig) -> dict[str, dict[str, Tensor]]:
+    return {domain: domain_store(config, domain).read_tensors(EXPERT) for domain in config.domains}
+
+
+def same(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bool:
+    return all(a[d].keys() == b[d].keys() and all(torch.equal(a[d][k], b[d][k]) for k in a[d]) for d in a.keys() | b)
+
+
+def undisturbed(folder: Path, reward: str, **changes: Any) -> dict[str, dict[str, Tensor]]:
+    """The experts of the same job, in this process, with an equal reward that kills nobody."""
+    config = job(folder, "alone", reward, workers=0, verifiers=0, **changes)
+    train(config)
+    return experts(config)
+
+
+def wait_for(what: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def verifiers(folder: Path) -> list[int]:
+    return [int(path.name.partition("-")[2]) for path in folder.glob("verifier-*")]
+
+
+def test_domains_train_in_parallel_and_a_killed_worker_changes_no_z(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path, "short", both=True)
+    own, *earlier = verifiers(tmp_path)
+    assert own == os.getpid() and not earlier
+    config = job(tmp_path, "killed", "kills", both=True)
+    ticks: list[TrainConfig] = []
+    results = train(config, tick=ticks.append)
+    assert same(experts(config), expected)
+    assert list(results) == ["own", "pick"] and all(result.steps == 12 for result in results.values())
+    assert (tmp_path / "calls").stat().st_size > 60  # it did die, and graded again
+    started = [pid for pid in verifiers(tmp_path) if pid != own]
+    assert len(started) == 2  # one before and one after
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in started), 5)
+    assert [row["step"] for row in read_metrics(domain_store(config, "own"))] == list(range(1, 13))
+    assert Registry(f"{config.out}/killed/experts").names() == ("own", "pick")
+    assert ticks and not list(Path(config.out, "killed", "ray").glob("*"))
+
+
+def test_a_job_that_does_not_fit_says_so_at_once_and_writes_nothing(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(ResourceError, match=r"needs 6 CPU, the cluster has 2 CPU; lower workers"):
+        train(job(tmp_path, "large", "short", cpus=3, workers=2))
+    with pytest.raises(ResourceError, match=r"needs 1 GPU, the cluster has 0 GPU"):
+        train(job(tmp_path, "large", "short", gpus=1))
+    assert time.monotonic() - start < 10
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "factors").exists()
+
+
+def test_a_reward_that_raises_ends_the_job_with_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=r"'rewards_of_tests:broken'.*'hello \d+'.*raised ZeroDivisionError: reward"):
+        train(job(tmp_path, "bad", "broken"))
+    assert finished(domain_store(job(tmp_path, "bad", "broken"), "own")) is None
+
+
+def driver(config: TrainConfig, folder: Path, *flags: str) -> subprocess.Popen[str]:
+    """`t2ray train` as a person starts it, on a cluster of its own."""
+    file = folder / "job.yaml"
+    file.write_text(config.model_dump_json())
+    code = "import sys; from t2ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "train", str(file), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, start_new_session=True, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+    )  # fmt: skip
+
+
+def steps_done(config: TrainConfig) -> int:
+    path = Path(config.out, config.run, "domains", "own", METRICS)
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def processes(of: subprocess.Popen[str]) -> list[psutil.Process]:
+    return psutil.Process(of.pid).children(recursive=True)
+
+
+def gone(those: list[psutil.Process]) -> bool:
+    return not [p for p in those if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def interrupt(of: subprocess.Popen[str], least: int) -> None:
+    """Ctrl-C, which a terminal sends to the whole group: one line, exit code 130, at least `least` processes gone."""
+    children, start = processes(of), time.monotonic()
+    assert len(children) >= least
+    os.killpg(of.pid, signal.SIGINT)
+    out, err = of.communicate(timeout=20)
+    assert of.returncode == 130, (out, err)
+    assert err == "t2ray: interrupted\n"
+    wait_for(lambda: gone(children), 5 - (time.monotonic() - start))
+
+
+def test_an_interrupted_and_then_killed_driver_leaves_no_process_and_a_run_that_ends_with_the_same_z(
+    tmp_path: Path,
+) -> None:
+    expected = undisturbed(tmp_path, "slow", steps=60)
+    config = job(tmp_path, "run", "slow", steps=60)
+    first = driver(config, tmp_path)
+    wait_for(lambda: steps_done(config) >= 8 or first.poll() is not None)
+    interrupt(first, 5)
+    at = steps_done(config)
+    assert 8 <= at < 60
+
+    second = driver(config, tmp_path, "--resume")
+    wait_for(lambda: at - 3 <= steps_done(config) < at or second.poll() is not None)  # it has begun at its checkpoint
+    wait_for(lambda: steps_done(config) >= at + 4 or second.poll() is not None)
+    # Two of Ray's own agents go on for a minute: they try to tell the dead cluster that it has died.
+    children = [p for p in processes(second) if not p.name().startswith(("ray::Dashboard", "ray::RuntimeEnv"))]
+    second.kill()
+    out, err = second.communicate()
+    assert second.returncode == -signal.SIGKILL, (out, err)
+    wait_for(lambda: gone(children), 20)
+    assert steps_done(config) < 60 and finished(domain_store(config, "own")) is None
+
+    train(config.model_copy(update={"workers": 0, "verifiers": 0}), resume=True)
+    assert same(experts(config), expected)
+
+
+def test_an_interrupt_ends_a_job_without_workers_too(tmp_path: Path) -> None:
+    config = job(tmp_path, "run", "slow", steps=200, workers=0)
+    first = driver(config, tmp_path)
+    wait_for(lambda: steps_done(config) >= 4 or first.poll() is not None)
+    interrupt(first, 1)
+    with pytest.raises(RunError, match="go on with it by --resume"):
+        train(config)

@@ -1,0 +1,436 @@
+"""Training: it learns, it is a function of its seed, it goes on after a stop or a kill as if there had been none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import small
+import torch
+from small import letter, letter_task, load_as, train_in_parallel, verify_letters
+from test_checkpoint import full_disk
+
+from t2ray.config import RLConfig, resolve
+from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
+from t2ray.engine import Engine
+from t2ray.model import Model
+from t2ray.rl.checkpoint import FOLDER, latest
+from t2ray.rl.job import EXPERT, domain_store, finished, train_domain
+from t2ray.rl.records import METRICS, Records, read_metrics
+from t2ray.rl.run import open_run, prepare, read_run
+from t2ray.rl.trainer import Trained, Trainer
+from t2ray.store import Store
+from t2ray.svd import decompose
+
+KEYS = {"step", "reward_mean", "accuracy", "kl", "loss", "grad_norm", "z_min", "z_max", "tokens_per_s", "seconds"}
+
+
+class Stopped(Exception):
+    """What ends a run in the middle."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load_as(torch.float32, tiny_llama, tmp_path_factory.mktemp("trainer"))
+
+
+def settings(**changes: Any) -> RLConfig:
+    values = {"steps": 7, "prompts": 4, "samples": 2, "eval_every": 2, "eval_prompts": 6, "micro_batch": 3, "lr": 0.05}
+    return RLConfig(**(values | changes))
+
+
+def trainer_of(model: Model, folder: Path | Store, rl: RLConfig, **changes: Any) -> Trainer:
+    model.svf.bank.clear()
+    values = {"task": letter_task(), "verify": verify_letters, "seed": 0, "digest": "abc"} | changes
+    store = folder if isinstance(folder, Store) else Store(folder)
+    return Trainer(Engine(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"])
+
+
+def run(trainer: Trainer, report: Callable[[dict[str, Any]], None] = lambda row: None) -> Trained:
+    return asyncio.run(trainer.run(report))
+
+
+def stop_after(step: int) -> Callable[[dict[str, Any]], None]:
+    def report(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise Stopped
+
+    return report
+
+
+# ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_reinforce_raises_the_reward(model: Model, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    rl = settings(steps=25, prompts=16, samples=2, eval_every=25, micro_batch=32, lr=0.1, kl=0.0)
+    trained = run(trainer_of(model, tmp_path, rl), rows.append)
+    first, last = (sum(row["reward_mean"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
+    assert last > first + 0.3
+    assert trained.accuracy > trained.base_accuracy
+    assert rows[-1]["kl"] > rows[0]["kl"]
+
+
+def test_the_penalty_keeps_the_policy_near_the_base(model: Model, tmp_path: Path) -> None:
+    ends = {}
+    for kl in (0.0, 5.0):
+        rows: list[dict[str, Any]] = []
+        run(trainer_of(model, tmp_path / str(kl), settings(steps=6, kl=kl, eval_every=6)), rows.append)
+        ends[kl] = rows[-1]["kl"]
+    assert ends[5.0] < 0.5 * ends[0.0]
+
+
+@pytest.mark.parametrize("init", ["scale", "sigmoid"])
+def test_without_noise_training_starts_at_the_base_model(model: Model, tmp_path: Path, init: str) -> None:
+    trainer_of(model, tmp_path, settings(init=init, sigma=0.0))
+    torch.testing.assert_close(model.svf.bank["letters"], torch.ones(model.svf.K), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["scale", "sigmoid"])
+def test_noise_at_the_start_follows_the_seed(model: Model, tmp_path: Path, init: str) -> None:
+    def start(seed: int) -> torch.Tensor:
+        trainer_of(model, tmp_path, settings(init=init, sigma=0.1), seed=seed)
+        return model.svf.bank["letters"]
+
+    assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
+    spread = float((start(1) - 1).std())
+    assert (0.08 < spread < 0.12) if init == "scale" else (0.03 < spread < 0.07)  # 0.1 * (1 - sigmoid(0.1)) = 0.0475
+
+
+def test_a_sigmoid_trains(model: Model, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    run(trainer_of(model, tmp_path, settings(init="sigmoid", steps=3)), rows.append)
+    assert all(row["grad_norm"] > 0 for row in rows) and rows[-1]["z_max"] > 1 > rows[-1]["z_min"]
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(model: Model, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, settings(steps=100, lr=1.0))
+    rates = [trainer._lr(step) for step in range(1, 101)]
+    assert rates[0] == 1.0 and rates[50] == pytest.approx(0.55) and rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates == sorted(rates, reverse=True)
+    constant = trainer_of(model, tmp_path, settings(schedule="constant", lr=0.3))
+    assert {constant._lr(step) for step in (1, 4, 7)} == {0.3}
+
+
+def test_the_gradient_is_clipped(model: Model, tmp_path: Path) -> None:
+    trainer = trainer_of(model, tmp_path, settings(clip=1e-3))
+    row, _ = asyncio.run(trainer.step(1))
+    assert row["grad_norm"] > 1e-3  # before clipping
+    assert trainer.p_K.grad is not None
+    assert float(trainer.p_K.grad.norm()) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_micro_batches_change_no_step(model: Model, tmp_path: Path) -> None:
+    ends = []
+    for size in (1, 3, 32):
+        trainer = trainer_of(model, tmp_path, settings(micro_batch=size, schedule="constant"))
+        row, _ = asyncio.run(trainer.step(1))
+        assert trainer.p_K.grad is not None
+        ends.append((trainer.p_K.grad.clone(), row["loss"], row["kl"]))
+    for gradient, loss, kl in ends[1:]:
+        torch.testing.assert_close(gradient, ends[0][0], rtol=0, atol=1e-5 * float(gradient.abs().max()))
+        assert (loss, kl) == pytest.approx(ends[0][1:], rel=1e-4, abs=1e-6)
+
+
+def test_the_best_validation_is_what_remains(model: Model, tmp_path: Path) -> None:
+    """The z that is kept is the one of the best validation, not the last: rewards turn against the policy half-way."""
+    grades = iter([0.2] + [0.5, 0.9, 0.1, 0.3])
+    validations: list[torch.Tensor] = []
+
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        if rows[0]["text"].startswith("validation"):
+            share = next(grades)
+            validations.append(model.svf.bank["letters"].clone())
+            return [1.0 if i < share * len(rows) else -1.0 for i in range(len(rows))]
+        return await verify_letters(completions, rows)
+
+    rl = settings(steps=8, eval_every=2, eval_prompts=10)
+    trained = run(trainer_of(model, tmp_path, rl, verify=verify))
+    assert (trained.base_accuracy, trained.accuracy, trained.best_step) == (0.2, 0.9, 4)
+    assert torch.equal(trained.z_K, validations[2]) and not torch.equal(trained.z_K, validations[-1])
+
+
+def test_patience_ends_a_run_early(model: Model, tmp_path: Path) -> None:
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        return [-1.0] * len(completions)
+
+    trained = run(trainer_of(model, tmp_path, settings(steps=40, patience=2), verify=verify))
+    assert trained.steps == 4
+    again = run(trainer_of(model, tmp_path, settings(steps=40, patience=2), verify=verify))
+    assert again.steps == 4 and torch.equal(again.z_K, trained.z_K)  # an end is an end, also when resumed
+
+
+# ------------------------------------------------------------------------------------------------------ reproducibility
+
+
+def test_one_seed_gives_one_z_bit_for_bit(model: Model, tmp_path: Path) -> None:
+    rows: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "c": []}
+    z = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = trainer_of(model, tmp_path / name, settings(), seed=seed)
+        trained = run(trainer, rows[name].append)
+        z[name] = (trained.z_K, trainer.p_K.detach())
+    assert torch.equal(z["a"][0], z["b"][0]) and torch.equal(z["a"][1], z["b"][1])
+    assert not torch.equal(z["a"][1], z["c"][1])
+    timed = {"seconds", "tokens_per_s"}
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows["a"]] == [
+        {k: v for k, v in row.items() if k not in timed} for row in rows["b"]
+    ]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("init", ["scale", "sigmoid"])
+def test_a_run_that_was_stopped_ends_with_the_same_z(model: Model, tmp_path: Path, step: int, init: str) -> None:
+    rl = settings(init=init, sigma=0.01, patience=9)
+    whole = trainer_of(model, tmp_path / "whole", rl)
+    expected = run(whole)
+    with pytest.raises(Stopped):
+        run(trainer_of(model, tmp_path / "stopped", rl), stop_after(step))
+    resumed = trainer_of(model, tmp_path / "stopped", rl)
+    assert resumed.progress.step == (7 if step == 7 else step // 2 * 2)  # checkpoints stand at 2, 4, 6 and the last
+    trained = run(resumed)
+    assert torch.equal(resumed.p_K, whole.p_K) and torch.equal(trained.z_K, expected.z_K)
+    assert (trained.accuracy, trained.best_step, trained.base_accuracy) == (
+        expected.accuracy, expected.best_step, expected.base_accuracy,
+    )  # fmt: skip
+    steps = [row["step"] for row in read_metrics(Store(tmp_path / "stopped"))]
+    assert steps == [1, 2, 3, 4, 5, 6, 7]  # each once
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        run(trainer_of(model, tmp_path, settings()), stop_after(3))
+    with pytest.raises(RunError, match="another configuration"):
+        trainer_of(model, tmp_path, settings(), digest="abd")
+
+
+def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) -> None:
+    source = Path(model.hf.config._name_or_path).parent
+    for name in ("model", "factors"):
+        shutil.copytree(source / name, tmp_path / name)
+    rl = settings(steps=1, prompts=5, samples=2, clip=1e9, baseline="loo")  # a raw gradient; shares of 3 and 2 prompts
+    context = torch.multiprocessing.get_context("spawn")
+    workers = [context.Process(target=train_in_parallel, args=(rank, 2, tmp_path, rl)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    alone = trainer_of(model, tmp_path / "alone", rl)
+    rows: list[dict[str, Any]] = []
+    run(alone, rows.append)
+    for worker in workers:
+        worker.join(90)
+        assert worker.exitcode == 0
+    (rows_0, p_0, grad_0), (rows_1, p_1, grad_1) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert torch.equal(p_0, p_1) and torch.equal(grad_0, grad_1)
+    assert alone.p_K.grad is not None
+    torch.testing.assert_close(grad_0, alone.p_K.grad, rtol=0, atol=1e-6 * max(1.0, float(grad_0.abs().max())))
+    for key in KEYS - {"seconds", "tokens_per_s"} | {"validation"}:
+        assert rows_0[0][key] == rows_1[0][key] == pytest.approx(rows[0][key], rel=1e-5, abs=1e-6), key
+    assert [row["step"] for row in read_metrics(Store(tmp_path / "run"))] == [1]  # the first worker alone writes
+
+
+# --------------------------------------------------------------------------------------------------------------- records
+
+
+def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
+    run(trainer_of(model, tmp_path, settings()))
+    rows = read_metrics(Store(tmp_path))
+    assert [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()] == rows
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    for row in rows:
+        validated = row["step"] in (2, 4, 6, 7)
+        assert set(row) == KEYS | ({"validation"} if validated else set())
+        assert -1 <= row["reward_mean"] <= 1 and row["accuracy"] == pytest.approx((row["reward_mean"] + 1) / 2)
+        assert row["z_min"] <= row["z_max"] and row["tokens_per_s"] > 0 and row["kl"] > -1e-4
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == [f"step_{i:06d}.parquet" for i in range(1, 8)]
+    table = pq.read_table(tmp_path / "rollouts" / "step_000003.parquet")
+    assert table.column_names == [
+        "example", "prompt", "completion", "prompt_ids", "token_ids", "logprobs", "reward",
+    ]  # fmt: skip
+    assert table.num_rows == 8
+    for line in table.to_pylist():
+        ids = model.chat.encode(user(line["prompt"]))
+        assert tuple(line["prompt_ids"]) == ids and model.chat.decode(line["token_ids"]) == line["completion"]
+        assert len(line["logprobs"]) == len(line["token_ids"]) <= 3
+        assert line["reward"] == letter(line["completion"], {}) and line["example"].startswith("letters/train/")
+
+
+def test_a_line_that_a_kill_cut_short_is_no_row(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert [row["step"] for row in read_metrics(Store(tmp_path))] == [1, 2]
+    Records(Store(tmp_path), 1).close()
+    assert (tmp_path / METRICS).read_text() == '{"step": 1}\n'
+
+
+# -------------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_reward_that_fails_stops_the_run_and_leaves_its_checkpoints(model: Model, tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 6:  # the base, steps 1 and 2, a validation, step 3, step 4
+            raise RewardError("the reward function 'm:f', for the completion 'x' of the example {}, raised")
+        return await verify_letters(completions, rows)
+
+    with pytest.raises(RewardError, match="m:f"):
+        run(trainer_of(model, tmp_path, settings(), verify=verify))
+    assert [row["step"] for row in read_metrics(Store(tmp_path))] == [1, 2, 3]
+    stands = latest(Store(tmp_path), "abc")
+    assert stands is not None and stands.progress.step == 2
+
+
+class FullAtStep4(Store):
+    """A disk that is full when the second checkpoint is written."""
+
+    def write_tensors(self, path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+        if "step_000004" in path:
+            with full_disk():
+                super().write_tensors(path, tensors, metadata)
+        super().write_tensors(path, tensors, metadata)
+
+
+def test_a_run_whose_disk_was_full_goes_on_from_the_checkpoint_before(model: Model, tmp_path: Path) -> None:
+    whole = trainer_of(model, tmp_path / "whole", settings())
+    run(whole)
+    with pytest.raises(ResourceError, match="cannot write .*step_000004.* free some space"):
+        run(trainer_of(model, FullAtStep4(tmp_path / "full"), settings()))
+    assert Store(tmp_path / "full").names(FOLDER) == ["step_000002.safetensors"]
+    resumed = trainer_of(model, tmp_path / "full", settings())
+    run(resumed)
+    assert torch.equal(resumed.p_K, whole.p_K)
+
+
+@pytest.mark.parametrize("what", [METRICS, "rollouts"])
+def test_records_that_cannot_be_written_are_the_disks_fault_and_no_traceback(
+    model: Model, tmp_path: Path, what: str
+) -> None:
+    def spoil(row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            path = tmp_path / what
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            path.mkdir() if what == METRICS else path.touch()
+
+    with pytest.raises(ResourceError, match="free some space"):
+        run(trainer_of(model, tmp_path, settings()), spoil)
+
+
+def test_a_prompt_that_does_not_fit_the_model_is_a_clear_mistake(model: Model, tmp_path: Path) -> None:
+    task = replace(letter_task(), max_tokens=600)
+    with pytest.raises(ConfigError, match="exceed the model's context of 512"):
+        run(trainer_of(model, tmp_path, settings(), task=task))
+
+
+# ------------------------------------------------------------------------------------------------------------------ jobs
+
+JOB = """
+import json, sys
+from t2ray.config import TrainConfig
+from t2ray.rl.job import train_domain
+train_domain(TrainConfig.model_validate_json(open(sys.argv[1]).read()), "letters", lambda row: None)
+"""
+
+
+def job(tiny_llama: Path, out: Path, run_name: str, **changes: Any) -> Any:
+    """A job of one domain, `letters`, verified in the training process."""
+    data = out / "letters.jsonl"
+    data.write_text("".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(40)))
+    domain = {"data": str(data), "prompt": "{text}", "reward": "small:letter", "max_tokens": 3}
+    values = {
+        "model": str(tiny_llama), "out": str(out), "run": run_name, "domains": {"letters": domain}, "workers": 0,
+        "cpus": 1, "verifiers": 0, "rl": settings().model_dump(), "code": str(Path(__file__).parent),
+    }  # fmt: skip
+    return resolve(values | changes, where="job.yaml")
+
+
+def started(config: Any, *, resume: bool = False) -> Any:
+    config = prepare(config, resume=resume)
+    decompose(config.model, config.factors)
+    open_run(config)
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, tmp_path: Path) -> None:
+    rl = settings(steps=60, prompts=2, eval_every=5).model_dump()
+    whole = started(job(tiny_llama, tmp_path, "whole", rl=rl))
+    train_domain(whole, "letters", lambda row: None)
+    killed = started(job(tiny_llama, tmp_path, "killed", rl=rl))
+    folder = Path(killed.out, "killed")
+    process = subprocess.Popen([sys.executable, "-c", JOB, folder / "config.json"])
+    metrics = folder / "domains" / "letters" / METRICS
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 12):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    store = domain_store(killed, "letters")
+    assert finished(store) is None and 12 <= len(read_metrics(store)) < 60
+    resumed = started(job(tiny_llama, tmp_path, "killed", rl=rl), resume=True)
+    train_domain(resumed, "letters", lambda row: None)
+    expected = domain_store(whole, "letters").read_tensors(EXPERT)
+    result = store.read_tensors(EXPERT)
+    assert list(result) == list(expected)
+    assert all(torch.equal(result[name], z) for name, z in expected.items())
+    assert finished(store) == finished(domain_store(whole, "letters"))
+    drop = {"seconds", "tokens_per_s"}
+    rows = [[{k: v for k, v in row.items() if k not in drop} for row in read_metrics(domain_store(c, "letters"))]
+            for c in (whole, killed)]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_a_run_name_that_exists_is_refused_unless_resumed(tiny_llama: Path, tmp_path: Path) -> None:
+    started(job(tiny_llama, tmp_path, "one"))
+    with pytest.raises(RunError, match=r"run 'one' exists in .*; go on with it by --resume, or choose another run=NAME"):
+        prepare(job(tiny_llama, tmp_path, "one"), resume=False)
+    assert prepare(job(tiny_llama, tmp_path, "one"), resume=True) == read_run(str(tmp_path / "one"))
+
+
+def test_a_resume_with_another_configuration_names_the_keys_that_differ(tiny_llama: Path, tmp_path: Path) -> None:
+    started(job(tiny_llama, tmp_path, "one"))
+    other = job(tiny_llama, tmp_path, "one", seed=3, workers=2, rl=settings(lr=0.5, kl=0.5).model_dump())
+    with pytest.raises(RunError) as caught:
+        prepare(other, resume=True)
+    line = str(caught.value)
+    assert "rl.lr: 0.05, now 0.5" in line and "seed: 0, now 3" in line and "rl.kl: 0.02, now 0.5" in line
+    assert "workers" not in line and "steps" not in line and "\n" not in line
+
+
+def test_a_mistake_leaves_no_run_behind(tiny_llama: Path, tmp_path: Path) -> None:
+    domain = {"data": str(tmp_path / "letters.jsonl"), "prompt": "{txt}", "reward": "small:letter"}
+    with pytest.raises(ConfigError, match="txt"):
+        prepare(job(tiny_llama, tmp_path, "one", domains={"letters": domain}), resume=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["letters.jsonl"]
+
+
+def test_a_reward_that_is_no_number_names_the_function_and_the_example(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(small, "letter", lambda completion, row: float("nan"))
+    with pytest.raises(RewardError, match=r"'small:letter'.*'text': 'row \d+'.*returned nan; it must return a number"):
+        train_domain(started(job(tiny_llama, tmp_path, "one")), "letters", lambda row: None)
+
+
+def test_a_finished_domain_leaves_its_expert_and_figures(tiny_llama: Path, tmp_path: Path) -> None:
+    config = started(job(tiny_llama, tmp_path, "one"))
+    train_domain(config, "letters", lambda row: None)
+    result = finished(domain_store(config, "letters"))
+    assert result is not None and result.steps == 7
+    z = domain_store(config, "letters").read_tensors(EXPERT)
+    assert set(z) == {f"model.layers.{i}.{kind}_proj" for i in range(2) for kind in (
+        "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}  # fmt: skip
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in z.values())
