@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, function: str, text: str
+    commands: argparse._SubParsersAction[_Parser], name: str, function: str, text: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(command=function)
@@ -81,7 +81,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_training(commands: argparse._SubParsersAction[_Parser]) -> None:
     p = _command(commands, "decompose", "train:decompose", "factor a model's projections, W = U diag(s) V^T")
     p.add_argument("model", metavar="MODEL", help='"tiny", a local Hugging Face folder or a hub id')
     p.add_argument(
@@ -117,7 +117,7 @@ def _add_training(commands: argparse._SubParsersAction[argparse.ArgumentParser])
 _OF_MIXTURES = ("show", "delete")
 
 
-def _add_experts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_experts(commands: argparse._SubParsersAction[_Parser]) -> None:
     group = commands.add_parser("experts", help="list, show, delete, import or export experts").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
@@ -138,7 +138,7 @@ def _add_experts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         (_add_model if name == "import" else _add_registry)(p)
 
 
-def _add_adapting(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_adapting(commands: argparse._SubParsersAction[_Parser]) -> None:
     p = _command(
         commands, "adapt", "adapt:adapt", "search the mixture of experts for a task from a few labelled prompts (CEM)"
     )
@@ -196,7 +196,7 @@ def _add_adapting(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     _add_model(p)
 
 
-def _add_measuring(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_measuring(commands: argparse._SubParsersAction[_Parser]) -> None:
     p = _command(commands, "eval", "evaluate:evaluate", "accuracy of strategies on tasks, with Wilson intervals")
     p.add_argument(
         "--tasks",

@@ -19,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from t2ray.core import ConfigError, check_name
 
-
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -113,7 +112,7 @@ class TrainConfig(Strict):
     )
     domains: dict[str, DomainConfig] = Field(min_length=1)
     preset: Literal["default", "paper"] = "default"
-    rl: RLConfig = RLConfig()  # type: ignore[call-arg]
+    rl: RLConfig = RLConfig()
     targets: tuple[str, ...] | None = Field(
         None, description='patterns of matrices, e.g. "*.mlp.*"; default all projections'
     )

@@ -1,6 +1,6 @@
 """SVF layers: `y = ((x V) * (s * z_row)) U^T + b` in place of a model's linear layers, and the mixing of experts.
 
-Not here: where factors and experts come from (`svd`, `experts`), and who decides which rows run (`engine`, `rl.trainer`).
+Not here: where factors and experts come from (`svd`, `experts`), who decides which rows run (`engine`, `rl.trainer`).
 
 Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch, T tokens, N inputs, M outputs, r rank.
 """
@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from t2ray.config import nearest
 from t2ray.core import ExpertError, Mixture, UnknownExpert
 from t2ray.svd import Factors, Target
-
 
 PACKED_FOR_ROWS = 16
 """The number of rows that packed weights are laid out for: from 4 rows on the layout is the same for any number."""
@@ -38,6 +37,9 @@ class SVFLinear(nn.Module):
     With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
     its own z. Folded, it uses one mixture's dense weight.
     """
+
+    U_Mr: Tensor
+    Vh_rN: Tensor
 
     def __init__(self, linear: nn.Linear, U_Mr: Tensor, Vh_rN: Tensor, span: slice, bound: Bound) -> None:
         super().__init__()
@@ -156,7 +158,7 @@ class SVF:
 
     @contextmanager
     def folded(self, mixture: Mixture) -> Iterator[None]:
-        """In this thread, forwards use the dense weights of `mixture`; folding happens when it differs from the last."""
+        """In this thread, forwards use the dense weights of `mixture`, folded anew when it differs from the last."""
         assert not self._busy(), "rows are bound already: bindings do not nest"
         z_K = self.mix(mixture)
         if self._folded is None or self._folded[0] != mixture or not torch.equal(self._folded[1], z_K):

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, the two newest kept, another configuration's refused; AdamW goes on as if never stopped."""
+"""Checkpoints: whole or absent, the two newest kept, another configuration's refused; AdamW goes on bit for bit."""
 
 from __future__ import annotations
 
@@ -77,7 +77,10 @@ def test_on_a_full_disk_the_checkpoints_before_survive(tmp_path: Path) -> None:
         checkpoint(step).save(store, "abc")
     with full_disk(), pytest.raises(ResourceError, match="free some space"):
         checkpoint(6).save(store, "abc")
-    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == ["step_000002.safetensors", "step_000004.safetensors"]
+    assert sorted(p.name for p in (tmp_path / FOLDER).iterdir()) == [
+        "step_000002.safetensors",
+        "step_000004.safetensors",
+    ]
     read = latest(store, "abc")
     assert read is not None and read.tensors["p_K"].tolist() == [4.0] * K
 
@@ -98,7 +101,9 @@ def test_a_restored_optimiser_goes_on_bit_for_bit() -> None:
     steps(whole, whole_optimiser, gradients)
     first, first_optimiser = fresh(torch.ones(K))
     steps(first, first_optimiser, gradients[:4])
-    saved: Mapping[str, torch.Tensor] = {name: tensor.clone() for name, tensor in moments(first_optimiser, first).items()}
+    saved: Mapping[str, torch.Tensor] = {
+        name: tensor.clone() for name, tensor in moments(first_optimiser, first).items()
+    }
     second, second_optimiser = fresh(first.detach())
     restore_moments(second_optimiser, second, dict(saved), 4)
     steps(second, second_optimiser, gradients[4:])

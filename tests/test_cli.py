@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2ray.chat import Chat
-from t2ray.cli import main
+from t2ray.cli import build_parser, main
 from t2ray.commands import adapt, evaluate
 from t2ray.commands.chat import Talk
 from t2ray.commands.terminal import weight_bars
@@ -22,15 +21,16 @@ from t2ray.config import TrainConfig
 from t2ray.core import Message, Mixture, SamplingParams, user
 from t2ray.experts import Registry
 from t2ray.rl.run import prepare, read_run
+from t2ray.tasks.verifier import Verifier
 
-REWARDS = '''
+REWARDS = """
 def vowel(completion, row):
     return 1.0 if completion[:1].lower() in "aeiou" else -1.0
 
 
 def letter(completion, row):
     return 1.0 if completion[:1].isalpha() else -1.0
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     own = {"prompt": "{prompt}", "gold": "answer", "max_tokens": 3}
     job = {
         "model": str(tiny_llama), "run": "small", "out": str(folder / "runs"), "workers": 0, "verifiers": 0,
-        "rl": {"steps": 2, "prompts": 4, "samples": 2, "lr": 0.3, "eval_prompts": 2},
+        "rl": {"steps": 2, "prompts": 4, "samples": 2, "sigma": 0.3, "eval_prompts": 2},
         "domains": {
             "vowels": {"data": str(folder / "vowels.jsonl"), "reward": "cli_rewards:vowel", **own},
             "letters": {"data": str(folder / "letters.jsonl"), "reward": "cli_rewards:letter", **own},
@@ -113,7 +113,9 @@ def test_factors_are_shared_with_training_and_made_once(
     assert {path: path.stat().st_mtime_ns for path in made.folder.iterdir()} == before
 
 
-def test_without_options_the_demos_run_counts_and_else_the_tiny_model(run: str, capsys: pytest.CaptureFixture) -> None:
+def test_without_options_the_demos_run_counts_and_else_the_tiny_model(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     nothing = type("Args", (), dict.fromkeys(("run", "model", "factors", "experts")))()
     assert locate(nothing) == Place(model="tiny", factors=None, experts=None, run=None)
     shutil.copytree(run, "runs/demo")
@@ -127,9 +129,13 @@ def test_without_options_the_demos_run_counts_and_else_the_tiny_model(run: str, 
 # ---------------------------------------------------------------------------------------------------------------- eval
 
 
-def test_eval_measures_what_the_library_measures(run: str, bench: Workbench, capsys: pytest.CaptureFixture) -> None:
+def test_eval_measures_what_the_library_measures(
+    run: str, bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
     strategies = "base,vowels,letters,oracle,prompt,cls"
-    assert main(["eval", "--tasks", "vowels,letters", "--strategies", strategies, "--run", run, "--json", "e.json"]) == 0
+    assert (
+        main(["eval", "--tasks", "vowels,letters", "--strategies", strategies, "--run", run, "--json", "e.json"]) == 0
+    )
     result = json.loads(Path("e.json").read_text())["tasks"]
     table = capsys.readouterr().out
     for task in ("vowels", "letters"):
@@ -183,7 +189,7 @@ def shots(file: str = "shots.jsonl") -> str:
 SEARCH = ["population=6", "iterations=2"]
 
 
-def test_adapt_saves_a_mixture_that_the_other_commands_take(run: str, capsys: pytest.CaptureFixture) -> None:
+def test_adapt_saves_a_mixture_that_the_other_commands_take(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["adapt", "--task", shots(), "--gold", "reply", "--max-tokens", "2", "--run", run, *SEARCH]
     assert main([*argv, "--name", "vowels"]) == 0
     assert main([*argv, "--name", "again"]) == 0
@@ -200,27 +206,14 @@ def test_adapt_saves_a_mixture_that_the_other_commands_take(run: str, capsys: py
     assert set(json.loads(Path("e.json").read_text())["tasks"]["vowels"]["strategies"]) == set(strategies.split(","))
 
 
-def test_the_default_reward_of_a_file_is_its_gold_column(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = {}
-
-    async def stop(*args: object, **kwargs: object) -> None:
-        seen["task"], seen["examples"] = args[1], args[2]
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(adapt, "_search", stop)
-    args = adapt_arguments(["adapt", "--task", shots(), "--gold", "reply", "--name", "x", "--run", run])
-    with pytest.raises(KeyboardInterrupt):
-        adapt.adapt(args)
-    reward = seen["task"].reward
-    with adapt.Verifier(reward, workers=0) as verify:
-        row = seen["examples"][0].row
-        assert asyncio.run(verify(["a", " a\n", "b", "", "a b"], [row] * 5)) == [1.0, 1.0, -1.0, -1.0, -1.0]
-
-
-def adapt_arguments(argv: list[str]):  # type: ignore[no-untyped-def]
-    from t2ray.cli import build_parser
-
-    return build_parser().parse_args(argv)
+def test_the_default_reward_of_a_file_is_its_gold_column(run: str) -> None:
+    argv = ["adapt", "--task", shots(), "--gold", "reply", "--name", "x", "--shots", "3"]
+    task, examples = adapt._labelled(build_parser().parse_args(argv))
+    assert [example.messages[0].content for example in examples] == ["shot 0", "shot 1", "shot 2"]
+    with Verifier(task.reward, workers=0) as verify:
+        rewards = asyncio.run(verify(["a", " a\n", "b", "", "a b"], [examples[0].row] * 5))
+    assert rewards == [1.0, 1.0, -1.0, -1.0, -1.0]
+    assert task.gold is not None and task.gold(examples[0].row) == "a"
 
 
 def test_bars_are_as_long_as_the_weights() -> None:
@@ -232,7 +225,7 @@ def test_bars_are_as_long_as_the_weights() -> None:
     assert weight_bars(Mixture.of({"a": 2.0, "b": -1.0}), ["a", "b"]).splitlines()[1].count("█") == 12
 
 
-def test_experts_go_out_come_in_and_are_deleted(run: str, capsys: pytest.CaptureFixture) -> None:
+def test_experts_go_out_come_in_and_are_deleted(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     of = ["--run", run]
     registry(run).save_mixture("both", Mixture.parse("letters:0.5,vowels:0.5"))
     assert main(["experts", "export", "vowels", "out", *of]) == 0
@@ -256,7 +249,7 @@ def test_experts_go_out_come_in_and_are_deleted(run: str, capsys: pytest.Capture
     assert registry(run).mixtures() == ()
 
 
-def test_a_copy_of_the_classifier_stops_cls_alone(run: str, capsys: pytest.CaptureFixture) -> None:
+def test_a_copy_of_the_classifier_stops_cls_alone(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     of = ["--run", run]
     assert main(["experts", "export", "sorter", "out", *of]) == main(["experts", "import", "sorter2", "out", *of]) == 0
     assert main(["eval", "--tasks", "vowels", "--strategies", "prompt,base", *of]) == 0
@@ -264,11 +257,20 @@ def test_a_copy_of_the_classifier_stops_cls_alone(run: str, capsys: pytest.Captu
     assert "needs one classification expert, and there are sorter, sorter2" in capsys.readouterr().err
 
 
+def test_a_classifier_that_names_a_lost_expert_stops_cls_alone(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["experts", "delete", "vowels", "--run", run]) == 0
+    assert main(["eval", "--tasks", "letters", "--strategies", "prompt", "--run", run]) == 0
+    assert main(["eval", "--tasks", "letters", "--strategies", "cls", "--run", run]) == 2
+    assert "'sorter' names 'vowels', an expert not in" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------- chat
 
 
 @pytest.fixture
-def typed(run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., tuple[str, str]]:
+def typed(
+    run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[str, str]]:
     """`typed("hello", "/quit")` is what a chat prints, and complains of, when it is piped these lines."""
 
     def chat(*lines: str, strategy: str = "cls") -> tuple[str, str]:
@@ -310,7 +312,7 @@ def test_a_turn_answers_the_whole_conversation(bench: Workbench) -> None:
     assert talk.history == ()
 
 
-def test_a_full_context_forgets_the_oldest_turns(bench: Workbench, capsys: pytest.CaptureFixture) -> None:
+def test_a_full_context_forgets_the_oldest_turns(bench: Workbench, capsys: pytest.CaptureFixture[str]) -> None:
     talk = Talk(bench, "base", SamplingParams(max_tokens=4), generate_label=False)
     talk.history = tuple(
         Message(role=role, content=f"{i}" + 150 * "x") for i in range(2) for role in ("user", "assistant")
@@ -336,7 +338,7 @@ def test_verify_counts_right_answers_and_names_the_rows_that_fail(
     assert "70 of 70" in capsys.readouterr().out
 
 
-def test_verify_grades_a_domain_of_ones_own(trained: Path, capsys: pytest.CaptureFixture) -> None:
+def test_verify_grades_a_domain_of_ones_own(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     of = ["--config", str(trained / "job.yaml"), "--workers", "1"]
     assert main(["verify", "--task", "letters", *of]) == 0
     assert "20 of 20" in capsys.readouterr().out
@@ -355,7 +357,7 @@ def test_verify_grades_a_domain_of_ones_own(trained: Path, capsys: pytest.Captur
 # ------------------------------------------------------------------------------------------------------------- leaving
 
 
-def test_options_that_do_not_exist_are_refused_in_one_line(capsys: pytest.CaptureFixture) -> None:
+def test_options_that_do_not_exist_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for argv in (["eval", "--taks", "math"], ["evl"], ["experts"], ["train"]):
         with pytest.raises(SystemExit) as ended:
             main(argv)
@@ -363,11 +365,11 @@ def test_options_that_do_not_exist_are_refused_in_one_line(capsys: pytest.Captur
         assert ended.value.code == 2 and err.startswith("t2ray: ") and err.count("\n") == 1 and "--help" in err
 
 
-def test_a_chat_without_a_template_still_answers(shared: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_goes_on_with_the_text(shared: Path, tmp_path: Path) -> None:
     """stories260K, real weights without a chat template: a conversation is its contents, one after the other."""
     place = Place(model=str(shared / "models/stories260K"), factors=str(tmp_path / "f"), experts=None, run=None)
     bench = open_workbench(place)
-    assert isinstance(bench.engine.model.chat, Chat) and bench.experts == ()
+    assert bench.experts == ()
     talk = Talk(bench, "base", SamplingParams(max_tokens=20), generate_label=False)
     talk.say("Once upon a time")
     assert "there was a little girl" in talk.history[-1].content

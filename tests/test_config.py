@@ -148,11 +148,12 @@ def test_the_nearest_word_is_offered_only_where_one_is_near() -> None:
     assert nearest("x", []) == " (known: none)"
 
 
-# -------------------------------------------------------------------------------------------------------------- resuming
+# ------------------------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize(
-    "change", [{"workers": 3}, {"cpus": 2.0}, {"gpus": 1.0}, {"verifiers": 4}, {"run": "x"}, {"out": "y"}, {"code": "z"}]
+    "change",
+    [{"workers": 3}, {"cpus": 2.0}, {"gpus": 1.0}, {"verifiers": 4}, {"run": "x"}, {"out": "y"}, {"code": "z"}],
 )
 def test_where_and_by_how_many_changes_no_digest(change: dict[str, Any]) -> None:
     assert made(change).digest == made().digest

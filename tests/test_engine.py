@@ -134,7 +134,7 @@ def test_nothing_is_recorded_for_a_gradient(model: Model, monkeypatch: pytest.Mo
     assert seen and not any(seen)
 
 
-# ------------------------------------------------------------------------------------------------------- values and ends
+# ------------------------------------------------------------------------------------------------------ values and ends
 
 
 def test_logprobs_are_those_of_a_plain_forward_pass(model: Model) -> None:
@@ -290,6 +290,19 @@ def test_a_score_is_the_log_likelihood_by_a_plain_forward_pass(model: Model, lab
         for label in labels
     ]
     assert score(model, PROMPTS, labels, MIXTURES) == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize("ends", [["", "", "", "", ""], ["a", "bc", "", "a", "def"]], ids=["equal", "differing"])
+def test_what_prompts_begin_with_in_common_is_still_each_mixtures_own(model: Model, ends: list[str]) -> None:
+    prompts, mixtures = [f"what all of the prompts begin with {end}" for end in ends], MIXTURES[:5]
+    expected = [
+        float(logprobs(model, mixture, model.chat.encode(user(prompt)), model.chat.encode_answer(label)).sum())
+        for prompt, mixture in zip(prompts, mixtures, strict=True)
+        for label in LABELS
+    ]
+    assert score(model, prompts, LABELS, mixtures) == pytest.approx(expected, abs=1e-3)
+    alike = score(model, prompts, LABELS, [mixtures[1]] * 5)
+    assert alike[4:8] == pytest.approx(expected[4:8], abs=1e-3)
 
 
 def test_labels_of_one_token_need_no_second_pass(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

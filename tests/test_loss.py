@@ -69,9 +69,7 @@ def test_the_loss_of_a_token_by_hand() -> None:
 
 
 def test_the_divergence_is_the_policys_from_the_base_and_not_the_other_way_round() -> None:
-    _, kl_N = token_losses(
-        torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 1, 1
-    )
+    _, kl_N = token_losses(torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 1, 1)
     assert float(kl_N) == pytest.approx(KL_AB, rel=1e-5)
     assert abs(KL_AB - (0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))) > 0.1  # the other way round differs
 

@@ -37,7 +37,9 @@ def test_the_prompts_of_a_step_depend_on_the_seed_and_on_nothing_before() -> Non
 
 
 def test_seeds_are_the_same_in_every_process_and_differ_in_every_place() -> None:
-    places = [(seed, step, prompt, sample) for seed in (0, 1) for step in (1, 2) for prompt in (0, 11) for sample in (0, 1)]
+    places = [
+        (seed, step, prompt, sample) for seed in (0, 1) for step in (1, 2) for prompt in (0, 11) for sample in (0, 1)
+    ]
     seeds = [rollout_seed(*place) for place in places]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**62 for seed in seeds)

@@ -90,6 +90,16 @@ def test_a_row_of_a_mixed_batch_is_that_row_alone(model: Model) -> None:
             close(model, mixed[row : row + 1], forward(model, ids[row : row + 1]))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 17])
+def test_inference_gives_what_training_differentiates(model: Model, rows: int) -> None:
+    """Without autograd the factors may lie in another layout."""
+    ids, z_RK = token_rows(model, rows, 9), torch.stack(list(model.svf.bank.values())).requires_grad_()
+    with model.svf.rows(z_RK, torch.arange(rows) % 3):
+        differentiable = model.hf(input_ids=ids, use_cache=False).logits
+        assert differentiable.requires_grad
+        close(model, forward(model, ids), differentiable.detach())
+
+
 @pytest.mark.parametrize("text", ["math", "math:0.7,code:0.3", "base", "math:-0.5,pick:1.5"])
 def test_folded_equals_factored(model: Model, text: str) -> None:
     ids, mixture = token_rows(model, 3, 9), Mixture.parse(text)
@@ -239,10 +249,10 @@ def test_an_exception_unbinds(model: Model, kind: str) -> None:
     ids = token_rows(model, 1, 4)
     base = forward(model, ids)
     z = model.svf.bank["math"][None]
-    with pytest.raises(KeyboardInterrupt):
-        with model.svf.folded(Mixture.parse("math")) if kind == "folded" else model.svf.rows(z):
-            assert not torch.equal(forward(model, ids), base)
-            raise KeyboardInterrupt
+    binding = model.svf.folded(Mixture.parse("math")) if kind == "folded" else model.svf.rows(z)
+    with pytest.raises(KeyboardInterrupt), binding:
+        assert not torch.equal(forward(model, ids), base)
+        raise KeyboardInterrupt
     assert torch.equal(forward(model, ids), base)
 
 

@@ -55,7 +55,9 @@ def trainer_of(model: Model, folder: Path | Store, rl: RLConfig, **changes: Any)
     model.svf.bank.clear()
     values = {"task": letter_task(), "verify": verify_letters, "seed": 0, "digest": "abc"} | changes
     store = folder if isinstance(folder, Store) else Store(folder)
-    return Trainer(Engine(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"])
+    return Trainer(
+        Engine(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"]
+    )
 
 
 def run(trainer: Trainer, report: Callable[[dict[str, Any]], None] = lambda row: None) -> Trained:
@@ -240,7 +242,7 @@ def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) 
     assert [row["step"] for row in read_metrics(Store(tmp_path / "run"))] == [1]  # the first worker alone writes
 
 
-# --------------------------------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------------------------- records
 
 
 def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ def test_a_line_that_a_kill_cut_short_is_no_row(tmp_path: Path) -> None:
     assert (tmp_path / METRICS).read_text() == '{"step": 1}\n'
 
 
-# -------------------------------------------------------------------------------------------------------------- failures
+# ------------------------------------------------------------------------------------------------------------- failures
 
 
 def test_a_reward_that_fails_stops_the_run_and_leaves_its_checkpoints(model: Model, tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_a_prompt_that_does_not_fit_the_model_is_a_clear_mistake(model: Model, t
         run(trainer_of(model, tmp_path, settings(), task=task))
 
 
-# ------------------------------------------------------------------------------------------------------------------ jobs
+# ----------------------------------------------------------------------------------------------------------------- jobs
 
 JOB = """
 import json, sys
@@ -395,7 +397,9 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, t
 
 def test_a_run_name_that_exists_is_refused_unless_resumed(tiny_llama: Path, tmp_path: Path) -> None:
     started(job(tiny_llama, tmp_path, "one"))
-    with pytest.raises(RunError, match=r"run 'one' exists in .*; go on with it by --resume, or choose another run=NAME"):
+    with pytest.raises(
+        RunError, match=r"run 'one' exists in .*; go on with it by --resume, or choose another run=NAME"
+    ):
         prepare(job(tiny_llama, tmp_path, "one"), resume=False)
     assert prepare(job(tiny_llama, tmp_path, "one"), resume=True) == read_run(str(tmp_path / "one"))
 

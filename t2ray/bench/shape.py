@@ -1,4 +1,4 @@
-"""What is measured: a Llama of random weights with its decomposition and experts, and the same weights as a plain model.
+"""What is measured: a Llama of random weights, its decomposition and experts, and the same weights as a plain model.
 
 Made in a folder and loaded by the code that loads any model. Not here: what is done with it (the benches).
 """

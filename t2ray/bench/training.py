@@ -11,13 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from t2ray.bench.harness import Figures, interleaved, measure, ratio
 from t2ray.bench.reference import Reference
 from t2ray.bench.shape import Subject
 from t2ray.config import RLConfig
-from t2ray.core import Completion, Example, Message, Mixture, Rollout
+from t2ray.core import Completion, Example, Mixture, Rollout
 from t2ray.rl.trainer import Trainer
 from t2ray.store import Store
 from t2ray.tasks.task import Task
@@ -42,12 +45,13 @@ def update(subject: Subject, repeats: int) -> Figures:
             },
             repeats,
         )
-        peak = peak_bytes(lambda: quarter.update(rollouts, advantage_B, len(rollouts), 1))
+        with Allocations() as made:
+            quarter.update(rollouts, advantage_B, len(rollouts), 1)
     held = sum(tensor.nbytes for tensor in (*subject.model.hf.parameters(), *subject.model.hf.buffers()))
     bound = held + activation_bytes(subject, rollouts[: max(1, len(rollouts) // 4)])
     return {
         "over_reference": measure(ratio(times, "reference", "ours"), 3.0),
-        "peak_over_bound": measure([(held + peak) / bound], 1.0, at_most=True),
+        "peak_over_bound": measure([(held + made.peak) / bound], 1.0, at_most=True),
         "update_s": measure(times["ours"]),
     }
 
@@ -89,27 +93,35 @@ def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
     ids_BT = torch.tensor([[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts])
     z_1K = model.svf.mix(Mixture.parse("bench"))[None]
 
-    def forward() -> None:
-        with torch.no_grad(), model.svf.rows(z_1K):
-            model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
-
-    return sum(size for size in allocations(forward) if size > 0)
+    with Allocations() as made, torch.no_grad(), model.svf.rows(z_1K):
+        model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
+    return made.total
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """The most that tensors allocated within `work` hold at one time."""
-    held = peak = 0
-    for size in allocations(work):
-        held += size
-        peak = max(peak, held)
-    return peak
+class Allocations(TorchDispatchMode):
+    """Within `with`: the bytes of all tensors that operations made (`total`), and the most alive at a time (`peak`)."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total: int = 0
+        self.peak: int = 0
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation and counts the storages among its results that were not among its arguments'."""
+        result = func(*args, **(kwargs or {}))
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self.total += storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
 
 
-def allocations(work: Callable[[], object]) -> list[int]:
-    """Bytes that tensors took (above 0) and gave back (below 0) in `work`, in order; run once before, uncounted."""
-    work()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not leaf.is_mkldnn]

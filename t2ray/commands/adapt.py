@@ -78,7 +78,7 @@ def _labelled(args: argparse.Namespace) -> tuple[Task, list[Example]]:
     exact = args.reward is None
     domain = DomainConfig(
         data=args.task, prompt=args.prompt, gold=args.gold, reward=args.reward or "t2ray.tasks.equal:reward"
-    )  # type: ignore[call-arg]
+    )
     task = own("task", domain, str(Path.cwd()))
     if exact:
         rows = [{**row, "answer": row[args.gold]} for row in task.rows("all")]

@@ -101,7 +101,7 @@ def _lines() -> Iterator[str]:
             line = input("you> " if sys.stdin.isatty() else "")
         except EOFError:
             return
-        yield line.strip()
+        yield line.encode(errors="replace").decode().strip()  # a pipe may hold bytes that are no text
 
 
 def _choices(bench: Workbench) -> str:

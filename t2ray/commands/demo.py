@@ -65,7 +65,7 @@ def demo(args: argparse.Namespace) -> None:
         decompose(config.model, config.factors, progress=progress)
     with _stage("train", timing), TrainingDisplay() as display:
         train(config, resume=True, tick=display.show)
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(1)  # passes of this size gain little from a second, and lose much where a core is busy
     bench = Bench(config, args.limit)
     with _stage("adapt", timing):
         mixtures = asyncio.run(bench.adapt(args.seed))
@@ -198,7 +198,7 @@ class Bench:
         }
 
 
-SHOTS, ROUNDS = 20, 5
+SHOTS, ROUNDS = 20, 10
 """Labelled prompts of a few-shot search, and its rounds: the search ends by itself at about the fifth."""
 
 

@@ -164,7 +164,7 @@ class Workbench:
             for label in self.labels[:-1]:
                 if label not in self.experts:
                     raise UnknownExpert(
-                        f"the classification expert {self.classifiers[0]!r} names the expert {label!r}, which is not in "
+                        f"the classification expert {self.classifiers[0]!r} names {label!r}, an expert not in "
                         f"{where}; import it again, or use the strategy prompt"
                     )
             return self.labels

@@ -9,10 +9,11 @@ Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singul
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
+from os.path import commonprefix
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from t2ray.core import Completion, ConfigError, Message, Mixture, SamplingParams
 from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 from t2ray.model import Model
+
+SHARED_TOKENS = 64
+"""Prompt tokens that a pass over a shared prefix must save to be worth its own time."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,8 +107,9 @@ class Engine:
         with torch.no_grad():
             for _, same_kind in groupby(queue, key=lambda r: r.kind):
                 for batch in self._batches(same_kind):
-                    results = self._score(batch) if batch[0].labels else self._generate(batch)
-                    for request, result in zip(batch, results, strict=True):
+                    run: Callable[[list[_Request]], Sequence[Completion | tuple[float, ...]]]
+                    run = self._score if batch[0].labels else self._generate
+                    for request, result in zip(batch, run(batch), strict=True):
                         request.result = result
 
     def _batches(self, requests: Iterable[_Request]) -> Iterable[list[_Request]]:
@@ -137,13 +142,12 @@ class Engine:
         index_B = torch.tensor([row[request.mixture] for request in batch], device=z_RK.device)
         return svf.rows(z_RK, index_B.repeat_interleave(repeat))
 
-    def _left_padded(self, batch: Sequence[_Request]) -> tuple[Tensor, Tensor]:
+    def _left_padded(self, batch: Sequence[_Request], skip: int = 0) -> tuple[Tensor, Tensor]:
+        """Ids (B, T) of the prompts without their first `skip` tokens, and the mask (B, skip + T) of all of them."""
         longest = max(len(request.prompt_ids) for request in batch)
         pads = [longest - len(request.prompt_ids) for request in batch]
-        ids = [
-            [self.model.chat.pad_id] * pad + list(request.prompt_ids) for pad, request in zip(pads, batch, strict=True)
-        ]
-        mask = [[0] * pad + [1] * (longest - pad) for pad in pads]
+        ids = [[self.model.chat.pad_id] * pad + list(r.prompt_ids[skip:]) for pad, r in zip(pads, batch, strict=True)]
+        mask = [[1] * skip + [0] * pad + [1] * (longest - skip - pad) for pad in pads]
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
     def _generate(self, batch: list[_Request]) -> list[Completion]:
@@ -187,12 +191,16 @@ class Engine:
         )
 
     def _score(self, batch: list[_Request]) -> list[tuple[float, ...]]:
-        """Reads each prompt once; its labels then continue from that prompt's cache."""
-        hf, L = self.model.hf, len(batch[0].labels)
-        ids_BT, mask_BT = self._left_padded(batch)
-        positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)
+        """Reads what all prompts begin with once, then each one's rest; its labels continue from its cache."""
+        hf, L, shared = self.model.hf, len(batch[0].labels), _shared_prefix(batch)
+        ids_BT, mask_BT = self._left_padded(batch, shared)
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, shared:]
         cache = DynamicCache(config=hf.config)
         with self._bind(batch):
+            if shared:
+                prefix_1T = torch.tensor([batch[0].prompt_ids[:shared]], device=ids_BT.device)
+                hf(input_ids=prefix_1T, past_key_values=cache, logits_to_keep=1)
+                cache.batch_repeat_interleave(len(batch))
             first = hf(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -220,3 +228,15 @@ class Engine:
         logprob_LT = logits.log_softmax(-1).gather(-1, label_LT[..., None])[..., 0] * real_LT
         totals: list[float] = logprob_LT.sum(-1).tolist()
         return [tuple(totals[i : i + L]) for i in range(0, len(totals), L)]
+
+
+def _shared_prefix(batch: Sequence[_Request]) -> int:
+    """The tokens that all prompts of a batch begin with, as far as a pass of their own over them pays: else 0.
+
+    The keys and values depend on z: only prompts of one mixture share any. Each keeps a token of its own.
+    """
+    if len({request.mixture for request in batch}) > 1:
+        return 0
+    prompts = [request.prompt_ids for request in batch]
+    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    return shared if shared * (len(batch) - 1) >= SHARED_TOKENS else 0

@@ -96,7 +96,7 @@ def backward(
 
 
 def _packed(model: Model, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Right-padded ids and mask, (B, T); the flat positions that predict the answers' tokens, and those tokens, (N,)."""
+    """Right-padded ids and mask, (B, T); the flat positions that predict the answers' tokens; those tokens, (N,)."""
     rows = [[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts]
     longest = max(map(len, rows))
     ids = torch.tensor([[*row, *[model.chat.pad_id] * (longest - len(row))] for row in rows])

@@ -28,7 +28,7 @@ class Records:
         self._write_metrics()
         self.tensorboard = None
         if store.local is not None:
-            from torch.utils.tensorboard import SummaryWriter  # type: ignore[attr-defined]
+            from torch.utils.tensorboard import SummaryWriter
 
             self.tensorboard = SummaryWriter(str(store.local / "tensorboard"), purge_step=step + 1)
 

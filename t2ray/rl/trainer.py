@@ -71,7 +71,7 @@ class Trainer:
     # -------------------------------------------------------------------------------------------------- the algorithm
 
     async def run(self, report: Report) -> Trained:
-        """Trains to the end, or until `rl.patience` validations brought nothing better; `report` gets each step's metrics.
+        """Trains to the end, or until `rl.patience` validations brought nothing better; `report` gets each step's row.
 
         Raises:
             RewardError: the verifier failed on an example.
@@ -127,7 +127,7 @@ class Trainer:
     def update(
         self, rollouts: list[Rollout], advantage_B: list[float], batch: int, step: int
     ) -> tuple[LossTerms, float]:
-        """One AdamW step on z from the whole batch, micro-batch by micro-batch; the loss's sums and the gradient's norm."""
+        """One AdamW step on z from the whole batch, in micro-batches; the loss's sums and the gradient's norm."""
         z_K = self._z()
         leaf_1K = z_K.detach()[None].requires_grad_()
         leaf_1K.grad = torch.zeros_like(leaf_1K)

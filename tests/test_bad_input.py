@@ -1,0 +1,363 @@
+"""Every mistake that a user makes ends with one line that names the value and the remedy, code 2, and no file written.
+
+All go through the command line, in this process; the modules' own tests have the finer points.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from t2ray.cli import main
+from t2ray.commands import adapt, evaluate
+from t2ray.core import Mixture
+from t2ray.experts import Registry
+from t2ray.svd import Factors
+from t2ray.weights import Weights
+
+REWARDS = """
+def good(completion, row):
+    return 1.0
+
+
+def raises(completion, row):
+    return row["no such column"]
+
+
+def nan(completion, row):
+    return float("nan")
+
+
+def text(completion, row):
+    return "1.0"
+
+
+def two(completion, row):
+    return 2
+"""
+ROWS = '{"prompt": "one", "answer": "a"}\n{"prompt": "two", "answer": "b"}\n'
+
+
+@pytest.fixture
+def place(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a model, rows, rewards and a job that is right."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "_VERIFIERS", 0)
+    monkeypatch.setattr(adapt, "_VERIFIERS", 0)
+    (tmp_path / "model").symlink_to(tiny_llama)
+    (tmp_path / "rows.jsonl").write_text(ROWS)
+    (tmp_path / "bad_rewards.py").write_text(REWARDS)
+    write_job(tmp_path)
+    return tmp_path
+
+
+def write_job(place: Path, **domain: Any) -> None:
+    job = {
+        "model": "model", "run": "bad", "workers": 0, "verifiers": 0,
+        "rl": {"steps": 1, "prompts": 2, "samples": 2, "eval_prompts": 2},
+        "domains": {
+            "mine": {"data": "rows.jsonl", "prompt": "{prompt}", "reward": "bad_rewards:good", "max_tokens": 2} | domain
+        },
+    }  # fmt: skip
+    (place / "job.yaml").write_text(json.dumps(job))
+
+
+@pytest.fixture
+def refused(place: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused("eval", ...)` is the line that the command ends with; what it may have written is named by `leaves`."""
+
+    def run(*argv: str, leaves: str = "") -> str:
+        before = sorted(place.rglob("*"))
+        code = main(argv)
+        err = capsys.readouterr().err
+        assert code == 2, err
+        assert err.startswith("t2ray: ") and err.count("\n") == 1 and "Traceback" not in err, err
+        new = [str(path.relative_to(place)) for path in sorted(place.rglob("*")) if path not in before]
+        written = [path for path in new if "__pycache__" not in path and not (leaves and re.match(leaves, path))]
+        assert not written, written
+        return err
+
+    return run
+
+
+Refused = Callable[..., str]
+
+
+def test_the_job_that_the_mistakes_are_made_in_is_right(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "job.yaml"]) == 0
+    assert "experts: " in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------- keys and names
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rl.stepz=3", "unknown key 'rl.stepz'; did you mean 'steps'?"),
+        ("modle=x", "unknown key 'modle'; did you mean 'model'?"),
+        ("domains.mine.promt=x", "unknown key 'domains.mine.promt'; did you mean 'prompt'?"),
+        ("domains.mine.rl.lrr=1", "unknown key 'lrr'; did you mean 'lr'?"),
+        ("rl.steps=none", "rl.steps: .*integer.*not 'none'"),
+        ("rl.steps=0", "rl.steps: .*greater than or equal to 1, not 0"),
+        ("rl.steps", "'rl.steps' is not key=value"),
+        ("preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
+        ("run=My Run", "'My Run' cannot name a run: use"),
+        ("domains.mine.prompt=Q {question}", "no column 'question'; it has answer, prompt"),
+        ("domains.other.task=gsm9k", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
+        ("model=./nowhere", "model './nowhere': no such folder; name a folder"),
+        ("targets=['*.nope']", "target pattern '\\*.nope' matches no matrix; its names look like 'model.layers"),
+        ("layers='7'", "layers '7': the model has no targets in layer 7; it has them in layers 0 to 1"),
+    ],
+)
+def test_a_wrong_key_or_value_of_a_job(refused: Refused, override: str, message: str) -> None:
+    assert re.search(message, refused("train", "job.yaml", override))
+
+
+def test_a_job_that_is_missing_or_no_yaml(place: Path, refused: Refused) -> None:
+    assert "nowhere.yaml: no such configuration file" in refused("train", "nowhere.yaml")
+    (place / "job.yaml").write_text("model: [tiny\nrun: x")
+    assert re.search(r"job.yaml: not valid YAML: .*line 2", refused("train", "job.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("eval --tasks maht --model model", "unknown task 'maht'; did you mean 'math'?"),
+        ("eval --tasks math,math --model model", "--tasks 'math,math': .*each once"),
+        ("eval --tasks gsm8k= --model model", "gsm8k= names no file"),
+        ("eval --tasks math --limit 0 --model model", "--limit is 0; it must be at least 1"),
+        ("eval --tasks math --json nowhere/e.json --model model", "no folder .*nowhere; make it first"),
+        ("eval --tasks math --run nowhere", "no run in nowhere; `t2ray train` makes one"),
+        ("eval --tasks math --run runs/x --model tiny", "leave out --model tiny or --run"),
+        ("eval --tasks math --experts nowhere", "nowhere holds no experts; train some by"),
+        ("verify --task maths", "unknown task 'maths'; did you mean 'math'?"),
+        ("verify", "name a built-in task by --task, or a training job by --config"),
+        ("verify --config job.yaml --task min", "no domain 'min'; did you mean 'mine'?"),
+        ("verify --config job.yaml", "'mine' has no gold answers to verify; name their column with gold: COLUMN"),
+        ("verify --task math --workers 0", "--workers is 0; it must be at least 1"),
+        ("adapt --task gsm9k --name x", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
+        ("adapt --task rows.jsonl --name X!", "'X!' cannot name a mixture: use"),
+        ("adapt --task rows.jsonl --name x --shots 0", "--shots is 0; it must be at least 1"),
+        ("adapt --task rows.jsonl --name x populaton=3", "unknown key 'populaton'; did you mean 'population'?"),
+        ("adapt --task rows.jsonl --name x elite=2", "elite: .*less than or equal to 1, not 2"),
+        ("adapt --task rows.jsonl --name x --gold label", "line 1: the column 'label' is missing; the row has prompt"),
+        ("adapt --task rows.jsonl --name x --reward bad_rewards:god", "no function 'god'; it has .*good"),
+        ("experts list", "no registry: there is no runs/demo here; name one by --experts or --run"),
+        ("chat --max-tokens 0", "max_tokens is 0; it must be at least 1"),
+        ("chat --temperature -1", "temperature is -1.0; it must be 0"),
+        ("decompose model --out f --targets *.nope", "pattern '\\*.nope' matches no matrix"),
+    ],
+)
+def test_a_wrong_word_on_the_command_line(refused: Refused, argv: str, message: str) -> None:
+    assert re.search(message, refused(*argv.split()))
+
+
+@pytest.mark.parametrize("strategy", ["cls", "prompt", "oracle"])
+def test_a_strategy_that_needs_experts_where_there_are_none(refused: Refused, strategy: str) -> None:
+    line = refused("eval", "--tasks", "math", "--strategies", strategy, "--model", "model", leaves="runs")
+    assert f"strategy {strategy!r} needs experts to choose from, and there are none" in line and "--experts" in line
+
+
+# ---------------------------------------------------------------------------------------------------------- data files
+
+BAD_FILES = {
+    "missing.jsonl": (None, "missing.jsonl: no such data file; give a .jsonl, .csv, .parquet file or a hub"),
+    "empty.jsonl": ("", "empty.jsonl: the file holds no rows"),
+    "torn.jsonl": (ROWS + '{"prompt": "thr', "torn.jsonl, line 3: not valid JSON"),
+    "list.jsonl": (ROWS + "[1]\n", "list.jsonl, line 3: a row is an object of columns, not list"),
+    "mixed.jsonl": (
+        ROWS + '{"prompt": 3, "answer": "c"}\n',
+        "mixed.jsonl, line 3: .*'prompt' holds a number, but a str",
+    ),
+    "short.csv": ("prompt,answer\none,a\ntwo\n", "short.csv, line 3: 1 fields, but the header names 2"),
+    "noise.parquet": ("PAR1 no", "noise.parquet: not a readable Parquet file"),
+    "rows.txt": (ROWS, "rows.txt: its name ends in '.txt'; a data file is one of"),
+    "gap.jsonl": (ROWS + '{"answer": "c"}\n', "gap.jsonl, line 3: the column 'prompt' is missing; the row has answer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+@pytest.mark.parametrize("command", ["train", "adapt"])
+def test_a_bad_data_file_is_told_with_file_and_line(place: Path, refused: Refused, name: str, command: str) -> None:
+    content, message = BAD_FILES[name]
+    if content is not None:
+        (place / name).write_text(content)
+    write_job(place, data=name)
+    argv = ["train", "job.yaml"] if command == "train" else ["adapt", "--task", name, "--name", "x"]
+    assert re.search(message.replace(".txt: its", ".*: its"), refused(*argv))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "1+1?"}, "rows.jsonl, line 2: the column 'answer' is missing; the row has question"),
+        ({"question": 1, "answer": "#### 2"}, "rows.jsonl, line 2: the column 'question' holds a number, but a str in"),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify --task gsm8k --data rows.jsonl", "eval --tasks gsm8k=rows.jsonl"])
+def test_a_bad_row_of_a_built_in_task_is_told_with_its_line(
+    place: Path, refused: Refused, row: dict[str, Any], message: str, command: str
+) -> None:
+    rows = [{"question": "1+1?", "answer": "#### 2"}, row]
+    (place / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert re.search(message, refused(*command.split()))
+
+
+# ------------------------------------------------------------------------------------------------------------- rewards
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        ("nowhere:good", "reward 'nowhere:good': no module 'nowhere' in .*add nowhere.py there"),
+        ("bad_rewards:god", "bad_rewards has no function 'god'; it has good"),
+        ("bad_rewards", "reward 'bad_rewards' is not of the form module:function"),
+    ],
+)
+def test_a_reward_that_is_missing_stops_before_anything_starts(
+    place: Path, refused: Refused, reward: str, message: str
+) -> None:
+    write_job(place, reward=reward)
+    assert re.search(message, refused("train", "job.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("function", "says"),
+    [
+        ("raises", "raised KeyError: 'no such column'"),
+        ("nan", r"returned nan; it must return a number in \[-1, 1\]"),
+        ("text", r"returned '1.0'; it must return a number in \[-1, 1\]"),
+        ("two", r"returned 2; it must return a number in \[-1, 1\]"),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run_and_names_the_example(
+    place: Path, refused: Refused, function: str, says: str
+) -> None:
+    write_job(place, reward=f"bad_rewards:{function}")
+    line = refused("train", "job.yaml", leaves="runs")
+    assert re.search(rf"'bad_rewards:{function}', for the completion .* of the example .*'(one|two)'.* {says}", line)
+    assert not list(place.glob("runs/bad/experts/*"))
+
+
+# -------------------------------------------------------------------------------------------------- models and experts
+
+
+@pytest.fixture
+def copied(place: Path) -> Path:
+    """A model of one's own to break."""
+    return Path(shutil.copytree(place / "model", place / "copy"))
+
+
+@pytest.mark.parametrize(
+    "command", ["decompose copy --out f", "eval --tasks math --model copy", "train job.yaml model=copy"]
+)
+def test_a_model_folder_without_safetensors_or_with_a_truncated_shard(
+    copied: Path, refused: Refused, command: str
+) -> None:
+    shard = copied / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    assert re.search(r"model.safetensors is truncated: \d+ bytes where .* copy it again", refused(*command.split()))
+    shard.unlink()
+    assert re.search(r"copy has no \*.safetensors; name a model folder", refused(*command.split()))
+
+
+@pytest.mark.parametrize(
+    "command", ["decompose org/name --out f", "chat --model org/name", "train job.yaml model=org/name"]
+)
+def test_a_hub_name_without_a_network_says_how_to_use_a_folder(refused: Refused, command: str) -> None:
+    line = refused(*command.split())
+    assert (
+        "model 'org/name' is neither a folder here nor available from the hub" in line and "path of its folder" in line
+    )
+
+
+@pytest.fixture
+def expert(place: Path) -> Path:
+    """A registry with one expert, of another base than the job's model."""
+    shapes = {"model.layers.0.self_attn.q_proj": torch.ones(32)}
+    Registry(place / "experts").save("alien", shapes, base_digest="ab" * 16)
+    return place / "experts"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval --tasks math --model model --experts experts",
+        "chat --model model --experts experts",
+        "adapt --task rows.jsonl --name x --model model --experts experts",
+    ],
+)
+def test_an_expert_of_another_base_is_refused_before_the_model_is_decomposed(
+    expert: Path, refused: Refused, command: str
+) -> None:
+    assert re.search(
+        r"expert 'alien' .* belongs to another base model: it was made for abab", refused(*command.split())
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["experts show aline", "experts delete aline", "experts export aline out", "experts delete fewshot/aline"],
+)
+def test_an_unknown_expert_names_the_nearest(expert: Path, refused: Refused, command: str) -> None:
+    Registry(expert).save_mixture("alone", Mixture.parse("alien"))
+    line = refused(*command.split(), "--experts", "experts")
+    assert re.search(r"no (expert|mixture) 'aline' in .*experts; did you mean '(alien|alone)'\? \(known: al", line)
+
+
+def test_an_unknown_expert_or_mixture_of_eval_adapt_and_chat(place: Path, refused: Refused) -> None:
+    digest = Weights("model").digest
+    main(["decompose", "model", "--out", "f"])
+    z = {target.name: torch.ones(target.rank) for target in Factors.open("f").layout}
+    Registry("experts").save("math", z, base_digest=digest)
+    of = ("--model", "model", "--factors", "f", "--experts", "experts")
+    line = refused("eval", "--tasks", "math", "--strategies", "maths", *of)
+    assert "no strategy or expert 'maths'; did you mean 'math'?" in line
+    assert "no mixture 'math' in experts" in refused("eval", "--tasks", "math", "--strategies", "fewshot", *of)
+    assert "names the expert 'math' twice" in refused("chat", "--strategy", "math:1,math:2", *of)
+    assert "'x' is not a number; write name:weight" in refused("chat", "--strategy", "math:x", *of)
+    assert "no expert 'mth'; did you mean 'math'?" in refused(
+        "adapt", "--task", "math", "--name", "x", "--only", "mth", *of
+    )
+    assert "needs one classification expert, and there is none" in refused("chat", *of)
+    line = refused("adapt", "--task", "math", "--name", "x", "budget_prompts=3", *of)
+    assert "budget_prompts is 3" in line and "raise the budget" in line
+    assert Registry("experts").mixtures() == ()
+
+
+def test_an_import_that_is_none_leaves_no_expert(place: Path, refused: Refused) -> None:
+    main(["decompose", "model", "--out", "f"])
+    (place / "noise.safetensors").write_bytes(b"noise")
+    of = ("--model", "model", "--factors", "f", "--experts", "experts")
+    assert "nowhere cannot be read as an expert" in refused("experts", "import", "x", "nowhere", *of)
+    assert "noise.safetensors cannot be read as an expert" in refused(
+        "experts", "import", "x", "noise.safetensors", *of
+    )
+    assert "'X' cannot name a expert" in refused("experts", "import", "X", "noise.safetensors", *of)
+
+
+# ------------------------------------------------------------------------------------------------------------- cluster
+
+
+def test_workers_that_ask_for_more_than_the_cluster_has(
+    place: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2ray.cluster import train
+
+    @contextmanager
+    def two_cpus() -> Iterator[dict[str, float]]:
+        yield {"CPU": 2.0}
+
+    monkeypatch.setattr(train, "session", two_cpus)
+    line = refused("train", "job.yaml", "workers=3", "cpus=2")
+    assert "needs 6 CPU, the cluster has 2 CPU; lower workers, cpus or gpus" in line
+    assert "needs 1 GPU, the cluster has 0 GPU" in refused("train", "job.yaml", "workers=1", "gpus=1")

@@ -1,0 +1,192 @@
+"""The benches: the peers compute what t2ray computes, the figures are what the clock says; no speed is asserted."""
+
+from __future__ import annotations
+
+import json
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2ray.bench import generation, harness, suite
+from t2ray.bench.harness import Measure, Skipped, interleaved, measure, ratio
+from t2ray.bench.reference import Reference, greedy
+from t2ray.bench.shape import Shape, Subject, make
+from t2ray.bench.training import Allocations, random_rollouts
+from t2ray.cli import main
+from t2ray.core import Mixture, SamplingParams
+from t2ray.rl.loss import backward
+
+SMALL = Shape(
+    layers=2, width=32, inner=64, heads=4, vocabulary=64, prompt=6, new=5, sequence=12, members=3, shots=2, answer=3,
+    pass2=4, experts=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    torch.set_num_threads(1)
+    return make(SMALL, tmp_path_factory.mktemp("subject"))
+
+
+# ------------------------------------------------------------------------------------------------------------- subject
+
+
+def test_the_default_shape_is_the_one_that_targets_are_stated_for() -> None:
+    shape = Shape()
+    matrices = shape.layers * sum(m * n for m, n in shape.matrices().values())
+    assert 43e6 < matrices + shape.vocabulary * shape.width < 45e6
+    assert shape.bound() == pytest.approx(12 / 19)  # 7 matrices: 4 square, 3 of 3:8
+
+
+def test_the_plain_model_has_the_same_tensors_and_answers_without_svf_layers(subject: Subject) -> None:
+    plain, svf = subject.plain.state_dict(), subject.model.hf.state_dict()
+    assert plain.keys() == svf.keys()
+    assert all(plain[name].data_ptr() == svf[name].data_ptr() for name in svf)
+    assert not any("SVF" in type(module).__name__ for module in subject.plain.modules())
+    prompts = subject.prompts(3)
+    ours = subject.generate(prompts, [Mixture.base()] * 3, [SamplingParams(max_tokens=5)] * 3)
+    assert [list(c.token_ids) for c in ours] == greedy(subject.plain, subject.ids(prompts), 5).tolist()
+
+
+def test_every_answer_is_as_long_as_it_may_be(subject: Subject) -> None:
+    sampling = [SamplingParams(max_tokens=40, temperature=2.0, seed=i) for i in range(8)]
+    answers = subject.generate(subject.prompts(8), subject.mixtures(8), sampling)
+    assert {len(answer.token_ids) for answer in answers} == {40}
+
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+def test_the_reference_composes_the_base_at_z_1(subject: Subject) -> None:
+    reference = Reference(subject.plain, subject.factors)
+    for weight, composed in zip(reference.weights, reference.compose(torch.ones(subject.model.svf.K)), strict=True):
+        torch.testing.assert_close(composed, weight, atol=1e-6, rtol=1e-4)
+
+
+def test_the_reference_answers_each_row_with_its_mixture_as_the_engine_does(subject: Subject) -> None:
+    prompts, mixtures = subject.prompts(6), subject.mixtures(3)
+    z_RK = torch.stack([subject.model.svf.mix(mixture) for mixture in mixtures])
+    row_index = [0, 2, 1, 1, 0, 2]
+    theirs = Reference(subject.plain, subject.factors).generate(subject.ids(prompts), z_RK, row_index, 5)
+    ours = subject.generate(prompts, [mixtures[i] for i in row_index], [SamplingParams(max_tokens=5)] * 6)
+    assert [list(c.token_ids) for c in ours] == theirs.tolist()
+
+
+def test_the_reference_leaves_the_base_as_it_was(subject: Subject) -> None:
+    before = {name: tensor.clone() for name, tensor in subject.plain.state_dict().items()}
+    reference = Reference(subject.plain, subject.factors)
+    reference.load(reference.compose(torch.zeros(subject.model.svf.K)))
+    assert all(torch.equal(before[name], tensor) for name, tensor in subject.plain.state_dict().items())
+
+
+def test_the_reference_has_the_gradient_of_z_that_the_factored_update_has(subject: Subject) -> None:
+    rollouts = random_rollouts(subject)
+    z_1K = 1 + 0.2 * torch.randn(1, subject.model.svf.K, generator=torch.Generator().manual_seed(0))
+    advantage = [0.5 - i for i in range(len(rollouts))]
+    leaf_1K = z_1K.clone().requires_grad_()
+    leaf_1K.grad = torch.zeros_like(leaf_1K)
+    backward(subject.model, leaf_1K, rollouts, advantage, lam=0.3, temperature=1.0, batch=len(rollouts))
+    rows = [(r.completion.prompt_ids, r.completion.token_ids) for r in rollouts]
+    theirs = Reference(subject.plain, subject.factors).gradient(z_1K[0], rows, advantage, 0.3)
+    torch.testing.assert_close(leaf_1K.grad[0], theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
+def test_sides_take_turns_and_the_first_round_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    ticks = count()
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: float(next(ticks)))
+    times = interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2)
+    assert calls == list("ababab")
+    assert times == {"a": [1.0, 1.0], "b": [1.0, 1.0]}
+
+
+def test_a_ratio_is_taken_round_by_round() -> None:
+    assert ratio({"a": [2.0, 9.0], "b": [1.0, 3.0]}, "a", "b", 10) == [20.0, 30.0]
+
+
+def test_a_measure_is_the_median_with_its_spread_held_against_a_target() -> None:
+    least, most = measure([3.0, 1.0, 2.0], 2.0), measure([3.0, 1.0, 2.5], 2.0, at_most=True)
+    assert least.as_json() == {"value": 2.0, "low": 1.0, "high": 3.0, "target": 2.0, "met": True}
+    assert most.met is False
+    assert measure([1.0]).met is None
+
+
+def test_allocations_count_what_is_alive_and_not_what_was_there() -> None:
+    there = torch.zeros(1000)
+    with Allocations() as made:
+        there.view(10, 100).add_(1.0)
+        one = there + 1
+        del one
+        two = there * 2
+        two[:500] += 1
+    assert made.total == made.peak + 4000 == 8000
+
+
+# -------------------------------------------------------------------------------------------------------------- benches
+
+
+def test_every_bench_gives_its_figures_and_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    results = suite.run(
+        list(suite.BENCHES), shape=SMALL, repeats=1, threads=1, progress=lambda name, figures: seen.append(name)
+    )
+    assert seen == list(results) == ["rows", "folded", "update", "rollout", "cem", "dispatch"]
+    written = json.loads(json.dumps(suite.as_json(results, 1)))
+    assert written.keys() == {*results, "machine", "date"}
+    assert written["machine"]["threads"] == 1
+    for name in results:
+        for key, figure in written[name].items():
+            assert figure.keys() >= {"value", "low", "high", "target", "met"}, (name, key)
+            assert figure["value"] is None or 0 < figure["low"] <= figure["value"] <= figure["high"]
+    assert [written["rows"][f"same_tokens_{n}"]["value"] for n in (4, 16)] == [1.0, 1.0]
+    targets = {(name, key): figure["target"] for name in results for key, figure in written[name].items()}
+    assert targets["rows", "over_reference_4"] == 4 and targets["rows", "over_reference_16"] == 12
+    assert targets["folded", "fold_steps"] == 8 and targets["dispatch", "share"] == 0.1
+    assert written["update"]["peak_over_bound"]["met"]
+
+
+def test_without_peft_its_rows_are_skipped_with_the_reason(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "available", lambda: False)
+    figure = generation.rows(subject, 1)["over_peft_4"]
+    assert isinstance(figure, Skipped) and "t2ray[bench]" in figure.reason
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["row"], "unknown bench 'row'; did you mean 'rows'?"),
+        (["--repeats", "2"], "--repeats is 2; a median with its spread needs at least 5"),
+        (["--threads", "0"], "--threads is 0"),
+        (["--json", "nowhere/bench.json"], "no such folder"),
+    ],
+)
+def test_a_mistaken_call_ends_with_one_line(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
+
+
+def test_the_command_prints_a_table_and_writes_the_figures(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from t2ray.commands import bench
+
+    monkeypatch.setattr(bench, "Shape", lambda: SMALL)
+    monkeypatch.setattr(
+        suite, "BENCHES", {"rows": lambda subject, n: {"x": measure([2.0], 1.0), "y": Skipped(reason="why")}}
+    )
+    assert main(["bench", "rows", "--json", str(tmp_path / "bench.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "met" in printed and "skipped: why" in printed
+    assert (
+        json.loads((tmp_path / "bench.json").read_text())["rows"]["x"]
+        == Measure(value=2.0, low=2.0, high=2.0, target=1.0).as_json()
+    )
