@@ -116,7 +116,9 @@ class TrainConfig(Strict):
     targets: tuple[str, ...] | None = Field(
         None, description='patterns of matrices, e.g. "*.mlp.*"; default all projections'
     )
-    layers: str | None = Field(None, description='decoder layers, e.g. "0-3,8"; default all')
+    layers: str | None = Field(
+        None, coerce_numbers_to_str=True, description='decoder layers, e.g. "0-3,8"; default all'
+    )
     seed: int = 0
     workers: int = Field(1, ge=0, description="Ray Train workers a domain; 0 runs in this process")
     cpus: float | None = Field(
@@ -174,7 +176,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the key {path!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    given = f", not {first['input']!r}" if first["loc"] and not isinstance(first["input"], dict) else ""
+    given = f", not {first['input']!r}" if first["loc"] and first["type"] != "value_error" else ""
     return f"{path + ': ' if path else ''}{message}{given}"
 
 

@@ -246,7 +246,8 @@ def read_expert(
     who = f"expert {manifest.name!r} (version {manifest.version})"
     if base_digest not in (None, manifest.base_digest):
         raise ExpertError(
-            f"{who} belongs to another base model: it was made for {manifest.base_digest}, this is {base_digest}"
+            f"{who} belongs to another base model: it was made for {manifest.base_digest}, this is {base_digest}; "
+            "name its own model, or another registry"
         )
     ranks = dict(manifest.targets)
     if layout is not None:

@@ -5,6 +5,7 @@ Not here: generation (`engine`) and losses (`rl.loss`).
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,14 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         hf = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Who asks for a completion checks its length; the tokenizer would only print a warning.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder}: not a model that transformers can load: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder}: not a model that transformers can load: {reason}; name a folder that save_pretrained wrote, "
+            "with config.json and tokenizer.json"
+        ) from None
     hf = hf.to(device).eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -111,11 +111,12 @@ def test_the_job_that_the_mistakes_are_made_in_is_right(place: Path, capsys: pyt
         ("rl.steps", "'rl.steps' is not key=value"),
         ("preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
         ("run=My Run", "'My Run' cannot name a run: use"),
+        ("domains.mine.prompt={question}", "prompt: .*string, not {'question': None}"),
         ("domains.mine.prompt=Q {question}", "no column 'question'; it has answer, prompt"),
         ("domains.other.task=gsm9k", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
         ("model=./nowhere", "model './nowhere': no such folder; name a folder"),
         ("targets=['*.nope']", "target pattern '\\*.nope' matches no matrix; its names look like 'model.layers"),
-        ("layers='7'", "layers '7': the model has no targets in layer 7; it has them in layers 0 to 1"),
+        ("layers=7", "layers '7': the model has no targets in layer 7; it has them in layers 0 to 1"),
     ],
 )
 def test_a_wrong_key_or_value_of_a_job(refused: Refused, override: str, message: str) -> None:
@@ -212,6 +213,19 @@ def test_a_bad_row_of_a_built_in_task_is_told_with_its_line(
     assert re.search(message, refused(*command.split()))
 
 
+def test_a_row_without_its_gold_is_told_with_its_line(place: Path, refused: Refused) -> None:
+    (place / "rows.jsonl").write_text(ROWS + '{"prompt": "three"}\n')
+    write_job(place, gold="answer")
+    assert "rows.jsonl, line 3: the column 'answer' is missing" in refused("verify", "--config", "job.yaml")
+
+
+def test_a_classifiers_own_rows_need_a_prompt(place: Path, refused: Refused) -> None:
+    job = json.loads((place / "job.yaml").read_text())
+    job["domains"]["sorter"] = {"others": "rows.jsonl"}
+    (place / "job.yaml").write_text(json.dumps(job))
+    assert re.search("domains.sorter: others: .*rows.jsonl also needs prompt", refused("train", "job.yaml"))
+
+
 # ------------------------------------------------------------------------------------------------------------- rewards
 
 
@@ -270,6 +284,14 @@ def test_a_model_folder_without_safetensors_or_with_a_truncated_shard(
     assert re.search(r"copy has no \*.safetensors; name a model folder", refused(*command.split()))
 
 
+def test_a_model_without_a_tokenizer_or_a_run_without_a_configuration(copied: Path, refused: Refused) -> None:
+    (copied / "tokenizer.json").unlink()
+    line = refused("chat", "--model", "copy", leaves="runs")
+    assert "copy: not a model that transformers can load: " in line and "name a folder that" in line
+    (copied / "config.json").write_text("{")
+    assert "copy/config.json is not a configuration that this t2ray wrote" in refused("chat", "--run", "copy")
+
+
 @pytest.mark.parametrize(
     "command", ["decompose org/name --out f", "chat --model org/name", "train job.yaml model=org/name"]
 )
@@ -300,7 +322,8 @@ def test_an_expert_of_another_base_is_refused_before_the_model_is_decomposed(
     expert: Path, refused: Refused, command: str
 ) -> None:
     assert re.search(
-        r"expert 'alien' .* belongs to another base model: it was made for abab", refused(*command.split())
+        r"expert 'alien' .* belongs to another base model: it was made for abab.*; name its own model",
+        refused(*command.split()),
     )
 
 

@@ -38,7 +38,7 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run of two domains and a classifier, named so that alphabet and job differ in order."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "cli_rewards.py").write_text(REWARDS)
-    for name in ("vowels", "letters"):
+    for name in ("vowels", "letters", "rest"):
         rows = [{"prompt": f"{name} {i}", "answer": "a"} for i in range(20)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = {"prompt": "{prompt}", "gold": "answer", "max_tokens": 3}
@@ -48,7 +48,7 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "domains": {
             "vowels": {"data": str(folder / "vowels.jsonl"), "reward": "cli_rewards:vowel", **own},
             "letters": {"data": str(folder / "letters.jsonl"), "reward": "cli_rewards:letter", **own},
-            "sorter": {"others": "others", "max_tokens": 12},
+            "sorter": {"others": str(folder / "rest.jsonl"), "prompt": "{prompt}", "max_tokens": 12},
         },
     }  # fmt: skip
     (folder / "job.yaml").write_text(json.dumps(job))

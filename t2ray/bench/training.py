@@ -45,7 +45,8 @@ def update(subject: Subject, repeats: int) -> Figures:
             },
             repeats,
         )
-        with Allocations() as made:
+        made = Allocations()
+        with made:
             quarter.update(rollouts, advantage_B, len(rollouts), 1)
     held = sum(tensor.nbytes for tensor in (*subject.model.hf.parameters(), *subject.model.hf.buffers()))
     bound = held + activation_bytes(subject, rollouts[: max(1, len(rollouts) // 4)])
@@ -93,7 +94,8 @@ def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
     ids_BT = torch.tensor([[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts])
     z_1K = model.svf.mix(Mixture.parse("bench"))[None]
 
-    with Allocations() as made, torch.no_grad(), model.svf.rows(z_1K):
+    made = Allocations()
+    with made, torch.no_grad(), model.svf.rows(z_1K):
         model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
     return made.total
 

@@ -27,7 +27,8 @@ from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import Strategy, classify, fixed
 from t2ray.chat import Chat
 from t2ray.cluster.train import train
-from t2ray.commands.display import TrainingDisplay, bar, console
+from t2ray.commands.display import TrainingDisplay
+from t2ray.commands.terminal import bar, console
 from t2ray.config import TrainConfig, resolve
 from t2ray.core import Mixture, RunError, SamplingParams
 from t2ray.engine import Engine

@@ -1,41 +1,18 @@
-"""What the terminal shows while something runs: progress bars with the time left, and a live line for each domain."""
+"""What the terminal shows while experts are trained: a live line for each domain."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
-from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from t2ray.commands.terminal import console
 from t2ray.config import TrainConfig
 from t2ray.rl.job import domain_store, finished
 from t2ray.rl.records import read_metrics
 
-console = Console(highlight=False, soft_wrap=True)
 _PLAIN_EVERY_S = 10.0
-
-
-@contextmanager
-def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yields `progress(done, total, name)` that draws a bar with the time left."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=None)
-
-        def update(done: int, total: int, name: str = "") -> None:
-            progress.update(task, completed=done, total=total, description=f"{title} {name}".strip())
-
-        yield update
 
 
 class TrainingDisplay:

@@ -6,7 +6,8 @@ import argparse
 
 from t2ray.cluster.decompose import decompose_on_ray
 from t2ray.cluster.train import train as train_on_cluster
-from t2ray.commands.display import TrainingDisplay, bar, console
+from t2ray.commands.display import TrainingDisplay
+from t2ray.commands.terminal import bar, console
 from t2ray.config import load
 from t2ray.svd import decompose as decompose_here
 

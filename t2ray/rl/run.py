@@ -6,6 +6,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from t2ray.config import TrainConfig
 from t2ray.core import RunError
 from t2ray.store import Store
@@ -39,12 +41,18 @@ def read_run(folder: str) -> TrainConfig:
     """The configuration of a run.
 
     Raises:
-        RunError: there is no run in that folder.
+        RunError: there is no run in that folder, or its configuration is damaged.
     """
     store = Store(folder)
     if not store.exists(CONFIG):
         raise RunError(f"no run in {folder}; `t2ray train` makes one")
-    return TrainConfig.model_validate_json(store.read_text(CONFIG))
+    try:
+        return TrainConfig.model_validate_json(store.read_text(CONFIG))
+    except ValidationError as error:
+        raise RunError(
+            f"{folder}/{CONFIG} is not a configuration that this t2ray wrote ({error.errors()[0]['msg']}); "
+            "name another run, or train again"
+        ) from None
 
 
 def _check_run(config: TrainConfig, resume: bool) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from t2ray.config import TrainConfig
 from t2ray.core import ConfigError
 from t2ray.tasks import builtin, dispatch, own
+from t2ray.tasks.data import FORMATS
 from t2ray.tasks.task import Task
 
 
@@ -25,12 +27,7 @@ def build_task(config: TrainConfig, domain: str) -> Task:
         rest = [build_task(config, name) for name, other in config.domains.items() if other.others is None]
         if not rest:
             raise ConfigError(f"domains.{domain}: a classifier needs at least one other domain to tell apart")
-        others = (
-            own("others", settings.model_copy(update={"data": settings.others}), config.code)
-            if settings.prompt
-            else builtin(settings.others)
-        )
-        task = dispatch(rest, others)
+        task = dispatch(rest, _others(config, domain, settings.others))
     elif settings.task is not None:
         task = builtin(settings.task, settings.data)
     else:
@@ -39,3 +36,14 @@ def build_task(config: TrainConfig, domain: str) -> Task:
         task.max_tokens if settings.task or settings.others else config.domain_rl(domain).max_tokens
     )
     return replace(task, name=domain, max_tokens=limit)
+
+
+def _others(config: TrainConfig, domain: str, others: str) -> Task:
+    """The prompts that fit no domain: of a built-in task, or rows of one's own, which nothing rewards."""
+    settings = config.domains[domain]
+    if settings.prompt is None and Path(others).suffix not in FORMATS:
+        return builtin(others)
+    if settings.prompt is None:
+        raise ConfigError(f'domains.{domain}: others: {others} also needs prompt, such as "{{prompt}}" for a column')
+    rows = {"data": others, "reward": "t2ray.tasks.equal:reward", "gold": None}
+    return own("others", settings.model_copy(update=rows), config.code)

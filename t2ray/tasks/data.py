@@ -182,7 +182,7 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
 
     Raises:
         ConfigError: the prompt or `gold` names a column that the data has not, or the reward cannot be imported.
-        DataError: the data cannot be read, or a row lacks what the prompt needs.
+        DataError: the data cannot be read, or a row lacks what the prompt or `gold` needs.
     """
     assert domain.data and domain.prompt and domain.reward, domain
     load_reward(domain.reward, folder)
@@ -191,6 +191,8 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     gold = domain.gold
     if gold is not None and gold not in table.columns:
         raise ConfigError(f"gold: {table.source} has no column {gold!r}; it has {', '.join(table.columns)}")
+    needed = {} if gold is None else {gold: object}
+    table.need(needed)
     train, validation = table.rows, table.rows
     if domain.validation is not None:
         is_file = Path(domain.validation).suffix in FORMATS
@@ -199,7 +201,7 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
             raise ConfigError(
                 f"validation {domain.validation!r} is no {', '.join(FORMATS)} file, and {table.source} has no splits"
             )
-        _prompt(domain.prompt, held)
+        _prompt(domain.prompt, held.need(needed))
         validation = held.rows
     elif len(table.rows) >= _HOLD_OUT:
         validation = table.rows[_HOLD_OUT - 1 :: _HOLD_OUT]

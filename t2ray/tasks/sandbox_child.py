@@ -145,6 +145,7 @@ def read_frame(file: int, most: int) -> bytes:
 
 
 def write_frame(file: int, data: bytes) -> None:
+    """Writes `data` behind its length, 8 bytes big-endian, to a descriptor."""
     data = len(data).to_bytes(8, "big") + data
     while data:
         data = data[os.write(file, data) :]
