@@ -127,8 +127,8 @@ def _confusion(report: Mapping[str, Any]) -> str:
             f"dispatch<small>n {_n(classifier)}</small>",
             *(_html_cell(classifier[name]) for name in ("base", "expert")),
         ]
-        head = ["task", "base", "own expert"]
-        parts.append(f"<section><h3>The classification task</h3>{_html_table(head, [row])}</section>")
+        table = _html_table(["task", "base", "own expert"], [row])
+        parts.append(f"<section><h3>The classification task</h3>{table}</section>")
     for name, matrix in report["confusion"].items():
         labels = list(next(iter(matrix.values())))
         head = "".join(f"<th>{escape(x)}</th>" for x in ["task", *labels])

@@ -121,6 +121,7 @@ def report(**change):
         },
         "labels": LABELS,
         "others": {"cls": {"others": 5}},
+        "classifier": {},
         "mixtures": {"math_long": Mixture.of({"math": 0.7}), "math": Mixture.of({"math": [0.5, 1.0]})},
         "experts": ["math", "code"],
         "timing_s": {"decompose": 1.0, "train": 2.0, "adapt": 3.0, "evaluate": 4.0, "total": 10.0},
@@ -159,3 +160,13 @@ def test_targets_say_what_was_reached_and_what_was_not():
 def test_a_difference_of_exactly_the_target_meets_it():
     made = report(singles={"math": {"base": cell(11, 20), "math": cell(19, 20)}}, adaptive={})
     assert [row["met"] for row in targets(made)] == [True, True, True]
+
+
+def test_the_classification_expert_is_held_to_the_targets_too() -> None:
+    made = report(classifier={"base": cell(1), "expert": cell(7)})
+    assert made["classifier"]["expert"]["acc"] == 0.7
+    missed = {t["name"]: t["met"] for t in made["targets"] if t["name"].startswith("dispatch")}
+    assert missed == {
+        "dispatch: accuracy of its expert, at least": False,
+        "dispatch: its expert above the base, at least": True,
+    }

@@ -34,6 +34,7 @@ def report(**change):
         },
         "labels": LABELS,
         "others": {},
+        "classifier": {"base": cell(1), "expert": cell(10)},
         "mixtures": {"math_long": Mixture.of({"math": 0.7}), "math": Mixture.of({"math": [0.5, 1.0]})},
         "experts": ["math", "code"],
         "timing_s": {"decompose": 1.0, "total": 10.0},

@@ -20,6 +20,7 @@ import pytest
 import small
 import torch
 from small import letter, letter_task, load_as, train_in_parallel, verify_letters
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import full_disk
 
 from t2ray.config import RLConfig, resolve
@@ -208,7 +209,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_z(model: Model, tmp_path: Pat
         expected.accuracy, expected.best_step, expected.base_accuracy,
     )  # fmt: skip
     steps = [row["step"] for row in read_metrics(Store(tmp_path / "stopped"))]
-    assert steps == [1, 2, 3, 4, 5, 6, 7]  # each once
+    assert steps == sorted(events(tmp_path / "stopped", "loss")) == [1, 2, 3, 4, 5, 6, 7]  # each once
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(model: Model, tmp_path: Path) -> None:
@@ -245,6 +246,13 @@ def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) 
 # -------------------------------------------------------------------------------------------------------------- records
 
 
+def events(folder: Path, tag: str) -> dict[int, float]:
+    """A scalar's values by step, as TensorBoard shows them."""
+    reader = EventAccumulator(str(folder / "tensorboard"))
+    reader.Reload()
+    return {event.step: event.value for event in reader.Scalars(tag)}
+
+
 def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
     run(trainer_of(model, tmp_path, settings()))
     rows = read_metrics(Store(tmp_path))
@@ -255,7 +263,8 @@ def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
         assert set(row) == KEYS | ({"validation"} if validated else set())
         assert -1 <= row["reward_mean"] <= 1 and row["accuracy"] == pytest.approx((row["reward_mean"] + 1) / 2)
         assert row["z_min"] <= row["z_max"] and row["tokens_per_s"] > 0 and row["kl"] > -1e-4
-    assert list((tmp_path / "tensorboard").glob("events.*"))
+    assert events(tmp_path, "reward_mean") == {row["step"]: pytest.approx(row["reward_mean"]) for row in rows}
+    assert set(events(tmp_path, "validation")) == {2, 4, 6, 7}
     assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == [f"step_{i:06d}.parquet" for i in range(1, 8)]
     table = pq.read_table(tmp_path / "rollouts" / "step_000003.parquet")
     assert table.column_names == [

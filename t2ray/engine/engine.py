@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singul
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import groupby
@@ -66,7 +66,7 @@ class Engine:
             UnknownExpert: the mixture names no expert of the bank.
         """
         ids = self._fits(self.model.chat.encode(messages), sampling.max_tokens)
-        completion = await self._enqueue(prompt_ids=ids, mixture=mixture, sampling=sampling)
+        completion = await self._batched(_Request(prompt_ids=ids, mixture=mixture, sampling=sampling))
         assert isinstance(completion, Completion)
         return completion
 
@@ -76,7 +76,7 @@ class Engine:
         """See `core.Score`. Raises as `generate` does."""
         label_ids = tuple(self.model.chat.encode_answer(label) for label in labels)
         ids = self._fits(self.model.chat.encode(messages), max(map(len, label_ids)))
-        scores = await self._enqueue(prompt_ids=ids, mixture=mixture, labels=label_ids)
+        scores = await self._batched(_Request(prompt_ids=ids, mixture=mixture, labels=label_ids))
         assert isinstance(scores, tuple)
         return scores
 
@@ -92,9 +92,9 @@ class Engine:
             )
         return ids
 
-    async def _enqueue(self, *, prompt_ids: tuple[int, ...], mixture: Mixture, **what: object) -> object:
-        self.model.svf.mix(mixture)  # an unknown expert fails its own caller, not the batch
-        request = _Request(prompt_ids=prompt_ids, mixture=mixture, **what)  # type: ignore[arg-type]
+    async def _batched(self, request: _Request) -> Completion | tuple[float, ...] | None:
+        """The request's result, computed together with whatever else is ready in this turn of the event loop."""
+        self.model.svf.mix(request.mixture)  # an unknown expert fails its own caller, not the batch
         if self._flushing is None:  # a task starts after every call that is ready now has queued
             self._flushing = asyncio.ensure_future(self._flush())
         self._queue.append(request)
@@ -107,10 +107,12 @@ class Engine:
         with torch.no_grad():
             for _, same_kind in groupby(queue, key=lambda r: r.kind):
                 for batch in self._batches(same_kind):
-                    run: Callable[[list[_Request]], Sequence[Completion | tuple[float, ...]]]
-                    run = self._score if batch[0].labels else self._generate
-                    for request, result in zip(batch, run(batch), strict=True):
-                        request.result = result
+                    if batch[0].labels:
+                        for request, scores in zip(batch, self._score(batch), strict=True):
+                            request.result = scores
+                    else:
+                        for request, completion in zip(batch, self._generate(batch), strict=True):
+                            request.result = completion
 
     def _batches(self, requests: Iterable[_Request]) -> Iterable[list[_Request]]:
         batch: list[_Request] = []

@@ -6,12 +6,18 @@ Written by the first worker of a domain alone.
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
-from contextlib import suppress
+from io import FileIO
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from t2ray.core import ResourceError, Rollout
 from t2ray.store import Store
@@ -26,11 +32,7 @@ class Records:
         self.store = store
         self.rows = [row for row in read_metrics(store) if row["step"] <= step]
         self._write_metrics()
-        self.tensorboard = None
-        if store.local is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tensorboard = SummaryWriter(str(store.local / "tensorboard"), purge_step=step + 1)
+        self.events = None if store.local is None else Events(store.local / "tensorboard", step)
 
     def log(self, row: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
         """One step's metrics, everywhere, and its rollouts.
@@ -40,28 +42,44 @@ class Records:
         """
         self.rows.append(row)
         self.store.write_bytes(f"rollouts/step_{row['step']:06d}.parquet", rollouts_parquet(rollouts))
-        if self.store.local is None or self.tensorboard is None:
+        if self.store.local is None or self.events is None:
             self._write_metrics()
             return
         try:
             with open(self.store.local / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-            for key, value in row.items():
-                if key != "step":
-                    self.tensorboard.add_scalar(key, value, row["step"])
+            self.events.write(row)
         except OSError as error:
             raise ResourceError(
                 f"cannot write the records of {self.store.uri} ({error}); free some space, then go on with --resume"
             ) from error
 
     def close(self) -> None:
-        """Flushes the TensorBoard events; on a full disk they are lost, and `log` has said so."""
-        if self.tensorboard is not None:
-            with suppress(OSError):
-                self.tensorboard.close()
+        if self.events is not None:
+            self.events.file.close()
 
     def _write_metrics(self) -> None:
         self.store.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+class Events:
+    """A TensorBoard event file, written as it goes: torch's `SummaryWriter` has a thread that fails by itself."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """TensorBoard drops what earlier files of the folder hold beyond `step`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = FileIO(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}", "w")  # unbuffered
+        self.writer = RecordWriter(self.file)
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Every number of a step's metrics as a scalar."""
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.items() if key != "step"]
+        self._add(step=row["step"], summary=Summary(value=values))
+
+    def _add(self, **what: Any) -> None:
+        self.writer.write(Event(wall_time=time.time(), **what).SerializeToString())
 
 
 def read_metrics(store: Store) -> list[dict[str, Any]]:
