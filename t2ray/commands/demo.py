@@ -199,7 +199,7 @@ class Bench:
         }
 
 
-SHOTS, ROUNDS = 20, 10
+SHOTS, ROUNDS = 40, 6
 """Labelled prompts of a few-shot search, and its rounds: the search ends by itself at about the fifth."""
 
 
