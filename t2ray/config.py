@@ -31,7 +31,7 @@ class Strict(BaseModel):
 class RLConfig(Strict):
     """REINFORCE with a KL penalty on z (paper section 3.1). Defaults for small models; `preset: paper` is Table 6."""
 
-    steps: int = Field(40, ge=1, description="optimiser steps")
+    steps: int = Field(30, ge=1, description="optimiser steps")
     prompts: int = Field(24, ge=1, description="prompts a step")
     samples: int = Field(4, ge=1, description="rollouts a prompt")
     baseline: Literal["none", "mean", "loo"] = Field(
@@ -122,7 +122,9 @@ class TrainConfig(Strict):
     seed: int = 0
     workers: int = Field(1, ge=0, description="Ray Train workers a domain; 0 runs in this process")
     cpus: float | None = Field(
-        None, gt=0, description="CPUs a worker, and its threads, rounded down; default: its share of the cluster"
+        None,
+        gt=0,
+        description="CPUs a worker, and its threads, rounded down; default: its share of the cluster less one core",
     )
     gpus: float = Field(0.0, ge=0, description="GPUs a worker")
     verifiers: int = Field(1, ge=0, description="verifier processes a worker; 0 verifies in the worker")

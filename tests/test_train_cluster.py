@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from t2ray.rl.job import EXPERT, domain_store, finished
 from t2ray.rl.records import METRICS, read_metrics
 
 pytestmark = pytest.mark.cluster
+
+Driver = Callable[..., "subprocess.Popen[str]"]
 
 # Rewards whose verifier process kills the worker that started it, once, or tells who it is.
 REWARDS = """
@@ -138,15 +140,26 @@ def test_a_reward_that_raises_ends_the_job_with_its_own_error(tmp_path: Path) ->
     assert finished(domain_store(job(tmp_path, "bad", "broken"), "own")) is None
 
 
-def driver(config: TrainConfig, folder: Path, *flags: str) -> subprocess.Popen[str]:
-    """`t2ray train` as a person starts it, on a cluster of its own."""
-    file = folder / "job.yaml"
-    file.write_text(config.model_dump_json())
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[Driver]:
+    """Starts `t2ray train` as a person does, on a cluster of its own; a failed test leaves none behind."""
+    started: list[subprocess.Popen[str]] = []
     code = "import sys; from t2ray.cli import main; sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "train", str(file), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True, env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-    )  # fmt: skip
+
+    def start(config: TrainConfig, *flags: str) -> subprocess.Popen[str]:
+        (tmp_path / "job.yaml").write_text(config.model_dump_json())
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "train", str(tmp_path / "job.yaml"), *flags],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"},
+        )  # fmt: skip
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with process:  # closes its pipes
+            process.kill()
 
 
 def steps_done(config: TrainConfig) -> int:
@@ -158,8 +171,16 @@ def processes(of: subprocess.Popen[str]) -> list[psutil.Process]:
     return psutil.Process(of.pid).children(recursive=True)
 
 
-def gone(those: list[psutil.Process]) -> bool:
-    return not [p for p in those if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+def gone(those: list[psutil.Process], *but: str) -> bool:
+    """Whether all have ended, but those whose names begin with one of `but`."""
+
+    def lives(process: psutil.Process) -> bool:
+        try:
+            return process.status() != psutil.STATUS_ZOMBIE and not process.name().startswith(but)
+        except psutil.NoSuchProcess:
+            return False
+
+    return not any(map(lives, those))
 
 
 def interrupt(of: subprocess.Popen[str], least: int) -> None:
@@ -174,34 +195,34 @@ def interrupt(of: subprocess.Popen[str], least: int) -> None:
 
 
 def test_an_interrupted_and_then_killed_driver_leaves_no_process_and_a_run_that_ends_with_the_same_z(
-    tmp_path: Path,
+    tmp_path: Path, driver: Driver
 ) -> None:
     expected = undisturbed(tmp_path, "slow", steps=60)
     config = job(tmp_path, "run", "slow", steps=60)
-    first = driver(config, tmp_path)
+    first = driver(config)
     wait_for(lambda: steps_done(config) >= 8 or first.poll() is not None)
     interrupt(first, 5)
     at = steps_done(config)
     assert 8 <= at < 60
 
-    second = driver(config, tmp_path, "--resume")
+    second = driver(config, "--resume")
     wait_for(lambda: at - 3 <= steps_done(config) < at or second.poll() is not None)  # it has begun at its checkpoint
     wait_for(lambda: steps_done(config) >= at + 4 or second.poll() is not None)
-    # Two of Ray's own agents go on for a minute: they try to tell the dead cluster that it has died.
-    children = [p for p in processes(second) if not p.name().startswith(("ray::Dashboard", "ray::RuntimeEnv"))]
+    children = processes(second)
     second.kill()
     out, err = second.communicate()
     assert second.returncode == -signal.SIGKILL, (out, err)
-    wait_for(lambda: gone(children), 20)
+    # Two of Ray's own agents go on for a minute: they try to tell the dead cluster that it has died.
+    wait_for(lambda: gone(children, "ray::Dashboard", "ray::RuntimeEnv"), 20)
     assert steps_done(config) < 60 and finished(domain_store(config, "own")) is None
 
     train(config.model_copy(update={"workers": 0, "verifiers": 0}), resume=True)
     assert same(experts(config), expected)
 
 
-def test_an_interrupt_ends_a_job_without_workers_too(tmp_path: Path) -> None:
+def test_an_interrupt_ends_a_job_without_workers_too(tmp_path: Path, driver: Driver) -> None:
     config = job(tmp_path, "run", "slow", steps=200, workers=0)
-    first = driver(config, tmp_path)
+    first = driver(config)
     wait_for(lambda: steps_done(config) >= 4 or first.poll() is not None)
     interrupt(first, 1)
     with pytest.raises(RunError, match="go on with it by --resume"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,11 @@ class PeftRows:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(modules), init_lora_weights=False)
-        self.hf = get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
-        for i in range(1, adapters):
-            self.hf.add_adapter(f"a{i}", config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an older name
+            self.hf = get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
+            for i in range(1, adapters):
+                self.hf.add_adapter(f"a{i}", config)
         self.hf.eval()
 
     def generate(self, ids_BT: Tensor, row_index: Sequence[int], new: int) -> Tensor:

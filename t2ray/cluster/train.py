@@ -6,14 +6,15 @@ that dies; a run whose driver died goes on with `--resume`: both find the newest
 
 from __future__ import annotations
 
-import queue
-import threading
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import train as ray_train
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -72,48 +73,43 @@ def _unfinished(config: TrainConfig) -> list[str]:
 def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int]:
     """The job with its CPUs a worker decided, and how many domains run at once."""
     jobs = len(config.domains) * config.workers
-    cpus = config.cpus or max(1.0, resources.get("CPU", 0.0) // jobs)
+    # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
+    cpus = config.cpus or max(1.0, (resources.get("CPU", 0.0) - 1) // jobs)
     need = {"CPU": cpus * config.workers, "GPU": config.gpus * config.workers}
     return config.model_copy(update={"cpus": cpus}), slots(need, resources, f"a domain of run {config.run!r}")
 
 
 def _on_ray(config: TrainConfig, domains: Sequence[str], at_once: int, tick: Tick) -> None:
-    """Runs the domains in threads of their own, and raises what the first that fails raises."""
-    free = threading.BoundedSemaphore(at_once)
-    ended: queue.Queue[tuple[str, BaseException | None]] = queue.Queue()
-
-    def run(domain: str) -> None:
-        with free:
-            try:
-                _fit_domain(config, domain)
-            except (T2RayError, TrainingFailedError) as error:
-                ended.put((domain, error))
-            else:
-                ended.put((domain, None))
-
-    for domain in domains:
-        # Daemons: an interrupted driver shuts Ray down and leaves without waiting for them.
-        threading.Thread(target=run, args=(domain,), daemon=True).start()
-    for _ in domains:
-        domain, error = _wait(ended, lambda: tick(config))
-        if isinstance(error, TrainingFailedError):
-            raise ResourceError(_diagnosis(domain, error)) from error
-        if error is not None:
-            raise error
+    """Runs the domains, and raises what the first that fails raises; whatever ends it ends them all."""
+    launcher = ray.remote(num_cpus=0)(_Launcher).remote()
+    running = launcher.run.remote(config, domains, at_once)
+    try:
+        while not ray.wait([running], timeout=_POLL_S)[0]:
+            tick(config)
+        error = ray.get(running)
+    except RayActorError as dead:
+        raise ResourceError(f"the training's launcher died ({dead}); the run goes on with --resume") from dead
+    finally:
+        ray.kill(launcher)
+    if error is not None:
+        raise error
 
 
-def _wait(
-    ended: queue.Queue[tuple[str, BaseException | None]], tick: Callable[[], None]
-) -> tuple[str, BaseException | None]:
-    while True:
-        try:
-            return ended.get(timeout=_POLL_S)
-        except queue.Empty:
-            tick()
+class _Launcher:
+    """Waits for the Ray Train jobs, in a process of its own, which can be killed and takes them with it.
+
+    Threads that wait in the driver would touch Ray after an interrupt has shut it down, and Ray then ends the driver.
+    """
+
+    def run(self, config: TrainConfig, domains: Sequence[str], at_once: int) -> T2RayError | None:
+        """Trains the domains, `at_once` at a time; the error of the first that fails."""
+        pool = ThreadPoolExecutor(at_once)
+        ended = as_completed([pool.submit(_fit_domain, config, domain) for domain in domains])
+        return next((error for error in (future.result() for future in ended) if error is not None), None)
 
 
-def _fit_domain(config: TrainConfig, domain: str) -> None:
-    """One domain's Ray Train job, to its end."""
+def _fit_domain(config: TrainConfig, domain: str) -> T2RayError | None:
+    """One domain's Ray Train job, to its end; the error that it ended with."""
     threads = str(max(1, int(config.cpus or 1)))
     trainer = TorchTrainer(
         _worker,
@@ -133,13 +129,18 @@ def _fit_domain(config: TrainConfig, domain: str) -> None:
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
         ),
     )
-    error = trainer.fit().return_value
-    if error is not None:
-        raise error
+    try:
+        error: T2RayError | None = trainer.fit().return_value
+    except TrainingFailedError as failure:
+        return ResourceError(_diagnosis(domain, failure))
+    return error
 
 
 def _worker(job: dict[str, Any]) -> T2RayError | None:
-    """Runs in each Ray Train worker. A mistake of the user's is returned: raised, it would be retried."""
+    """Runs in each Ray Train worker. A mistake of the user's is returned: raised, it would be retried.
+
+    Only the first worker's result counts, and it may wait for the others: theirs are raised.
+    """
     config = TrainConfig.model_validate(job["config"])
 
     def report(row: dict[str, Any]) -> None:
@@ -149,6 +150,8 @@ def _worker(job: dict[str, Any]) -> T2RayError | None:
     try:
         train_domain(config, job["domain"], report)
     except T2RayError as error:
+        if ray_train.get_context().get_world_rank() > 0:
+            raise
         return error
     return None
 
