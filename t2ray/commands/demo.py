@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import os
 import platform
 import time
@@ -29,12 +30,11 @@ from t2ray.chat import Chat
 from t2ray.cluster.train import train
 from t2ray.commands.display import TrainingDisplay
 from t2ray.commands.terminal import bar, console
+from t2ray.commands.workbench import Place, open_workbench
 from t2ray.config import TrainConfig, resolve
-from t2ray.core import Mixture, RunError, SamplingParams
+from t2ray.core import Mixture, SamplingParams
 from t2ray.engine import Engine
 from t2ray.evaluate import Cell, build_report, dispatch_counts, evaluate
-from t2ray.experts import Registry
-from t2ray.model import load_model
 from t2ray.report import text_tables, write_report
 from t2ray.rl.job import domain_store
 from t2ray.rl.records import read_metrics
@@ -54,10 +54,11 @@ def demo(args: argparse.Namespace) -> None:
     """Runs the stages, prints the tables, writes the report."""
     values = yaml.safe_load(resources.files("t2ray.tiny").joinpath("demo.yaml").read_text(encoding="utf-8"))
     config = resolve(values | {"out": args.out, "seed": args.seed}, where="demo.yaml")
-    if Path(args.out, config.run, "report.json").exists():
-        raise RunError(
-            f"{args.out}/{config.run} holds a finished demo; delete that folder, or choose another with --out"
-        )
+    finished = Path(args.out, config.run, "report.json")
+    if finished.exists():
+        console.print(text_tables(json.loads(finished.read_text(encoding="utf-8"))), markup=False)
+        console.print(f"\nfinished before; to run it again, delete {finished.parent} or choose another folder by --out")
+        return
     timing: dict[str, float] = {}
     start = time.perf_counter()
     with _stage("decompose", timing), bar("decompose") as progress:
@@ -99,13 +100,9 @@ class Bench:
     """The trained model with its experts, and the six tasks."""
 
     def __init__(self, config: TrainConfig, limit: int) -> None:
-        assert config.factors is not None and config.experts is not None
         self.config, self.limit = config, limit
-        self.engine = Engine(load_model(config.model, config.factors))
-        self.registry = Registry(config.experts)
-        svf, digest = self.engine.model.svf, self.engine.model.base_digest
-        for name in self.registry.names():
-            svf.bank[name] = self.registry.load(name, base_digest=digest, layout=svf.layout).flat(svf.layout)
+        place = Place(model=config.model, factors=config.factors, experts=config.experts, run=config)
+        self.engine, self.registry = open_workbench(place).engine, place.registry()
         self.tasks = {name: builtin(name) for name in OWN}
 
     async def adapt(self, seed: int) -> dict[str, Mixture]:
@@ -173,8 +170,8 @@ class Bench:
 
     async def _pass1_share(self, strategy: Strategy) -> float:
         """Time of pass 1 over that of pass 2 at 64 new tokens: 16 requests of all tasks in a batch, median of 5."""
-        chat = self.engine.model.chat
-        endless = Engine(replace(self.engine.model, chat=Chat(chat.tokenizer, [-1])))
+        model = self.engine.model
+        endless = Engine(replace(model, chat=Chat(model.chat.tokenizer, [model.hf.config.vocab_size])))
         prompts = [x.messages for task in self.tasks.values() for x in task.examples("test", 3)][:16]
         shares = []
         for _ in range(5):
