@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ os.environ.update(
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # the default of 2 s is most of a short run
     RAY_TRAIN_METRICS_ENABLED="0",
 )
+
+# A suite that runs in a shell's background ignores Ctrl-C, and so would the processes whose Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The smallest template that marks every turn and the start of the answer.
 CHAT_TEMPLATE = (

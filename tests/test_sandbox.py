@@ -264,10 +264,11 @@ def test_a_fork_bomb_goes_nowhere(mode: str) -> None:
     assert len(os.listdir("/proc")) < before + 50
 
 
-def test_nobody_is_home(mode: str) -> None:
-    home = Path.home()
+def test_nobody_is_home(mode: str, tmp_path: Path) -> None:
+    home, secret = Path.home(), tmp_path / "secret"
+    secret.write_text("x")
     private = [
-        str(path) for path in (home / ".bashrc", home / ".ssh", "/etc/passwd", "/proc/self/environ", "/tmp", "/dev/mem")
+        str(path) for path in (home / ".bashrc", home / ".ssh", "/etc/passwd", "/proc/self/environ", "/dev/mem", secret)
     ]
     assert ok(f"import os\nassert not any(os.path.exists(p) for p in {private})", mode)
     assert ok(f"import os\nassert not os.path.exists({str(Path(__file__))!r})", mode)
