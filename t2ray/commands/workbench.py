@@ -7,8 +7,6 @@ loads models in its workers. Called by the commands and by jobs.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from t2ray.engine import Engine
 from t2ray.experts import ExpertManifest, Registry
 from t2ray.model import load_model
 from t2ray.prompts import OTHERS, dispatch_prompt
-from t2ray.rl.run import CONFIG, read_run
+from t2ray.rl.run import CONFIG, factors_folder, read_run
 from t2ray.store import Store
 from t2ray.svd import MANIFEST, Factors, decompose
 from t2ray.weights import Weights, resolve
@@ -81,11 +79,7 @@ def open_factors(place: Place) -> Factors:
         ModelError: a model that cannot be read, or factors of another one.
     """
     weights = Weights(resolve(place.model))
-    if place.factors is None:  # the name that a training job gives it, so that neither makes it twice
-        spec = json.dumps([weights.digest, None, None]).encode()
-        folder = Path("runs/factors", hashlib.blake2b(spec, digest_size=6).hexdigest())
-    else:
-        folder = Path(place.factors)
+    folder = Path(place.factors or factors_folder("runs", weights.digest, None, None))
     if (folder / MANIFEST).exists():
         return Factors.open(folder, weights.digest)
     targets, layers = (place.run.targets, place.run.layers) if place.run else (None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -79,13 +80,19 @@ def _differing(before: object, now: object, path: str = "") -> list[str]:
     return [] if before == now else [f"{path}: {json.dumps(before)}, now {json.dumps(now)}"]
 
 
+def factors_folder(out: str, base_digest: str, targets: Sequence[str] | None, layers: str | None) -> str:
+    """Where the decomposition of a model is kept when nobody says: one folder for each base and choice of targets."""
+    spec = json.dumps([base_digest, targets, layers]).encode()
+    return f"{out}/factors/{hashlib.blake2b(spec, digest_size=6).hexdigest()}"
+
+
 def _absolute(config: TrainConfig) -> TrainConfig:
     """Paths made absolute, since workers run in other folders; defaults that depend on others filled in."""
     model = resolve(config.model)
     out = config.out if "://" in config.out else str(Path(config.out).absolute())
-    spec = json.dumps([Weights(model).digest, config.targets, config.layers])
-    cache = "runs" if "://" in out else out
-    factors = config.factors or f"{cache}/factors/{hashlib.blake2b(spec.encode(), digest_size=6).hexdigest()}"
+    factors = config.factors or factors_folder(
+        "runs" if "://" in out else out, Weights(model).digest, config.targets, config.layers
+    )
     experts = config.experts or f"{out}/{config.run}/experts"
     domains = {
         name: domain.model_copy(update={key: _file(getattr(domain, key)) for key in ("data", "validation", "others")})
