@@ -23,6 +23,8 @@ from typing import Any, Literal, Protocol
 # ├── ModelError       (ValueError)   a model folder that cannot be read
 # ├── RewardError      (RuntimeError) a reward function that raised or returned no number in [-1, 1]
 # ├── ResourceError    (RuntimeError) the cluster, the disk or the sandbox lacks what the job needs
+# │   └── Busy                        it is there and fully used: the same request succeeds later
+# ├── GenerationError  (RuntimeError) a generation that began and could not be finished
 # └── RunError         (RuntimeError) a run folder that cannot be started or resumed
 #
 # None has an own __init__: Ray must be able to unpickle them on the driver.
@@ -63,6 +65,14 @@ class ResourceError(T2RayError, RuntimeError):
     """The cluster, the disk or the sandbox lacks what the job needs."""
 
 
+class Busy(ResourceError):
+    """What the request needs is there but fully used; it succeeds when it is sent again later."""
+
+
+class GenerationError(T2RayError, RuntimeError):
+    """A generation that began and could not be finished: its numbers overflowed, or its replica died."""
+
+
 class RunError(T2RayError, RuntimeError):
     """A run folder that cannot be started or resumed."""
 
@@ -78,6 +88,10 @@ class Message:
     content: str
 
 
+Prompt = tuple[Message, ...] | str
+"""A conversation that the model's chat template formats, or a text to continue as it stands."""
+
+
 def user(content: str) -> tuple[Message, ...]:
     """A conversation of one user turn, which is what nearly every prompt is."""
     return (Message(role="user", content=content),)
@@ -88,7 +102,8 @@ class SamplingParams:
     """How to continue a prompt: `SamplingParams(max_tokens=32, temperature=1.0, seed=7)`.
 
     `temperature=0` is greedy. With a `seed`, the text depends on the prompt, the mixture and the seed alone, whatever
-    else is in the batch.
+    else is in the batch. `ignore_eos` goes on past the model's end token, up to `max_tokens`: what a load test needs.
+    `top_logprobs` asks for so many of the likeliest tokens beside each chosen one; the continuous engine records them.
     """
 
     max_tokens: int = 64
@@ -96,6 +111,8 @@ class SamplingParams:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -104,6 +121,8 @@ class SamplingParams:
             raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        if not 0 <= self.top_logprobs <= 20:
+            raise ConfigError(f"top_logprobs is {self.top_logprobs}; it must lie in 0..20")
 
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -209,6 +228,44 @@ class Completion:
 
     def __post_init__(self) -> None:
         assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a stream adds to an answer: some text, the tokens behind it, and at the end why it ended.
+
+    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9, finish_reason=None)`. A text
+    that may be the beginning of a stop string is held back, so that `text` can lag behind `tokens`. `joined` makes one
+    whole answer of all deltas.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    prompt_tokens: int = 0
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """A chosen token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
+
+    `logprob` in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for, falling.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    top: tuple[tuple[str, float], ...] = ()
+
+
+def joined(deltas: Sequence[Delta]) -> Delta:
+    """All deltas of an answer as one."""
+    return Delta(
+        text="".join(delta.text for delta in deltas),
+        tokens=tuple(token for delta in deltas for token in delta.tokens),
+        prompt_tokens=deltas[-1].prompt_tokens,
+        finish_reason=deltas[-1].finish_reason,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
