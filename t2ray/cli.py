@@ -10,17 +10,17 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from t2ray import __version__
+from t2ray import __version__, jobfile
 from t2ray.core import T2RayError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    args = build_parser().parse_args(argv)
-    module, _, function = args.command.partition(":")
     try:
+        args = build_parser().parse_args(argv)
+        module, _, function = args.command.partition(":")
         return int(getattr(importlib.import_module(f"t2ray.commands.{module}"), function)(args) or 0)
     except T2RayError as error:
         print(f"t2ray: {' '.join(str(error).split())}", file=sys.stderr)
@@ -38,6 +38,12 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"t2ray: {' '.join(message.split())}; see {self.prog} --help\n")
 
+    # argparse's own signature is a pair of overloads that says no more than this
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args and jobfile.OPTION in args and any(action.dest == "job" for action in self._actions):
+            args = jobfile.expand(self, args)
+        return super().parse_known_args(args, namespace)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command and option; parses without importing what they need."""
@@ -49,6 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_training(commands)
     _add_experts(commands)
     _add_adapting(commands)
+    _add_serving(commands)
     _add_measuring(commands)
     return parser
 
@@ -59,6 +66,16 @@ def _command(
     parser = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     parser.set_defaults(command=function)
     return parser
+
+
+def _add_job(parser: argparse.ArgumentParser) -> None:
+    """The command's options from a file, as `jobs/` has them."""
+    parser.add_argument(
+        jobfile.OPTION,
+        dest="job",
+        metavar="FILE.yaml",
+        help="options from a file; those here, and key=value words, win over it",
+    )
 
 
 def _add_registry(parser: argparse.ArgumentParser) -> None:
@@ -98,6 +115,7 @@ def _add_training(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--svd-dtype", choices=["float32", "float64"], default="float32", help="precision of the decomposition"
     )
     p.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="stored as (default: as the model)")
+    _add_job(p)
 
     p = _command(commands, "train", "train:train", "train one expert for each domain by RL, in parallel on Ray")
     p.add_argument("config", metavar="CONFIG.yaml")
@@ -175,6 +193,7 @@ def _add_adapting(commands: argparse._SubParsersAction[_Parser]) -> None:
         metavar="key=value",
         help="CEM: population, elite, iterations, low, high, seed, budget_prompts, budget_s ...",
     )
+    _add_job(p)
     _add_model(p)
 
     p = _command(
@@ -194,6 +213,20 @@ def _add_adapting(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="pass 1 writes the label, as in the paper, instead of scoring all labels",
     )
     _add_model(p)
+
+
+def _add_serving(commands: argparse._SubParsersAction[_Parser]) -> None:
+    p = _command(commands, "serve", "serve:serve", "the OpenAI-compatible endpoint and its page, on Ray Serve")
+    p.add_argument(
+        "--config", metavar="FILE", help="a serve_config.yaml (default: the one that t2ray ships, for the tiny model)"
+    )
+    p.add_argument("--host", metavar="ADDRESS", help="default: the configuration's, 127.0.0.1; another needs API keys")
+    p.add_argument("--port", type=int, metavar="N", help="default: the configuration's, 8000")
+
+    p = _command(commands, "keys", "keys:keys", "make an API key for the endpoint; shows the secret once")
+    p.add_argument("name", help="who it is for; appears in the log")
+    p.add_argument("--admin", action="store_true", help="may also upload and delete experts and start adaptations")
+    p.add_argument("--file", default="keys.txt", metavar="FILE", help="the keys file to add it to (default: keys.txt)")
 
 
 def _add_measuring(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -221,6 +254,7 @@ def _add_measuring(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     p.add_argument("--unsafe-code", action="store_true", help="run model-written code where no isolation can be had")
     p.add_argument("--json", metavar="FILE", help="writes the figures there too")
+    _add_job(p)
     _add_model(p)
 
     p = _command(commands, "verify", "evaluate:verify", "run a task's verifier over its right answers")

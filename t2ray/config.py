@@ -10,6 +10,7 @@ import copy
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -100,6 +101,10 @@ class DomainConfig(Strict):
         return self
 
 
+# What does not change the z that a training job ends with.
+FREE = frozenset({"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code"})
+
+
 class TrainConfig(Strict):
     """A training job: one expert a domain."""
 
@@ -154,8 +159,10 @@ class TrainConfig(Strict):
 
     def resume_fields(self) -> dict[str, Any]:
         """Everything but where things lie and how many processes do the work."""
-        free = {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code"}
-        return {key: value for key, value in self.model_dump(mode="json").items() if key not in free}
+        fixed = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
+        # Ray unpacks a submitted job's files into a folder whose name changes with any of them.
+        text = re.sub(r'[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/', "", json.dumps(fixed))
+        return dict(json.loads(text))
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
@@ -197,7 +204,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'steps'? (known: ...)"`: the tail of an error about an unknown word."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known) or 'none'})"
+    shown = [*known[:30], *([f"and {len(known) - 30} more"] if len(known) > 30 else [])]
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(shown) or 'none'})"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from t2ray import __version__
 from t2ray.config import nearest
 from t2ray.core import ExpertError, Mixture, UnknownExpert, check_name
+from t2ray.prompts import OTHERS
 from t2ray.store import Store
 from t2ray.targets import Target
 
@@ -54,6 +55,12 @@ class ExpertManifest(BaseModel):
     seed: int | None = None
     t2ray: str = __version__
     created: str = Field(default_factory=_now)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classification expert was trained to tell apart, "others" last; empty for any other expert."""
+        labels = self.config.get("labels")
+        return tuple(map(str, labels)) if isinstance(labels, list) and labels[-1:] == [OTHERS] else ()
 
 
 class MixtureRecord(BaseModel):

@@ -11,6 +11,9 @@ from pydantic import Field
 
 from t2ray.config import Strict
 
+VERIFIERS = {"equal": "t2ray.tasks.equal:reward", "gsm8k": "t2ray.tasks.gsm8k:reward"}
+"""What an adaptation may be graded by: rewards of rows that are a prompt and an "answer". Nothing else is imported."""
+
 
 class EngineConfig(Strict):
     """The continuous engine of one replica."""

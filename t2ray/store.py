@@ -56,6 +56,12 @@ class Store:
         infos = self._info(fs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
+    def tree(self) -> dict[str, tuple[int, int]]:
+        """Every file under the URI, hidden ones left out: (size in bytes, time of change in ns), in one listing."""
+        infos = self._info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
+        files = ((info.path[len(self.root) :].lstrip("/"), info) for info in infos if info.is_file)
+        return {path: (info.size, info.mtime_ns) for path, info in files if not Path(path).name.startswith(".")}
+
     def read_bytes(self, path: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""
         with self.fs.open_input_stream(f"{self.root}/{path}") as file:

@@ -8,7 +8,7 @@ Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -111,7 +111,7 @@ class SVF:
         self.bound = Bound()
         self.layers: list[SVFLinear] = []
         self.bank: dict[str, Tensor] = {}
-        self._folded: tuple[Mixture, Tensor] | None = None
+        self._folded_K: Tensor | None = None
         modules = dict(model.named_modules())
         singular: list[Tensor] = []
         start = 0
@@ -157,27 +157,29 @@ class SVF:
             self.bound.gain_RK = self.bound.row_index = None
 
     @contextmanager
-    def folded(self, mixture: Mixture) -> Iterator[None]:
-        """In this thread, forwards use the dense weights of `mixture`, folded anew when it differs from the last."""
+    def folded(self, z_K: Tensor) -> Iterator[None]:
+        """In this thread, forwards use the dense weights of `z_K`, folded anew when it differs from the last."""
         assert not self._busy(), "rows are bound already: bindings do not nest"
-        z_K = self.mix(mixture)
-        if self._folded is None or self._folded[0] != mixture or not torch.equal(self._folded[1], z_K):
+        if not self.is_folded(z_K):
             change_K = self.s_K * (z_K.to(self.s_K.dtype) - 1)
             with torch.no_grad():
                 for layer in self.layers:
                     layer.fold(change_K[layer.span])
-            self._folded = (mixture, z_K.clone())
+            self._folded_K = z_K.clone()
         self.bound.folded = True
         try:
             yield
         finally:
             self.bound.folded = False
 
-    def is_folded(self, mixture: Mixture) -> bool:
-        """Whether `folded(mixture)` would find its weights ready."""
-        return (
-            self._folded is not None and self._folded[0] == mixture and torch.equal(self._folded[1], self.mix(mixture))
-        )
+    def is_folded(self, z_K: Tensor) -> bool:
+        """Whether `folded(z_K)` would find its weights ready."""
+        return self._folded_K is not None and torch.equal(self._folded_K, z_K)
+
+    def table(self, z: Sequence[Tensor | None]) -> Tensor:
+        """The rows of several requests' z, (R, K); None is the base model."""
+        ones = torch.ones(self.K, device=self.s_K.device)
+        return torch.stack([ones if z_K is None else z_K for z_K in z])
 
     def _busy(self) -> bool:
         return self.bound.gain_RK is not None or self.bound.folded

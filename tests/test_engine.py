@@ -109,10 +109,10 @@ def test_folding_or_not_gives_the_same_tokens(model: Model, monkeypatch: pytest.
     model.svf.bank["math"] = random_z(model.svf.K, 9)  # one that no test before has folded
     monkeypatch.setattr(model.svf, "tokens_to_fold", lambda: 10**9)
     factored = generate(model, batch)
-    assert not model.svf.is_folded(Mixture.parse("math"))
+    assert not model.svf.is_folded(model.svf.mix(Mixture.parse("math")))
     monkeypatch.setattr(model.svf, "tokens_to_fold", lambda: 0)
     folded = generate(model, batch)
-    assert model.svf.is_folded(Mixture.parse("math"))
+    assert model.svf.is_folded(model.svf.mix(Mixture.parse("math")))
     assert [c.token_ids for c in folded] == [c.token_ids for c in factored]
 
 

@@ -11,7 +11,7 @@ from small import load_as, random_z, together, token_rows
 from torch import Tensor, nn
 
 from t2ray.core import Mixture, user
-from t2ray.engine import Engine, engine
+from t2ray.engine import Engine, static
 from t2ray.engine.cache import RoomyLayer, roomy_cache
 from t2ray.model import Model
 from t2ray.prompts import dispatch_prompt
@@ -145,7 +145,7 @@ def test_a_prefix_that_is_read_once_changes_no_score(
 ) -> None:
     mixtures = [Mixture.parse(mixture)] * len(QUESTIONS)
     shared, few = scores(model, mixtures)
-    monkeypatch.setattr(engine, "SHARED_TOKENS", 10**9)
+    monkeypatch.setattr(static, "SHARED_TOKENS", 10**9)
     plain, many = scores(model, mixtures)
     torch.testing.assert_close(shared, plain, atol=1e-5, rtol=0)  # scores leave the engine as float32
     assert few < 0.6 * many
@@ -154,7 +154,7 @@ def test_a_prefix_that_is_read_once_changes_no_score(
 def test_prompts_of_several_mixtures_share_no_prefix(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     mixtures = [Mixture.parse(text) for text in ("dispatch", "math", "dispatch", "base", "math")]
     given = scores(model, mixtures)[1]
-    monkeypatch.setattr(engine, "SHARED_TOKENS", 10**9)
+    monkeypatch.setattr(static, "SHARED_TOKENS", 10**9)
     assert given == scores(model, mixtures)[1]
 
 

@@ -105,7 +105,7 @@ def test_folded_equals_factored(model: Model, text: str) -> None:
     ids, mixture = token_rows(model, 3, 9), Mixture.parse(text)
     with model.svf.rows(model.svf.mix(mixture)[None]):
         factored = forward(model, ids)
-    with model.svf.folded(mixture):
+    with model.svf.folded(model.svf.mix(mixture)):
         close(model, forward(model, ids), factored)
 
 
@@ -123,12 +123,12 @@ def test_an_index_by_token_equals_an_index_by_row(model: Model) -> None:
 def test_a_fold_follows_its_expert(model: Model) -> None:
     """An expert that is trained changes under one name: the folded weights must not be the old ones."""
     ids, mixture = token_rows(model, 1, 5), Mixture.parse("math")
-    with model.svf.folded(mixture):
+    with model.svf.folded(model.svf.mix(mixture)):
         before = forward(model, ids)
-    assert model.svf.is_folded(mixture)
+    assert model.svf.is_folded(model.svf.mix(mixture))
     model.svf.bank["math"] = random_z(model.svf.K, 99)
-    assert not model.svf.is_folded(mixture)
-    with model.svf.folded(mixture):
+    assert not model.svf.is_folded(model.svf.mix(mixture))
+    with model.svf.folded(model.svf.mix(mixture)):
         after = forward(model, ids)
     assert float((after - before).abs().max()) > 0.1
     with model.svf.rows(model.svf.bank["math"][None]):
@@ -141,7 +141,7 @@ def test_experts_that_are_added_change_nothing_for_the_others_bit_for_bit(model:
     def outputs() -> list[Tensor]:
         with model.svf.rows(torch.stack([model.svf.mix(mixture), model.svf.bank["pick"]]), torch.tensor([0, 1])):
             factored = forward(model, ids)
-        with model.svf.folded(mixture):
+        with model.svf.folded(model.svf.mix(mixture)):
             return [factored, forward(model, ids), forward(model, ids)]
 
     before = outputs()
@@ -237,7 +237,7 @@ def test_only_z_gets_a_gradient_and_no_weights_gradient_is_ever_allocated(model:
 def test_bindings_refuse_to_nest(model: Model, outer: str, inner: str) -> None:
     def bind(kind: str) -> Any:
         return (
-            model.svf.folded(Mixture.parse("math")) if kind == "folded" else model.svf.rows(torch.ones(1, model.svf.K))
+            model.svf.folded(model.svf.bank["math"]) if kind == "folded" else model.svf.rows(torch.ones(1, model.svf.K))
         )
 
     with bind(outer), pytest.raises(AssertionError, match="do not nest"), bind(inner):
@@ -249,7 +249,7 @@ def test_an_exception_unbinds(model: Model, kind: str) -> None:
     ids = token_rows(model, 1, 4)
     base = forward(model, ids)
     z = model.svf.bank["math"][None]
-    binding = model.svf.folded(Mixture.parse("math")) if kind == "folded" else model.svf.rows(z)
+    binding = model.svf.folded(model.svf.bank["math"]) if kind == "folded" else model.svf.rows(z)
     with pytest.raises(KeyboardInterrupt), binding:
         assert not torch.equal(forward(model, ids), base)
         raise KeyboardInterrupt

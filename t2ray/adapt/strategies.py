@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from t2ray.core import Generate, Message, Mixture, SamplingParams, Score
+from t2ray.core import ConfigError, Generate, Message, Mixture, SamplingParams, Score, UnknownExpert
 from t2ray.prompts import OTHERS, dispatch_prompt
 
 
@@ -30,7 +30,7 @@ class Dispatch:
 
     `Dispatch(mixture=Mixture.parse("math"), strategy="cls", label="math", probabilities={"math": 0.98, "others": 0.02},
     seconds=0.004)`. `label` is None and `probabilities` empty where nothing was classified; a generated label has no
-    probabilities.
+    probabilities. `cached`: an earlier turn of the same conversation had decided it.
     """
 
     mixture: Mixture
@@ -38,9 +38,49 @@ class Dispatch:
     label: str | None = None
     probabilities: Mapping[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    cached: bool = False
 
 
 Strategy = Callable[[tuple[Message, ...]], Awaitable[Dispatch]]
+
+
+def dispatch_labels(
+    strategy: str, experts: Sequence[str], classifiers: Mapping[str, Sequence[str]], where: str
+) -> tuple[str, ...]:
+    """What `prompt` or `cls` chooses from, "others" last; the base model is also asked about experts that came later.
+
+    Args:
+        experts: those that answer.
+        classifiers: the classification experts, each with the labels that it was trained on, in that order.
+        where: the registry's name, for the errors.
+
+    Raises:
+        ConfigError: there are no experts, or for `cls` not one classification expert.
+        UnknownExpert: an expert that the classification expert was trained to name is gone.
+    """
+    if not experts:
+        raise ConfigError(
+            f"strategy {strategy!r} needs experts to choose from, and there are none ({where}); name them by --run "
+            "or --experts, train some by `t2ray demo` or `t2ray train`, or use the strategy base"
+        )
+    trained = tuple(next(iter(classifiers.values()), (*experts, OTHERS)))
+    if strategy != "cls":
+        known = [label for label in trained if label in experts]
+        return (*known, *(name for name in experts if name not in known), OTHERS)
+    if len(classifiers) != 1:
+        there = f"there are {', '.join(classifiers)}" if classifiers else "there is none"
+        remedy = "delete the others" if classifiers else "train a domain that has `others`"
+        raise ConfigError(
+            f"strategy 'cls' needs one classification expert, and {there} in {where}; {remedy}, or use the "
+            "strategy prompt"
+        )
+    for label in trained[:-1]:
+        if label not in experts:
+            raise UnknownExpert(
+                f"the classification expert {next(iter(classifiers))!r} names {label!r}, an expert not in "
+                f"{where}; import it again, or use the strategy prompt"
+            )
+    return trained
 
 
 def fixed(mixture: Mixture, *, name: str = "fixed") -> Strategy:

@@ -1,4 +1,4 @@
-"""What the API asks of whatever stands behind it: Ray Serve handles, or a fake in a test. No ray, no fastapi, no torch."""
+"""What the API asks of whatever stands behind it: Ray Serve handles, or a fake in a test. No ray, fastapi or torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class ExpertInfo:
     """An expert as the registry has it; `problem` says why it cannot be used, or is None.
 
     `ExpertInfo(name="math", version=3, domain="math", accuracy=0.93, created="2026-11-21T10:00:00+00:00",
-    classifies=False, problem=None)`. `accuracy` is the greedy validation accuracy in 0..1, where it is known.
+    labels=(), problem=None)`. `accuracy` is the greedy validation accuracy in 0..1, where it is known. A classification
+    expert has the `labels` that it tells apart, in its order.
     """
 
     name: str
@@ -24,6 +25,7 @@ class ExpertInfo:
     accuracy: float | None = None
     created: str = ""
     classifies: bool = False
+    labels: tuple[str, ...] = ()
     problem: str | None = None
 
 

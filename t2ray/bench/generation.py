@@ -75,7 +75,7 @@ def folded(subject: Subject, repeats: int) -> Figures:
     def fold() -> None:
         nonlocal current
         current = next(turns)
-        with svf.folded(current):
+        with svf.folded(svf.mix(current)):
             pass
 
     times = interleaved(
@@ -113,7 +113,7 @@ def rollout(subject: Subject, repeats: int) -> Figures:
     def fold() -> None:
         nonlocal policy
         policy = next(turns)
-        with svf.folded(policy):
+        with svf.folded(svf.mix(policy)):
             pass
 
     times = interleaved(

@@ -11,6 +11,7 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
+from t2ray.cluster.session import check_shared, session
 from t2ray.core import T2RayError
 from t2ray.svd import Factors, Float, Job, Progress, Stored, Target, prepare
 
@@ -33,20 +34,16 @@ def decompose_on_ray(
 ) -> Factors:
     """As `svd.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
 
-    Ray is started on this machine, and stopped again, where no cluster is connected. Raises as `svd.decompose` does; a
-    matrix that fails cancels what is under way, and finished ones stay.
+    Ray is started on this machine, and stopped again, where no cluster is connected and RAY_ADDRESS names none.
+    Raises as `svd.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels what is under
+    way, and finished ones stay.
     """
-    job = prepare(model, out, targets=targets, layers=layers, svd_dtype=svd_dtype, dtype=dtype)
-    missing, total = job.missing(), len(job.plan.targets)
-    if missing:
-        connected = ray.is_initialized()
-        if not connected:
-            ray.init(include_dashboard=False, log_to_driver=False)
-        try:
+    with session():
+        check_shared([str(Path(out).expanduser().absolute())])
+        job = prepare(model, out, targets=targets, layers=layers, svd_dtype=svd_dtype, dtype=dtype)
+        missing, total = job.missing(), len(job.plan.targets)
+        if missing:
             _share_out(job, missing, workers, progress, total)
-        finally:
-            if not connected:
-                ray.shutdown()
     return job.finish()
 
 

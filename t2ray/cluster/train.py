@@ -18,16 +18,16 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from t2ray.cluster.session import session, slots
+from t2ray.cluster.session import check_shared, session, slots
 from t2ray.config import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.experts import Registry
 from t2ray.prompts import OTHERS
 from t2ray.rl.job import EXPERT, Result, domain_store, finished, train_domain
-from t2ray.rl.run import open_run, prepare
+from t2ray.rl.run import CONFIG, open_run, prepare
 from t2ray.store import Store
 from t2ray.svd import decompose
-from t2ray.weights import Weights
+from t2ray.weights import Weights, resolve
 
 Tick = Callable[[TrainConfig], None]
 _RESTARTS = 3
@@ -53,6 +53,7 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
     else:
         with session() as resources:
             config, at_once = _fit(config, resources)
+            check_shared([config.out, str(config.factors)])
             _start(config)
             _on_ray(config, _unfinished(config), at_once, tick)
     tick(config)
@@ -142,6 +143,10 @@ def _worker(job: dict[str, Any]) -> T2RayError | None:
     Only the first worker's result counts, and it may wait for the others: theirs are raised.
     """
     config = TrainConfig.model_validate(job["config"])
+    run = f"{config.out}/{config.run}"
+    if not Store(run).exists(CONFIG):  # a node that came after `check_shared`
+        node = ray.util.get_node_ip_address()
+        return ResourceError(f"{run} is not shared: node {node} does not see it; name a folder that all nodes mount")
 
     def report(row: dict[str, Any]) -> None:
         if "validation" in row:
@@ -169,7 +174,7 @@ def _diagnosis(domain: str, error: TrainingFailedError) -> str:
 def _collect(config: TrainConfig) -> dict[str, Result]:
     """Puts each domain's expert into the registry, once, and returns the figures."""
     assert config.experts is not None
-    registry, results, digest = Registry(config.experts), {}, Weights(config.model).digest
+    registry, results, digest = Registry(config.experts), {}, Weights(resolve(config.model)).digest
     for domain in config.domains:
         store = domain_store(config, domain)
         result = finished(store)

@@ -7,17 +7,18 @@ loads models in its workers. Called by the commands and by jobs.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, fixed
+from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.commands.terminal import bar
 from t2ray.config import TrainConfig, nearest
 from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
 from t2ray.engine import Engine
-from t2ray.experts import ExpertManifest, Registry
+from t2ray.experts import Registry
 from t2ray.model import load_model
-from t2ray.prompts import OTHERS, dispatch_prompt
+from t2ray.prompts import dispatch_prompt
 from t2ray.rl.run import CONFIG, factors_folder, read_run
 from t2ray.store import Store
 from t2ray.svd import MANIFEST, Factors, decompose
@@ -91,15 +92,14 @@ def open_factors(place: Place) -> Factors:
 class Workbench:
     """A loaded model with experts.
 
-    `experts` are those that answer; `classifiers` those that name the kind of request (one, usually); `labels` are what
-    the first of these tells apart, in the order that it was trained on (without one: all experts), and "others".
+    `experts` are those that answer; `classifiers` those that name the kind of request (one, usually), each with the
+    labels that it was trained on.
     """
 
     place: Place
     engine: Engine
     experts: tuple[str, ...]
-    classifiers: tuple[str, ...]
-    labels: tuple[str, ...]
+    classifiers: Mapping[str, tuple[str, ...]]
 
     def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
         """`base`, `prompt`, `cls`, `fewshot/NAME` (a saved mixture), or a mixture such as `math:0.7,code:0.3`.
@@ -112,7 +112,7 @@ class Workbench:
             return fixed(self.mixture(name.removeprefix(FEWSHOT)), name=name)
         if name in ("prompt", "cls"):
             labels = self.dispatch_labels(name)
-            mixture = Mixture.of({self.classifiers[0]: 1.0}) if name == "cls" else Mixture.base()
+            mixture = Mixture.of({next(iter(self.classifiers)): 1.0}) if name == "cls" else Mixture.base()
             if generate_label:
                 return classify_by_generation(self.engine.generate, labels, mixture, name=name)
             return classify(self.engine.score, labels, mixture, name=name)
@@ -142,28 +142,7 @@ class Workbench:
             UnknownExpert: an expert that the classification expert was trained to name is gone.
         """
         where = self.place.experts or "no registry"
-        if not self.experts:
-            raise ConfigError(
-                f"strategy {strategy!r} needs experts to choose from, and there are none ({where}); name them by --run "
-                "or --experts, train some by `t2ray demo` or `t2ray train`, or use the strategy base"
-            )
-        if strategy == "cls":
-            if len(self.classifiers) != 1:
-                there = f"there are {', '.join(self.classifiers)}" if self.classifiers else "there is none"
-                remedy = "delete the others" if self.classifiers else "train a domain that has `others`"
-                raise ConfigError(
-                    f"strategy 'cls' needs one classification expert, and {there} in {where}; {remedy}, or use the "
-                    "strategy prompt"
-                )
-            for label in self.labels[:-1]:
-                if label not in self.experts:
-                    raise UnknownExpert(
-                        f"the classification expert {self.classifiers[0]!r} names {label!r}, an expert not in "
-                        f"{where}; import it again, or use the strategy prompt"
-                    )
-            return self.labels
-        known = [label for label in self.labels if label in self.experts]
-        return (*known, *(name for name in self.experts if name not in known), OTHERS)
+        return dispatch_labels(strategy, self.experts, self.classifiers, where)
 
     def fits(self, messages: tuple[Message, ...], max_tokens: int, labels: tuple[str, ...] = ()) -> bool:
         """Whether the context holds a conversation with an answer and, with `labels`, the question of pass 1."""
@@ -201,18 +180,12 @@ def open_workbench(place: Place) -> Workbench:
     for manifest in manifests:
         expert = place.registry().load(manifest.name, base_digest=digest, layout=svf.layout)
         svf.bank[manifest.name] = expert.flat(svf.layout).to(engine.model.device)
-    labels = {m.name: tuple(map(str, m.config["labels"])) for m in manifests if _classifies(m)}
+    labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
     experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(
         place=place,
         engine=engine,
         experts=experts,
-        classifiers=tuple(labels),
-        labels=next(iter(labels.values()), (*experts, OTHERS)),
+        classifiers=labels,
     )
 
-
-def _classifies(manifest: ExpertManifest) -> bool:
-    """Whether an expert was trained as a classification domain: training then leaves its labels in the manifest."""
-    labels = manifest.config.get("labels")
-    return isinstance(labels, list) and labels[-1:] == [OTHERS]

@@ -1,52 +1,18 @@
-"""The offline engine: generation and scoring of whatever is awaited together, in static batches of mixed mixtures.
+"""The offline engine: calls that are awaited together share static batches. For rollouts, the search and evaluation.
 
-transformers' `generate` runs the loop; this module decides what shares a batch and which z each row sees. Callers hold
-it as `Generate` and `Score`; it runs in their event loop's thread, which blocks while a batch computes.
-
-Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singular values.
+Callers hold it as `Generate` and `Score`; it computes in their event loop's thread, which blocks while a batch runs.
+Not here: requests that come and go one by one (`continuous`).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from itertools import groupby
-from os.path import commonprefix
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
-from t2ray.core import Completion, ConfigError, Message, Mixture, SamplingParams
-from t2ray.engine.cache import roomy_cache
-from t2ray.engine.sampling import RowEnds, RowSampler
+from t2ray.core import Completion, Message, Mixture, Prompt, SamplingParams
+from t2ray.engine.static import Request, StaticBatches, prompt_ids, scoring
 from t2ray.model import Model
-
-SHARED_TOKENS = 64
-"""Prompt tokens that a pass over a shared prefix must save to be worth its own time."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Request:
-    """A queued call: with `sampling` a generation, with `labels` a scoring."""
-
-    prompt_ids: tuple[int, ...]
-    mixture: Mixture
-    sampling: SamplingParams | None = None
-    labels: tuple[tuple[int, ...], ...] = ()
-    result: Completion | tuple[float, ...] | None = None
-
-    @property
-    def kind(self) -> int:
-        """Requests of one kind share a batch, if they fit: generations, or scorings of one number of labels."""
-        return len(self.labels)
-
-    @property
-    def tokens(self) -> int:
-        answer = self.sampling.max_tokens if self.sampling else max(map(len, self.labels)) * len(self.labels)
-        return len(self.prompt_ids) + answer
 
 
 class Engine:
@@ -54,19 +20,20 @@ class Engine:
 
     def __init__(self, model: Model, *, max_batch_rows: int = 512, max_batch_tokens: int = 131_072) -> None:
         self.model = model
-        self.max_batch_rows, self.max_batch_tokens = max_batch_rows, max_batch_tokens
-        self._queue: list[_Request] = []
+        self.batches = StaticBatches(model, max_rows=max_batch_rows, max_tokens=max_batch_tokens)
+        self._queue: list[Request] = []
+        self._z: dict[Mixture, Tensor | None] = {}
         self._flushing: asyncio.Task[None] | None = None
 
-    async def generate(self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams) -> Completion:
+    async def generate(self, messages: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `core.Generate`.
 
         Raises:
             ConfigError: prompt and answer do not fit the model's context.
             UnknownExpert: the mixture names no expert of the bank.
         """
-        ids = self._fits(self.model.chat.encode(messages), sampling.max_tokens)
-        completion = await self._batched(_Request(prompt_ids=ids, mixture=mixture, sampling=sampling))
+        ids = prompt_ids(self.model, messages, sampling.max_tokens)
+        completion = await self._batched(Request(prompt_ids=ids, mixture=mixture, sampling=sampling))
         assert isinstance(completion, Completion)
         return completion
 
@@ -74,9 +41,7 @@ class Engine:
         self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
     ) -> tuple[float, ...]:
         """See `core.Score`. Raises as `generate` does."""
-        label_ids = tuple(self.model.chat.encode_answer(label) for label in labels)
-        ids = self._fits(self.model.chat.encode(messages), max(map(len, label_ids)))
-        scores = await self._batched(_Request(prompt_ids=ids, mixture=mixture, labels=label_ids))
+        scores = await self._batched(scoring(self.model, messages, labels, mixture))
         assert isinstance(scores, tuple)
         return scores
 
@@ -84,17 +49,12 @@ class Engine:
         """Whether a prompt and an answer of `max_tokens` fit the model's context."""
         return len(self.model.chat.encode(messages)) + max_tokens <= self.model.context
 
-    def _fits(self, ids: tuple[int, ...], answer: int) -> tuple[int, ...]:
-        if len(ids) + answer > self.model.context:
-            raise ConfigError(
-                f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
-                f"{self.model.context}; shorten the prompt or lower max_tokens"
-            )
-        return ids
-
-    async def _batched(self, request: _Request) -> Completion | tuple[float, ...] | None:
+    async def _batched(self, request: Request) -> Completion | tuple[float, ...] | None:
         """The request's result, computed together with whatever else is ready in this turn of the event loop."""
-        self.model.svf.mix(request.mixture)  # an unknown expert fails its own caller, not the batch
+        mixture = request.mixture
+        if mixture not in self._z:  # an unknown expert fails its own caller, not the batch
+            self._z[mixture] = self.model.svf.mix(mixture) if mixture.weights else None
+        request.z_K = self._z[mixture]
         if self._flushing is None:  # a task starts after every call that is ready now has queued
             self._flushing = asyncio.ensure_future(self._flush())
         self._queue.append(request)
@@ -103,142 +63,5 @@ class Engine:
 
     async def _flush(self) -> None:
         queue, self._queue, self._flushing = self._queue, [], None
-        queue.sort(key=lambda r: (r.kind, len(r.prompt_ids)))  # rows of like length pad little
-        with torch.no_grad():
-            for _, same_kind in groupby(queue, key=lambda r: r.kind):
-                for batch in self._batches(same_kind):
-                    if batch[0].labels:
-                        for request, scores in zip(batch, self._score(batch), strict=True):
-                            request.result = scores
-                    else:
-                        for request, completion in zip(batch, self._generate(batch), strict=True):
-                            request.result = completion
-
-    def _batches(self, requests: Iterable[_Request]) -> Iterable[list[_Request]]:
-        batch: list[_Request] = []
-        longest = 0
-        for request in requests:
-            longest = max(longest, request.tokens)
-            rows = (len(batch) + 1) * max(1, len(request.labels))
-            if batch and (rows > self.max_batch_rows or (len(batch) + 1) * longest > self.max_batch_tokens):
-                yield batch
-                batch, longest = [], request.tokens
-            batch.append(request)
-        yield batch
-
-    # ----------------------------------------------------------------------------------------------------- two passes
-
-    def _bind(self, batch: Sequence[_Request], repeat: int = 1) -> AbstractContextManager[None]:
-        """The cheapest exact way to give every row its z: the base for free, a fold that pays, else rows."""
-        svf = self.model.svf
-        mixtures = list(dict.fromkeys(request.mixture for request in batch))
-        if mixtures == [Mixture.base()]:
-            return nullcontext()
-        if len(mixtures) == 1:
-            tokens = sum(request.tokens for request in batch)
-            if svf.is_folded(mixtures[0]) or tokens >= svf.tokens_to_fold():
-                return svf.folded(mixtures[0])
-            return svf.rows(svf.mix(mixtures[0])[None])
-        z_RK = torch.stack([svf.mix(mixture) for mixture in mixtures])
-        row = {mixture: i for i, mixture in enumerate(mixtures)}
-        index_B = torch.tensor([row[request.mixture] for request in batch], device=z_RK.device)
-        return svf.rows(z_RK, index_B.repeat_interleave(repeat))
-
-    def _left_padded(self, batch: Sequence[_Request], skip: int = 0) -> tuple[Tensor, Tensor]:
-        """Ids (B, T) of the prompts without their first `skip` tokens, and the mask (B, skip + T) of all of them."""
-        longest = max(len(request.prompt_ids) for request in batch)
-        pads = [longest - len(request.prompt_ids) for request in batch]
-        ids = [[self.model.chat.pad_id] * pad + list(r.prompt_ids[skip:]) for pad, r in zip(pads, batch, strict=True)]
-        mask = [[1] * skip + [0] * pad + [1] * (longest - skip - pad) for pad in pads]
-        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
-
-    def _generate(self, batch: list[_Request]) -> list[Completion]:
-        chat, device = self.model.chat, self.model.device
-        params = [request.sampling for request in batch if request.sampling]
-        ids_BT, mask_BT = self._left_padded(batch)
-        sampler = RowSampler(params, device)
-        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, chat.decode, device)
-        with self._bind(batch):
-            out_BT = self.model.hf.generate(
-                ids_BT,
-                attention_mask=mask_BT,
-                past_key_values=roomy_cache(self.model.hf.config, ids_BT.shape[1] + max(p.max_tokens for p in params)),
-                do_sample=False,
-                max_new_tokens=max(p.max_tokens for p in params),
-                eos_token_id=list(chat.eos_ids),
-                pad_token_id=chat.pad_id,
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([ends]),
-            )
-        tokens_BT = out_BT[:, ids_BT.shape[1] :].tolist()
-        logprobs_BT = torch.stack(sampler.logprobs, dim=1).tolist()
-        rows = zip(batch, params, tokens_BT, logprobs_BT, ends.length_B.tolist(), strict=True)
-        return [
-            self._completion(request, p.stop, tokens[:length], logprobs[:length])
-            for request, p, tokens, logprobs, length in rows
-        ]
-
-    def _completion(
-        self, request: _Request, stops: tuple[str, ...], tokens: list[int], logprobs: list[float]
-    ) -> Completion:
-        text = self.model.chat.decode(tokens)
-        cuts = [text.find(stop) for stop in stops if stop in text]
-        return Completion(
-            prompt_ids=request.prompt_ids,
-            token_ids=tuple(tokens),
-            logprobs=tuple(logprobs),
-            text=text[: min(cuts)] if cuts else text,
-            finish_reason="stop" if cuts or tokens[-1] in self.model.chat.eos_ids else "length",
-            mixture=request.mixture,
-        )
-
-    def _score(self, batch: list[_Request]) -> list[tuple[float, ...]]:
-        """Reads what all prompts begin with once, then each one's rest; its labels continue from its cache."""
-        hf, L, shared = self.model.hf, len(batch[0].labels), _shared_prefix(batch)
-        ids_BT, mask_BT = self._left_padded(batch, shared)
-        positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, shared:]
-        cache = DynamicCache(config=hf.config)
-        with self._bind(batch):
-            if shared:
-                prefix_1T = torch.tensor([batch[0].prompt_ids[:shared]], device=ids_BT.device)
-                hf(input_ids=prefix_1T, past_key_values=cache, logits_to_keep=1)
-                cache.batch_repeat_interleave(len(batch))
-            first = hf(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                logits_to_keep=1,
-            ).logits
-        labels = [label for request in batch for label in request.labels]
-        longest = max(map(len, labels))
-        label_LT = torch.tensor([[*label, *[0] * (longest - len(label))] for label in labels], device=ids_BT.device)
-        real_LT = torch.tensor(
-            [[1] * len(label) + [0] * (longest - len(label)) for label in labels], device=ids_BT.device
-        )
-        logits = first.float().repeat_interleave(L, 0)
-        if longest > 1:
-            cache.batch_repeat_interleave(L)
-            mask = torch.cat([mask_BT.repeat_interleave(L, 0), real_LT[:, :-1]], 1)
-            start = positions_BT[:, -1:].repeat_interleave(L, 0) + 1
-            positions = start + torch.arange(longest - 1, device=start.device)
-            with self._bind(batch, repeat=L):
-                rest = hf(
-                    input_ids=label_LT[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=cache
-                ).logits
-            logits = torch.cat([logits, rest.float()], 1)
-        logprob_LT = logits.log_softmax(-1).gather(-1, label_LT[..., None])[..., 0] * real_LT
-        totals: list[float] = logprob_LT.sum(-1).tolist()
-        return [tuple(totals[i : i + L]) for i in range(0, len(totals), L)]
-
-
-def _shared_prefix(batch: Sequence[_Request]) -> int:
-    """The tokens that all prompts of a batch begin with, as far as a pass of their own over them pays: else 0.
-
-    The keys and values depend on z: only prompts of one mixture share any. Each keeps a token of its own.
-    """
-    if len({request.mixture for request in batch}) > 1:
-        return 0
-    prompts = [request.prompt_ids for request in batch]
-    shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
-    return shared if shared * (len(batch) - 1) >= SHARED_TOKENS else 0
+        self._z.clear()
+        self.batches.run(queue)

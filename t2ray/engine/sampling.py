@@ -30,32 +30,36 @@ class RowSampler(LogitsProcessor):
         self.logprobs: list[Tensor] = []
         if not self.greedy:
             longest = max(s.max_tokens for s in sampling)
-            self.uniform_BT = torch.stack([_uniforms(s.seed, longest) for s in sampling]).to(device)
+            self.uniform_BT = torch.stack([uniforms(s.seed, longest) for s in sampling]).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprob_BV = scores.log_softmax(-1)
         token_B1 = logprob_BV.argmax(-1, keepdim=True)
         if not self.greedy:
-            sampled_B1 = self._sample(logprob_BV)
+            top_p_B1 = self.top_p_B1 if self.nucleus else None
+            u_B1 = self.uniform_BT[:, len(self.logprobs), None]
+            sampled_B1 = sample(logprob_BV, self.temperature_B1, top_p_B1, u_B1)
             token_B1 = torch.where(self.temperature_B1 > 0, sampled_B1, token_B1)
         self.logprobs.append(logprob_BV.gather(-1, token_B1)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
 
-    def _sample(self, logprob_BV: Tensor) -> Tensor:
-        p_BV = (logprob_BV / self.temperature_B1.clamp_min(1e-6)).softmax(-1)
-        if self.nucleus:
-            sorted_BV, order_BV = p_BV.sort(-1, descending=True)
-            outside = sorted_BV.cumsum(-1) - sorted_BV >= self.top_p_B1
-            p_BV = torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV.masked_fill(outside, 0.0))
-        cumulative_BV = p_BV.double().cumsum(-1)
-        u_B1 = self.uniform_BT[:, len(self.logprobs), None] * cumulative_BV[:, -1:]
-        # `right` never picks a token of probability 0; rounding can never pass the last token that has some.
-        token_B1 = torch.searchsorted(cumulative_BV, u_B1, right=True)
-        last_B1 = p_BV.shape[-1] - 1 - (p_BV > 0).flip(-1).int().argmax(-1, keepdim=True)
-        return torch.minimum(token_B1, last_B1)
+
+def sample(logprob_BV: Tensor, temperature_B1: Tensor, top_p_B1: Tensor | None, u_B1: Tensor) -> Tensor:
+    """The tokens, (B, 1), where each row's cumulative distribution reaches its uniform number `u_B1` in [0, 1)."""
+    p_BV = (logprob_BV / temperature_B1.clamp_min(1e-6)).softmax(-1)
+    if top_p_B1 is not None:
+        sorted_BV, order_BV = p_BV.sort(-1, descending=True)
+        outside = sorted_BV.cumsum(-1) - sorted_BV >= top_p_B1
+        p_BV = torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV.masked_fill(outside, 0.0))
+    cumulative_BV = p_BV.double().cumsum(-1)
+    # `right` never picks a token of probability 0; rounding can never pass the last token that has some.
+    token_B1 = torch.searchsorted(cumulative_BV, u_B1 * cumulative_BV[:, -1:], right=True)
+    last_B1 = p_BV.shape[-1] - 1 - (p_BV > 0).flip(-1).int().argmax(-1, keepdim=True)
+    return torch.minimum(token_B1, last_B1)
 
 
-def _uniforms(seed: int | None, n: int) -> Tensor:
+def uniforms(seed: int | None, n: int) -> Tensor:
+    """`n` numbers in [0, 1), float64, of a row's own seed; of one from torch's generator without one."""
     seed = int(torch.randint(2**62, (1,))) if seed is None else seed
     return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2**63), dtype=torch.float64)
 
@@ -78,12 +82,14 @@ class RowEnds(StoppingCriteria):
         self.prompt, self.decode = prompt, decode
         self.limit_B = torch.tensor([s.max_tokens for s in sampling], device=device)
         self.eos = torch.tensor(eos_ids, device=device)
+        self.ignores_eos_B = torch.tensor([s.ignore_eos for s in sampling], device=device)
         self.stops = [(row, s.stop) for row, s in enumerate(sampling) if s.stop]
         self.length_B = torch.zeros_like(self.limit_B)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         answer_BT = input_ids[:, self.prompt :]
-        ends_B = (self.limit_B <= answer_BT.shape[1]) | torch.isin(answer_BT[:, -1], self.eos)
+        ends_B = torch.isin(answer_BT[:, -1], self.eos) & ~self.ignores_eos_B
+        ends_B |= self.limit_B <= answer_BT.shape[1]
         for row, stops in self.stops:
             if not self.length_B[row]:
                 text = self.decode(answer_BT[row].tolist())

@@ -100,7 +100,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "model": str(model),
+            "model": config.model if config.model == "tiny" else str(model),  # "tiny" lies elsewhere on another node
             "out": out,
             "factors": str(Path(factors).absolute()),
             "experts": experts if "://" in experts else str(Path(experts).absolute()),

@@ -1,0 +1,10 @@
+"""Searches the mixture of experts for a task from labelled prompts: `python jobs/adapt.py jobs/adapt.yaml [key=value ...]`."""
+
+from __future__ import annotations
+
+import sys
+
+from t2ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["adapt", "--config", *sys.argv[1:]]))

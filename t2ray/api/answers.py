@@ -1,0 +1,248 @@
+"""The two passes over a request: pass 1 finds the mixture of each prompt, pass 2 answers, whole or streamed.
+
+Not here: HTTP's paths (`routes.py`) and what an answer looks like (`shapes.py`). Called by the routes.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic_core import to_json
+from starlette.requests import Request
+from starlette.responses import Response
+
+from t2ray.adapt.strategies import Dispatch
+from t2ray.api.backend import Backend, Catalog
+from t2ray.api.errors import refusal
+from t2ray.api.guard import LOG, Trace
+from t2ray.api.limits import at_most, check_prompts, sampling
+from t2ray.api.names import Route, resolve, usable
+from t2ray.api.schema import ChatRequest, CompletionRequest
+from t2ray.api.shapes import Extension, Shape, Usage, event, weights
+from t2ray.api.stream import EventStream, merged, together, unless_gone
+from t2ray.core import Delta, Prompt, SamplingParams, T2RayError, user
+from t2ray.serving import ApiConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One answer to make: the prompt's number, what pass 1 decided for it, and how to sample."""
+
+    prompt: Prompt
+    number: int
+    dispatch: Dispatch
+    sampling: SamplingParams
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request whose prompts have their mixtures."""
+
+    body: ChatRequest | CompletionRequest
+    shape: Shape
+    rows: Sequence[Row]
+    catalog: Catalog
+    backend: Backend
+    trace: Trace
+    id: str
+    created: int
+
+    @property
+    def logprobs(self) -> bool:
+        return self.body.logprobs is not None and self.body.logprobs is not False
+
+    def extension(self, row: Row, pass2_s: float | None) -> Extension:
+        dispatch, experts = row.dispatch, self.catalog.experts
+        return Extension(
+            mixture=weights(dispatch.mixture),
+            strategy=dispatch.strategy,
+            label=dispatch.label,
+            probabilities=dispatch.probabilities,
+            pass1_ms=round(dispatch.seconds * 1000, 3),
+            pass2_ms=None if pass2_s is None else round(pass2_s * 1000, 3),
+            versions={name: experts[name].version for name in dispatch.mixture.names if name in experts},
+            cached=dispatch.cached,
+        )
+
+    def head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.body.model}
+
+
+async def answer(
+    request: Request, body: ChatRequest | CompletionRequest, shape: Shape, prompts: Sequence[Prompt]
+) -> Response:
+    """Both passes.
+
+    Raises:
+        Refusal, T2RayError: before the first piece of an answer; later errors are in the stream.
+        ClientDisconnect: the client has gone; whatever ran for it is cancelled.
+    """
+    config: ApiConfig = request.app.state.config
+    backend: Backend = request.app.state.backend
+    trace: Trace = request.state.trace
+    trace.model = body.model
+    if config.log_prompts:
+        trace.shown["prompts"] = [p if isinstance(p, str) else [[m.role, m.content] for m in p] for p in prompts]
+    at_most(config.max_n, (body.n or 1) * len(prompts), "n", "answers to one request")
+    check_prompts(prompts, config)
+    params = sampling(body, config)
+    catalog = backend.catalog()
+    route = resolve(body.model, catalog)
+    dispatches = await unless_gone(request.receive, together([_dispatch(backend, route, p, trace) for p in prompts]))
+    for dispatch in dispatches:
+        for name in usable(dispatch.mixture, catalog).names or ("base",):
+            backend.observe("routes_total", 1, expert=name)
+    rows = [
+        Row(
+            prompt=prompt,
+            number=number,
+            dispatch=dispatches[number],
+            sampling=params if params.seed is None else replace(params, seed=(params.seed + i) % 2**63),
+            request_id=f"{trace.request_id}-{uuid.uuid4().hex[:8]}",  # a client may send its id twice
+        )
+        for number, prompt in enumerate(prompts)
+        for i in range(body.n or 1)
+    ]
+    job = Job(
+        body=body,
+        shape=shape,
+        rows=rows,
+        catalog=catalog,
+        backend=backend,
+        trace=trace,
+        id=f"{shape.prefix}{uuid.uuid4().hex}",
+        created=int(time.time()),
+    )
+    if body.stream:
+        events = _events(job, config.log_prompts)
+        first = await unless_gone(request.receive, anext(events))
+        return EventStream(first, events)
+    return await _whole(job, request, config.log_prompts)
+
+
+async def _dispatch(backend: Backend, route: Route, prompt: Prompt, trace: Trace) -> Dispatch:
+    if route.mixture is not None:
+        return Dispatch(mixture=route.mixture, strategy=route.strategy)
+    start = time.perf_counter()
+    dispatch = await backend.dispatch(route.strategy, user(prompt) if isinstance(prompt, str) else prompt)
+    seconds = time.perf_counter() - start
+    # The prompts of a request are dispatched side by side.
+    trace.backend_s = max(trace.backend_s, seconds)
+    backend.observe("pass1_seconds", seconds, strategy=route.strategy)
+    return dispatch
+
+
+async def _whole(job: Job, request: Request, log_answers: bool) -> Response:
+    backend, start = job.backend, time.perf_counter()
+    calls = [backend.generate(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
+    deltas = await unless_gone(request.receive, together(calls))
+    seconds = time.perf_counter() - start
+    job.trace.backend_s += seconds
+    several = job.rows[-1].number > 0
+    choices = [
+        job.shape.choice(i, delta, job.logprobs, job.extension(row, seconds) if several else None)
+        for i, (row, delta) in enumerate(zip(job.rows, deltas, strict=True))
+    ]
+    usage = _usage(job, [delta.prompt_tokens for delta in deltas], sum(len(delta.tokens) for delta in deltas))
+    if usage.completion_tokens:
+        backend.observe("time_per_token_seconds", seconds / max(len(delta.tokens) for delta in deltas))
+    if log_answers:
+        job.trace.shown["answers"] = [delta.text for delta in deltas]
+    reply = job.head(job.shape.whole) | {
+        "choices": choices,
+        "usage": usage,
+        "t2ray": job.extension(job.rows[0], seconds),
+    }
+    return Response(to_json(reply), media_type="application/json")
+
+
+def _usage(job: Job, prompt_tokens: Sequence[int], completion_tokens: int) -> Usage:
+    """Noted in the trace too. `prompt_tokens` by row; the rows of a prompt share its tokens."""
+    of_prompts = {row.number: tokens for row, tokens in zip(job.rows, prompt_tokens, strict=True)}
+    job.trace.prompt_tokens, job.trace.completion_tokens = sum(of_prompts.values()), completion_tokens
+    return Usage(
+        prompt_tokens=job.trace.prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=job.trace.prompt_tokens + completion_tokens,
+    )
+
+
+async def _events(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
+    """The chunks of all rows. What breaks before the first chunk is raised, what breaks later is an event."""
+    started = False
+    try:
+        async with aclosing(_chunks(job, log_answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+                started = True
+    except T2RayError as error:
+        if not started:
+            raise
+        job.trace.error = type(error).__name__
+        yield b"data: " + refusal(error).body + b"\n\n"
+    except Exception as error:
+        if started:
+            job.trace.error = type(error).__name__
+            LOG.exception("request %s: the stream broke", job.trace.request_id)
+            yield b"data: " + refusal(error).body + b"\n\n"
+        raise
+
+
+async def _chunks(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
+    """What has arrived, an event for each row that has any; then the usage, where it is asked for, and the end."""
+    trace, backend = job.trace, job.backend
+    head = job.head(job.shape.chunk) | ({"usage": None} if job.body.include_usage else {})
+    tallies = [_Tally() for _ in job.rows]
+    start = first = last = time.perf_counter()
+    streams = [backend.stream(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
+    waiting = start
+    async with aclosing(merged(streams)) as turns:
+        async for turn in turns:
+            last = time.perf_counter()
+            trace.backend_s += last - waiting
+            events = []
+            for index, delta in turn.items():
+                chunk = head | {"choices": [tallies[index].piece(job, index, delta)]}
+                if trace.ttft is None or delta.finish_reason:
+                    chunk["t2ray"] = job.extension(job.rows[index], last - start if delta.finish_reason else None)
+                if trace.ttft is None:
+                    first, trace.ttft = last, trace.seconds
+                events.append(event(chunk))
+            trace.completion_tokens = sum(tally.tokens for tally in tallies)
+            yield b"".join(events)
+            waiting = time.perf_counter()
+    usage = _usage(job, [tally.prompt_tokens for tally in tallies], trace.completion_tokens)
+    if last > first:
+        longest = max(tally.tokens for tally in tallies)
+        backend.observe("time_per_token_seconds", (last - first) / max(longest - 1, 1))
+    if log_answers:
+        trace.shown["answers"] = [tally.text for tally in tallies]
+    end = event(head | {"choices": [], "usage": usage}) if job.body.include_usage else b""
+    yield end + b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class _Tally:
+    """How far the stream of a row has come."""
+
+    begun: bool = False
+    text: str = ""
+    tokens: int = 0
+    prompt_tokens: int = 0
+    offset: int = 0
+
+    def piece(self, job: Job, index: int, delta: Delta) -> dict[str, Any]:
+        """The delta as a choice of a chunk, and counted."""
+        piece = job.shape.piece(index, delta, job.logprobs, self.offset, first=not self.begun)
+        self.begun = True
+        self.text += delta.text
+        self.tokens += len(delta.tokens)
+        self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
+        self.offset += sum(len(token.text) for token in delta.tokens)
+        return piece

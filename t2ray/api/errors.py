@@ -1,0 +1,127 @@
+"""Refusals in OpenAI's error shape, and which error of t2ray is which status.
+
+`{"error": {"message": "...", "type": "invalid_request_error", "param": "n", "code": null}}`. Not here: what is refused,
+which stands where it is found. Called by every module of the API.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from t2ray.core import (
+    Busy,
+    ConfigError,
+    DataError,
+    ExpertError,
+    GenerationError,
+    ResourceError,
+    T2RayError,
+    UnknownExpert,
+)
+
+INVALID, SERVER = "invalid_request_error", "server_error"
+
+# The nearest class of an error decides; what is not here is a fault of the server's own: 500.
+STATUSES: dict[type[BaseException], tuple[int, str, str, int | None]] = {
+    UnknownExpert: (404, INVALID, "not_found", None),
+    ConfigError: (400, INVALID, "invalid_value", None),
+    DataError: (400, INVALID, "invalid_value", None),
+    ExpertError: (400, INVALID, "invalid_expert", None),
+    Busy: (429, "rate_limit_error", "busy", 1),
+    ResourceError: (503, SERVER, "unavailable", 5),
+    GenerationError: (503, SERVER, "generation_failed", 1),
+}
+# The codes of refusals that Starlette makes: an unknown path, a method that a path has not.
+CODES = {404: "unknown_path", 405: "method_not_allowed"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorDetail:
+    """What went wrong: `param` is the request's parameter at fault, `code` is for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorReply:
+    """OpenAI's error shape."""
+
+    error: ErrorDetail
+
+
+@dataclass(kw_only=True)
+class Refusal(Exception):
+    """A request that is answered with an error: `Refusal(status=400, message="n is 9; ...", param="n")`."""
+
+    status: int
+    message: str
+    type: str = INVALID
+    param: str | None = None
+    code: str | None = None
+    retry_after: int | None = None
+    headers: Mapping[str, str] | None = None
+
+    @property
+    def body(self) -> bytes:
+        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+        return to_json(asdict(ErrorReply(error=detail)))
+
+    def response(self) -> Response:
+        headers = dict(self.headers or {})
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        return Response(self.body, self.status, headers, media_type="application/json")
+
+
+def refusal(error: BaseException, param: str | None = None) -> Refusal:
+    """The refusal that an error means. One that is no `T2RayError` says nothing of the server's inside."""
+    if isinstance(error, Refusal):
+        return error
+    for kind in type(error).__mro__:
+        if kind in STATUSES:
+            status, type_, code, retry_after = STATUSES[kind]
+            return Refusal(
+                status=status, message=str(error), type=type_, param=param, code=code, retry_after=retry_after
+            )
+    message = str(error) if isinstance(error, T2RayError) else "the server failed at this request; its log says why"
+    return Refusal(status=500, message=message, type=SERVER, code="internal_error")
+
+
+async def on_error(request: Request, error: Exception) -> Response:
+    """The exception handler of `Refusal` and `T2RayError`."""
+    request.state.trace.error = type(error).__name__ if isinstance(error, T2RayError) else f"http_{_status(error)}"
+    return refusal(error).response()
+
+
+async def on_http(request: Request, error: Exception) -> Response:
+    """The handler of Starlette's own refusals."""
+    assert isinstance(error, HTTPException)
+    code = CODES.get(error.status_code)
+    message = f"{error.detail}: {request.method} {request.url.path}"
+    return await on_error(request, Refusal(status=error.status_code, message=message, code=code, headers=error.headers))
+
+
+async def on_fault(request: Request, error: Exception) -> Response:
+    """The handler of everything else, outside the middleware that adds headers; Starlette raises the error again."""
+    response = refusal(error).response()
+    response.headers.update(request.state.trace.headers)
+    return response
+
+
+async def on_gone(request: Request, error: Exception) -> Response:
+    """The handler of a client that has gone: nobody reads this."""
+    assert isinstance(error, ClientDisconnect)
+    return Response(status_code=499)
+
+
+def _status(error: Exception) -> int:
+    return error.status if isinstance(error, Refusal) else 500

@@ -1,0 +1,119 @@
+"""API keys: who is asking. Only digests are kept, in files and in memory.
+
+A key is 256 random bits, so that a plain SHA-256 of it can be neither guessed nor reversed. A keys file has a line for
+each, `user NAME sha256:HEX` or `admin NAME sha256:HEX`, with `#` comments. Others may read the file, since a digest
+opens nothing; one that others may write is refused, since a line that they add would. Not here: what a role may do (the
+routes say). Called by the API and by `t2ray keys`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from t2ray.core import ConfigError, check_name
+from t2ray.serving import ApiConfig
+
+Role = Literal["user", "admin"]
+SHORTEST = 16  # characters of a secret in the environment, which a person may have made up
+LINE = re.compile(r"(user|admin)\s+(\S+)\s+sha256:([0-9a-f]{64})")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """Whose request it is: `Key(name="ann", role="user", digest=...)`."""
+
+    name: str
+    role: Role
+    digest: bytes = b""
+
+
+ANYONE = Key(name="anyone", role="admin")
+
+
+def new_key(name: str, role: Role) -> tuple[str, str]:
+    """A new secret, shown once, and its line for the keys file.
+
+    Raises:
+        ConfigError: a name that no key can have.
+    """
+    secret = f"t2ray-{secrets.token_urlsafe(32)}"
+    return secret, f"{role} {check_name(name, 'key')} sha256:{_digest(secret).hex()}"
+
+
+class Keys:
+    """All keys of an endpoint; without any, everyone is `ANYONE` and may do everything."""
+
+    def __init__(self, keys: tuple[Key, ...]) -> None:
+        names = [key.name for key in keys]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"two API keys have the name {twice[0]!r}; a name says in the log who asked")
+        self._keys = keys
+
+    @classmethod
+    def load(cls, config: ApiConfig) -> Keys:
+        """From `config.keys_file` and the variable `config.keys_env`, together.
+
+        Raises:
+            ConfigError: a file that is missing, malformed or that others may write; a secret that is too short.
+        """
+        found = [] if config.keys_file is None else list(_from_file(Path(config.keys_file)))
+        found += _from_text(os.environ.get(config.keys_env, ""), config.keys_env)
+        return cls(tuple(found))
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, authorization: str) -> Key | None:
+        """The key in an `Authorization: Bearer KEY` header. The time that it takes does not depend on how near a
+        wrong key comes, nor on which key is right."""
+        if not self._keys:
+            return ANYONE
+        scheme, _, secret = authorization.partition(" ")
+        digest = _digest(secret.strip())
+        hits = [key for key in self._keys if hmac.compare_digest(key.digest, digest)]
+        return hits[0] if hits and scheme.lower() == "bearer" else None
+
+
+def _digest(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def _from_file(path: Path) -> Iterator[Key]:
+    if not path.is_file():
+        raise ConfigError(f"keys_file: {path} is no file; make a line with `t2ray keys`, or leave keys_file out")
+    if path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ConfigError(f"keys_file: others may write {path}, and so add a key of their own; chmod go-w {path}")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        match = LINE.fullmatch(text)
+        if match is None:  # the line is not shown: it may be a secret in the wrong place
+            raise ConfigError(f"{path}:{number}: not a key; write `user NAME sha256:HEX` or `admin NAME sha256:HEX`")
+        role, name, digest = match.groups()
+        yield Key(
+            name=check_name(name, "key"), role="admin" if role == "admin" else "user", digest=bytes.fromhex(digest)
+        )
+
+
+def _from_text(text: str, variable: str) -> Iterator[Key]:
+    for number, part in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
+        role, _, secret = part.partition(":")
+        if role not in get_args(Role):
+            raise ConfigError(f"{variable}: key {number} begins with no role; write user:SECRET,admin:SECRET")
+        if len(secret) < SHORTEST:
+            raise ConfigError(
+                f"{variable}: key {number} has {len(secret)} characters, fewer than {SHORTEST}, and could be guessed; "
+                "make one with `t2ray keys`"
+            )
+        yield Key(name=f"env-{number}", role="admin" if role == "admin" else "user", digest=_digest(secret))

@@ -1,0 +1,120 @@
+"""Reading a request: its bytes are counted, its JSON is strict, and what is configured bounds the rest.
+
+Not here: types (`schema.py`); the prompt's tokens, which only the engine can count. Called by the routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+from starlette.requests import Request
+
+from t2ray.api.errors import Refusal
+from t2ray.api.schema import ChatRequest, CompletionRequest
+from t2ray.core import Prompt, SamplingParams
+from t2ray.serving import ApiConfig
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> Refusal:
+    """400, for a parameter."""
+    return Refusal(status=400, message=message, param=param, code=code)
+
+
+def at_most(limit: int, value: int, param: str, what: str) -> None:
+    """Raises Refusal: `value` is above the configured limit."""
+    if value > limit:
+        raise invalid(f"{value:,} {what}, more than the {limit:,} that this endpoint accepts", param, "too_large")
+
+
+async def read(request: Request, limit: int) -> bytes:
+    """The body, as long as it has at most `limit` bytes, whatever its header says.
+
+    Raises:
+        Refusal: 413.
+    """
+    refusal = Refusal(
+        status=413, message=f"the body has more than the {limit:,} bytes that are accepted", code="body_too_large"
+    )
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and (len(declared) > 18 or int(declared) > limit):
+        raise refusal
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > limit:
+            raise refusal
+    return bytes(body)
+
+
+async def read_json(request: Request, model: type[M], limit: int) -> M:
+    """The JSON body as a `model`. A browser's page of another origin cannot send the content type that is asked for
+    without this endpoint's consent (CORS).
+
+    Raises:
+        Refusal: 413; 400 for another content type, for what is no JSON (NaN, bad UTF-8, half a surrogate pair,
+            hundreds of brackets), and for what `model` refuses, naming the parameter.
+    """
+    body = await read(request, limit)
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise invalid(f"the content type is {kind[:80]!r}; it must be application/json", None, "content_type")
+    try:
+        values = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise invalid(f"the body is not valid JSON: {error}", None, "invalid_json") from None
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _explained(error) from None
+
+
+def _explained(error: ValidationError) -> Refusal:
+    """The first mistake, by the parameter's path: `messages[0].role`."""
+    first = error.errors(include_url=False)[0]
+    places = [*first["loc"], *([first["ctx"]["param"]] if "param" in first.get("ctx", {}) else [])]
+    path = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
+    if first["type"] in ("unknown", "unsupported"):
+        return invalid(first["msg"], path, f"{first['type']}_parameter")
+    if first["type"] == "missing":
+        return invalid(f"the parameter {path!r} is missing", path, "missing_parameter")
+    shown = f" (given: {first['input']!r:.80})" if first["loc"] else ""
+    return invalid(f"{path or 'the body'}: {first['msg']}{shown}", path or None)
+
+
+def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
+    """Raises Refusal: a prompt with more turns or characters than are accepted."""
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            at_most(config.max_prompt_chars, len(prompt), "prompt", "characters")
+        else:
+            at_most(config.max_messages, len(prompt), "messages", "messages")
+            at_most(config.max_prompt_chars, sum(len(m.content) for m in prompt), "messages", "characters")
+
+
+def sampling(body: ChatRequest | CompletionRequest, config: ApiConfig) -> SamplingParams:
+    """The sampling of a request's first answer, within the limits; raises Refusal as `at_most` does."""
+    stops, tokens, param, top = tuple(body.stop or ()), body.max_tokens, "max_tokens", 0
+    if isinstance(body, ChatRequest):
+        if body.max_completion_tokens is not None:
+            tokens, param = body.max_completion_tokens, "max_completion_tokens"
+        top = body.top_logprobs or 0
+    else:
+        top = body.logprobs or 0
+    at_most(config.max_stop, len(stops), "stop", "stop texts")
+    for stop in stops:
+        at_most(256, len(stop), "stop", "characters in a stop text")
+    at_most(config.max_tokens, tokens or 1, param, "tokens")
+    return SamplingParams(
+        max_tokens=tokens or min(config.default_max_tokens, config.max_tokens),
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=body.seed,
+        stop=stops,
+        ignore_eos=bool(body.ignore_eos),
+        top_logprobs=top,
+    )

@@ -1,0 +1,132 @@
+"""From a model name to what answers: a strategy that decides in pass 1, or a mixture.
+
+| name | what answers |
+| --- | --- |
+| `t2ray` | the endpoint's default strategy |
+| `t2ray:prompt`, `t2ray:cls` | the mixture that this strategy decides for |
+| `t2ray:base` | the base model |
+| `t2ray:fewshot/NAME` | a saved mixture |
+| `t2ray:NAME`, `t2ray:a:0.7,b:0.3` | an expert, a mixture |
+
+The words above win over experts of the same name, which `t2ray:NAME:1` reaches. Not here: pass 1 itself. Called by the
+routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from t2ray.api.backend import Catalog, ExpertInfo
+from t2ray.api.errors import SERVER, Refusal
+from t2ray.config import nearest
+from t2ray.core import ConfigError, Mixture
+
+STRATEGIES = ("prompt", "cls")
+FEWSHOT = "fewshot/"
+RESERVED = {*STRATEGIES, "base"}
+HEAVIEST = 16.0  # weights that are far beyond what a search finds overflow the model's numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What a model name means; `mixture` is None where pass 1 decides. `strategy` is what the answer reports."""
+
+    kind: Literal["strategy", "base", "expert", "mixture"]
+    strategy: str
+    mixture: Mixture | None = None
+
+
+def resolve(model: str, catalog: Catalog, *, broken: bool = False) -> Route:
+    """What `model` means; with `broken`, also where an expert of it cannot be used.
+
+    Raises:
+        Refusal: 404 for an unknown name, with the nearest; 400 for a weight that is no number; 503 for an expert that
+            is there and cannot be used.
+    """
+    prefix, colon, name = model.partition(":")
+    if model == "t2ray":
+        name = catalog.default
+    elif prefix != "t2ray" or not colon:
+        raise unknown(model, catalog)
+    if name in STRATEGIES:
+        if name not in catalog.strategies:
+            raise unknown(model, catalog, why="there is no classification expert" if name == "cls" else "")
+        return Route(kind="strategy", strategy=name)
+    if name == "base":
+        return Route(kind="base", strategy="base", mixture=Mixture.base())
+    if name.startswith(FEWSHOT):
+        mixture = catalog.mixtures.get(name.removeprefix(FEWSHOT))
+        if mixture is None:
+            raise unknown(model, catalog)
+        return Route(kind="mixture", strategy="fewshot", mixture=mixture if broken else usable(mixture, catalog))
+    if not all(part.strip().partition(":")[0] in catalog.experts for part in name.split(",")):
+        raise unknown(model, catalog)
+    mixture = _parse(name)
+    return Route(
+        kind="expert" if name in catalog.experts else "mixture",
+        strategy="fixed",
+        mixture=mixture if broken else usable(mixture, catalog),
+    )
+
+
+def usable(mixture: Mixture, catalog: Catalog) -> Mixture:
+    """`mixture` itself, when all its experts are there and sound.
+
+    Raises:
+        Refusal: 404 or 503, naming the expert.
+    """
+    for name in mixture.names:
+        expert = known_expert(name, catalog, param="model")
+        if expert.problem is not None:
+            raise Refusal(
+                status=503,
+                message=f"expert {name!r} cannot be used: {expert.problem}",
+                type=SERVER,
+                param="model",
+                code="expert_unavailable",
+                retry_after=5,
+            )
+    return mixture
+
+
+def known_expert(name: str, catalog: Catalog, param: str | None = None) -> ExpertInfo:
+    """The expert of that name, or Refusal: 404."""
+    if name not in catalog.experts:
+        message = f"there is no expert {name[:80]!r}{nearest(name[:80], catalog.experts)}"
+        raise Refusal(status=404, message=message, param=param, code="expert_not_found")
+    return catalog.experts[name]
+
+
+def names(catalog: Catalog) -> Iterable[str]:
+    """Every model name but the mixtures that can be written."""
+    yield "t2ray"
+    yield from (f"t2ray:{name}" for name in STRATEGIES if name in catalog.strategies)
+    yield "t2ray:base"
+    yield from (f"t2ray:{name}:1" if name in RESERVED else f"t2ray:{name}" for name in catalog.experts)
+    yield from (f"t2ray:{FEWSHOT}{name}" for name in catalog.mixtures)
+
+
+def unknown(model: str, catalog: Catalog, why: str = "") -> Refusal:
+    """404: no such model."""
+    message = f"the model {model[:200]!r} does not exist{f' ({why})' if why else ''}"
+    return Refusal(
+        status=404, message=message + nearest(model[:80], names(catalog)), param="model", code="model_not_found"
+    )
+
+
+def _parse(text: str) -> Mixture:
+    try:
+        mixture = Mixture.parse(text)
+    except ConfigError as error:
+        raise Refusal(status=400, message=str(error), param="model", code="invalid_value") from None
+    for name, alpha in mixture.weights:
+        if max(map(abs, alpha)) > HEAVIEST:
+            raise Refusal(
+                status=400,
+                message=f"the weight of expert {name!r} is {alpha[0]:g}; it must lie in -{HEAVIEST:g}..{HEAVIEST:g}",
+                param="model",
+                code="invalid_value",
+            )
+    return mixture

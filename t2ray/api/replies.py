@@ -1,0 +1,143 @@
+"""What the API answers beside completions: models, experts, adaptations, load.
+
+The dataclasses are the response schemas of `/openapi.json`. Called by the routes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from t2ray.api.backend import Adaptation, Catalog, ExpertInfo
+from t2ray.api.names import resolve
+from t2ray.api.shapes import Weights, weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReply:
+    """An entry of OpenAI's list; `t2ray` says what is behind the name."""
+
+    id: str
+    created: int
+    t2ray: ModelExtension
+    object: Literal["model"] = "model"
+    owned_by: str = "t2ray"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelExtension:
+    """`mixture` is None for a strategy, which decides for each request."""
+
+    kind: Literal["strategy", "base", "expert", "mixture"]
+    strategy: str
+    mixture: Weights | None
+    base: str
+    problem: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelsReply:
+    """OpenAI's list of models."""
+
+    data: list[ModelReply]
+    object: Literal["list"] = "list"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsReply:
+    """All experts."""
+
+    data: list[ExpertInfo]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeatReply:
+    """`mean |z - 1|` by decoder layer (rows) and kind of matrix (columns)."""
+
+    layers: list[int]
+    kinds: list[str]
+    values: list[list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertReply:
+    """One expert."""
+
+    name: str
+    version: int
+    domain: str | None
+    accuracy: float | None
+    created: str
+    classifies: bool
+    labels: list[str]
+    problem: str | None
+    heat: HeatReply | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedReply:
+    """A version of an expert that was saved."""
+
+    name: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeletedReply:
+    """An expert that was deleted with all its versions."""
+
+    name: str
+    deleted: Literal[True] = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptationReply:
+    """Where a few-shot search stands; `model` is its name in the end."""
+
+    id: str
+    name: str
+    status: Literal["queued", "running", "succeeded", "failed"]
+    progress: float
+    accuracy: float | None
+    seconds: float
+    mixture: Weights | None
+    error: str | None
+    created: str
+    model: str | None
+
+    @classmethod
+    def of(cls, adaptation: Adaptation) -> AdaptationReply:
+        return cls(
+            id=adaptation.id,
+            name=adaptation.name,
+            status=adaptation.status,
+            progress=adaptation.progress,
+            accuracy=adaptation.accuracy,
+            seconds=adaptation.seconds,
+            mixture=None if adaptation.mixture is None else weights(adaptation.mixture),
+            error=adaptation.error,
+            created=adaptation.created,
+            model=f"t2ray:fewshot/{adaptation.name}" if adaptation.status == "succeeded" else None,
+        )
+
+
+def model_reply(model: str, catalog: Catalog) -> ModelReply:
+    """A model name as an entry of the list; raises Refusal as `names.resolve` does."""
+    route = resolve(model, catalog, broken=True)
+    names = route.mixture.names if route.mixture else ()
+    experts = [catalog.experts[name] for name in names if name in catalog.experts]
+    problems = [f"expert {expert.name!r}: {expert.problem}" for expert in experts if expert.problem]
+    problems += [f"there is no expert {name!r}" for name in names if name not in catalog.experts]
+    created = max((expert.created for expert in experts), default="")
+    return ModelReply(
+        id=model,
+        created=int(datetime.fromisoformat(created).timestamp()) if created else 0,
+        t2ray=ModelExtension(
+            kind=route.kind,
+            strategy=route.strategy,
+            mixture=None if route.mixture is None else weights(route.mixture),
+            base=catalog.base,
+            problem="; ".join(problems) or None,
+        ),
+    )

@@ -1,0 +1,224 @@
+"""What a request may say: pydantic models, strict, in OpenAI's words.
+
+A parameter that t2ray does not support is accepted with its neutral value, which changes nothing, and refused by name
+with any other. An unknown one is refused with the nearest. Not here: limits that are configured (`limits.py`). Called
+by the routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
+
+from t2ray.config import nearest
+from t2ray.core import Message, user
+
+NULL: tuple[Any, ...] = (None,)
+ZERO: tuple[Any, ...] = (None, 0, 0.0)
+EMPTY: tuple[Any, ...] = (None, [])
+FALSE: tuple[Any, ...] = (None, False)
+
+
+def _document(schema: dict[str, Any], model: type[Any]) -> None:
+    """Puts the neutral values into the JSON schema."""
+    for name, values in model.neutral.items():
+        unique = [value for i, value in enumerate(values) if value not in values[:i]]  # in JSON, 0 and 0.0 are one
+        schema["properties"][name] = {"enum": unique, "description": "not supported; accepted with these values"}
+
+
+class Body(BaseModel):
+    """A JSON object of a request: strict types, no unknown key."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, json_schema_extra=_document, allow_inf_nan=False
+    )
+    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_known(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = {}
+        for key, value in values.items():
+            if key in cls.model_fields:
+                known[key] = value
+            elif key not in cls.neutral:
+                message = f"unknown parameter {key[:80]!r}{nearest(key[:80], cls.model_fields)}"
+                raise PydanticCustomError("unknown", "{message}", {"message": message, "param": key[:80]})
+            elif not any(type(value) is type(neutral) and value == neutral for neutral in cls.neutral[key]):
+                message = f"{key!r} is not supported here; leave it out"
+                raise PydanticCustomError("unsupported", "{message}", {"message": message, "param": key})
+        return known
+
+
+def _text(value: Any) -> Any:
+    """A string, or the parts `[{"type": "text", "text": ...}]` as one."""
+    if not isinstance(value, list):
+        return value
+    for part in value:
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+            raise PydanticCustomError("part", 'only parts {"type": "text", "text": "..."} are supported')
+        if not isinstance(part["text"], str):
+            raise PydanticCustomError("part", "the text of a part must be a string")
+    return "".join(part["text"] for part in value)
+
+
+def _strings(value: Any) -> Any:
+    if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
+        raise PydanticCustomError("tokens", "token ids are not supported; send text")
+    return [value] if isinstance(value, str) else value
+
+
+PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
+STRING = {"type": "string", "minLength": 1}
+Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(TEXT)]
+Nonempty = Annotated[str, Field(min_length=1)]
+Prompts = Annotated[
+    list[Nonempty],
+    BeforeValidator(_strings),
+    Field(min_length=1),
+    WithJsonSchema({"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}]}),
+]
+Stops = Annotated[
+    list[Nonempty] | None,
+    BeforeValidator(_strings),
+    WithJsonSchema({"anyOf": [STRING, {"type": "array", "items": STRING}, {"type": "null"}]}),
+]
+
+
+class MessageBody(Body):
+    """One turn. The fields of OpenAI's own answers that t2ray never fills may come back empty."""
+
+    neutral = {
+        **dict.fromkeys(("name", "refusal", "audio", "function_call", "tool_call_id"), NULL),
+        **dict.fromkeys(("tool_calls", "annotations"), EMPTY),
+    }
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text
+
+    @property
+    def message(self) -> Message:
+        return Message(role="system" if self.role == "developer" else self.role, content=self.content)
+
+
+class StreamOptions(Body):
+    """`include_usage`: a last chunk with the number of tokens."""
+
+    neutral = {"include_obfuscation": FALSE}
+    include_usage: bool | None = None
+
+
+class Generation(Body):
+    """What both kinds of completion share. `temperature` is 1.0 where it is not given, as OpenAI documents."""
+
+    model: str = Field(min_length=1, max_length=4096, examples=["t2ray", "t2ray:math", "t2ray:math:0.7,code:0.3"])
+    n: int | None = Field(None, ge=1, description="answers to each prompt; 1")
+    stop: Stops = Field(None, description="texts that end the answer, and are no part of it")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="answer i of n uses seed + i")
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1")
+    top_p: float | None = Field(None, gt=0, le=1, description="1")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="accepted, not used")
+    ignore_eos: bool | None = Field(None, description="go on past the end token up to max_tokens: for load tests")
+
+    @model_validator(mode="after")
+    def _options_of_a_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise PydanticCustomError(
+                "stream_options", "'stream_options' needs 'stream': true", {"param": "stream_options"}
+            )
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    neutral = {
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), ZERO),
+        **dict.fromkeys(("tools", "functions"), EMPTY),
+        **dict.fromkeys(("tool_choice", "function_call"), (None, "none")),
+        **dict.fromkeys(("logit_bias", "metadata"), (None, {})),
+        "store": FALSE,
+        **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), NULL),
+        **dict.fromkeys(("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "moderation"), NULL),
+        "modalities": (None, ["text"]),
+        "response_format": (None, {"type": "text"}),
+        "service_tier": (None, "auto", "default"),
+        "parallel_tool_calls": (None, True, False),
+    }
+    messages: list[MessageBody] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens' newer name")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens beside each; needs logprobs")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("logprobs", "'top_logprobs' needs 'logprobs': true", {"param": "top_logprobs"})
+        if len({self.max_tokens, self.max_completion_tokens} - {None}) == 2:
+            message = "'max_tokens' and 'max_completion_tokens' say different things; send one"
+            raise PydanticCustomError("max_tokens", "{message}", {"message": message, "param": "max_completion_tokens"})
+        return self
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        return tuple(message.message for message in self.messages)
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`: texts to continue as they stand."""
+
+    neutral = {
+        **dict.fromkeys(("presence_penalty", "frequency_penalty"), ZERO),
+        "logit_bias": (None, {}),
+        "best_of": (None, 1),
+        "echo": FALSE,
+        "suffix": (None, ""),
+    }
+    prompt: Prompts
+    logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens beside each")
+
+
+class ExampleBody(Body):
+    """A labelled example: a conversation, or a `prompt` that is one user's turn, and the right answer."""
+
+    messages: list[MessageBody] | None = Field(None, min_length=1)
+    prompt: str | None = None
+    answer: str
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        if (self.messages is None) == (self.prompt is None):
+            raise PydanticCustomError("example", "an example has either 'messages' or 'prompt'", {"param": "prompt"})
+        return self
+
+    @property
+    def conversation(self) -> tuple[Message, ...]:
+        return tuple(message.message for message in self.messages or ()) or user(self.prompt or "")
+
+
+class AdaptationBody(Body):
+    """`POST /v1/adaptations`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="usable as `t2ray:fewshot/NAME` in the end")
+    examples: list[ExampleBody] = Field(min_length=1)
+    verifier: str = Field(description="what an answer is checked with")
+    experts: list[str] = Field([], description="that may be mixed; all when not given")
+    max_tokens: int | None = Field(None, ge=1)
+    settings: dict[str, bool | int | float | str | None] = Field({}, description="of the cross-entropy method")

@@ -1,0 +1,230 @@
+"""What an answer looks like: OpenAI's chat completions and completions, whole and in chunks, with t2ray's extension.
+
+The dataclasses are also the response schemas of `/openapi.json`. Not here: how an answer is made. Called by
+`answers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from pydantic_core import to_json
+
+from t2ray.core import Delta, Mixture, Token
+
+LOWEST = -9999.0  # OpenAI's own word for "next to impossible": JSON has no -inf
+Weights = Mapping[str, float | tuple[float, ...]]
+Finish = Literal["stop", "length"] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extension:
+    """How the answer came about. A weight is a number, or one a layer; times in milliseconds."""
+
+    mixture: Weights
+    strategy: str
+    label: str | None
+    probabilities: Mapping[str, float]
+    pass1_ms: float
+    pass2_ms: float | None
+    versions: Mapping[str, int]
+    cached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens. A prompt counts once, whatever n is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopLogprob:
+    """One of the likeliest tokens."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A chosen token and the likeliest."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatLogprobs:
+    """Of an answer's tokens."""
+
+    content: list[TokenLogprob]
+    refusal: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatMessage:
+    """The answer."""
+
+    content: str
+    role: Literal["assistant"] = "assistant"
+    refusal: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatChoice:
+    """One of n answers."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Finish
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatReply:
+    """The answer of `POST /v1/chat/completions`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    t2ray: Extension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextLogprobs:
+    """Of an answer's tokens, column by column."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextChoice:
+    """One of n answers to one of the prompts; `t2ray` where there are several prompts."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None
+    finish_reason: Finish
+    t2ray: Extension | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextReply:
+    """The answer of `POST /v1/completions`; `t2ray` is the first prompt's."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[TextChoice]
+    usage: Usage
+    t2ray: Extension
+
+
+class Shape(Protocol):
+    """Chat or text: the names and the choices of the two kinds of answers."""
+
+    prefix: str
+    whole: str
+    chunk: str
+
+    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> Any: ...
+
+    def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
+        """A choice of a chunk; `offset` is the characters of the tokens before it."""
+        ...
+
+
+class Chat:
+    """`/v1/chat/completions`."""
+
+    prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> ChatChoice:
+        return ChatChoice(
+            index=index,
+            message=ChatMessage(content=delta.text),
+            logprobs=_chat_logprobs(delta.tokens) if logprobs else None,
+            finish_reason=delta.finish_reason,
+        )
+
+    def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
+        role = {"role": "assistant"} if first else {}
+        return {
+            "index": index,
+            "delta": role | ({"content": delta.text} if delta.text or first else {}),
+            "logprobs": _chat_logprobs(delta.tokens) if logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+
+class Text:
+    """`/v1/completions`."""
+
+    prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
+
+    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> TextChoice:
+        return TextChoice(
+            index=index,
+            text=delta.text,
+            logprobs=_text_logprobs(delta.tokens, 0) if logprobs else None,
+            finish_reason=delta.finish_reason,
+            t2ray=own,
+        )
+
+    def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": delta.text,
+            "logprobs": _text_logprobs(delta.tokens, offset) if logprobs else None,
+            "finish_reason": delta.finish_reason,
+        }
+
+
+def event(value: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+def weights(mixture: Mixture) -> Weights:
+    """A mixture as the API shows it."""
+    return {name: alpha[0] if len(alpha) == 1 else alpha for name, alpha in mixture.weights}
+
+
+def _chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
+    def row(text: str, logprob: float) -> dict[str, Any]:
+        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}
+
+    return ChatLogprobs(
+        content=[
+            TokenLogprob(**row(token.text, token.logprob), top_logprobs=[TopLogprob(**row(*top)) for top in token.top])
+            for token in tokens
+        ]
+    )
+
+
+def _text_logprobs(tokens: Sequence[Token], offset: int) -> TextLogprobs:
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token.text)
+    return TextLogprobs(
+        tokens=[token.text for token in tokens],
+        token_logprobs=[max(token.logprob, LOWEST) for token in tokens],
+        top_logprobs=[{text: max(logprob, LOWEST) for text, logprob in token.top} for token in tokens],
+        text_offset=offsets,
+    )

@@ -1,0 +1,311 @@
+"""The continuous engine: rows share every step, and none notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from small import load_as, random_z
+from torch import Tensor
+
+from t2ray.core import Completion, ConfigError, Delta, GenerationError, Mixture, SamplingParams, UnknownExpert, user
+from t2ray.engine import Engine
+from t2ray.engine.continuous import ContinuousEngine
+from t2ray.model import Model
+from t2ray.serving import EngineConfig
+
+T = TypeVar("T")
+MIXTURES = [Mixture.parse(text) for text in ("math", "code", "math:0.5,code:0.5", "base", "math:-0.3,code:1.2")]
+PROMPTS = ["17+25", "a", "which is larger, a or b, and why should it matter?", "add 3 then times 2"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    loaded = load_as(torch.float32, tiny_llama, tmp_path_factory.mktemp("continuous"))
+    loaded.svf.bank = {"math": random_z(loaded.svf.K, 1), "code": random_z(loaded.svf.K, 2)}
+    return loaded
+
+
+@pytest.fixture
+def engine(model: Model) -> Iterator[ContinuousEngine]:
+    yield from started(model, EngineConfig(kv_tokens=2048, batch_tokens=64, batch_rows=16))
+
+
+def started(model: Model, config: EngineConfig) -> Iterator[ContinuousEngine]:
+    bank = dict(model.svf.bank)
+    engine = ContinuousEngine(model, config)
+    engine.start()
+    yield engine
+    engine.stop()
+    model.svf.bank = bank
+
+
+def run(call: Callable[[], Awaitable[T]], timeout_s: float = 60) -> T:
+    return asyncio.run(asyncio.wait_for(call(), timeout_s))
+
+
+async def all_of(engine: ContinuousEngine, sampling: SamplingParams) -> list[Completion]:
+    jobs = [(prompt, mixture) for prompt in PROMPTS for mixture in MIXTURES]
+    return list(await asyncio.gather(*(engine.generate(user(p), mixture, sampling) for p, mixture in jobs)))
+
+
+async def idle(engine: ContinuousEngine) -> None:
+    while (stats := engine.stats).running or stats.waiting or stats.kv_free != stats.kv_total:
+        await asyncio.sleep(0.005)
+
+
+def test_a_row_of_a_mixed_batch_equals_the_row_alone_and_the_static_engine(engine: ContinuousEngine) -> None:
+    sampling = SamplingParams(max_tokens=12)
+
+    async def both() -> tuple[list[Completion], list[Completion]]:
+        mixed = await all_of(engine, sampling)
+        alone = [await engine.generate(user(p), mixture, sampling) for p in PROMPTS for mixture in MIXTURES]
+        return mixed, alone
+
+    mixed, alone = run(both)
+    assert [done.token_ids for done in mixed] == [done.token_ids for done in alone]
+    static = Engine(engine.model)
+    for done, prompt in zip(mixed, [p for p in PROMPTS for _ in MIXTURES], strict=True):
+        expected = run(lambda prompt=prompt, done=done: static.generate(user(prompt), done.mixture, sampling))
+        assert (done.token_ids, done.text, done.prompt_ids) == (expected.token_ids, expected.text, expected.prompt_ids)
+        torch.testing.assert_close(torch.tensor(done.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
+        assert done.finish_reason == expected.finish_reason
+    assert len({done.token_ids for done in mixed}) > len(PROMPTS)  # the mixtures do differ
+
+
+def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(engine: ContinuousEngine) -> None:
+    sampling = SamplingParams(max_tokens=16, temperature=1.3, top_p=0.9, seed=11)
+
+    async def draws() -> tuple[Completion, Completion, Completion]:
+        alone = await engine.generate(user("17+25"), MIXTURES[0], sampling)
+        noise = [
+            engine.generate(user("b" * i), MIXTURES[i % 5], SamplingParams(max_tokens=30, temperature=2.0))
+            for i in range(9)
+        ]
+        among, *_ = await asyncio.gather(engine.generate(user("17+25"), MIXTURES[0], sampling), *noise)
+        other = await engine.generate(
+            user("17+25"), MIXTURES[0], SamplingParams(max_tokens=16, temperature=1.3, seed=12)
+        )
+        return alone, among, other
+
+    alone, among, other = run(draws)
+    assert alone.token_ids == among.token_ids != other.token_ids
+
+
+def test_a_stream_adds_up_to_the_whole_answer(engine: ContinuousEngine) -> None:
+    async def compare() -> None:
+        for seed in range(6):
+            sampling = SamplingParams(max_tokens=40, temperature=1.5, seed=seed, stop=("q", "ab"))
+            whole = await engine.generate(user("hi"), MIXTURES[1], sampling)
+            pieces = [delta async for delta in engine.stream(user("hi"), MIXTURES[1], sampling)]
+            assert "".join(delta.text for delta in pieces) == whole.text
+            assert tuple(token.id for delta in pieces for token in delta.tokens) == whole.token_ids
+            assert [delta.finish_reason for delta in pieces] == [None] * (len(pieces) - 1) + [whole.finish_reason]
+            assert {delta.prompt_tokens for delta in pieces} == {len(whole.prompt_ids)}
+
+    run(compare)
+
+
+def test_a_stop_string_is_never_shown_and_ends_the_answer(engine: ContinuousEngine) -> None:
+    async def stopped() -> tuple[Completion, list[Delta], str]:
+        free = await engine.generate(user("go"), MIXTURES[0], SamplingParams(max_tokens=40, ignore_eos=True))
+        stop = free.text[4:6]
+        sampling = SamplingParams(max_tokens=40, ignore_eos=True, stop=(stop, "never"))
+        cut = await engine.generate(user("go"), MIXTURES[0], sampling)
+        return cut, [delta async for delta in engine.stream(user("go"), MIXTURES[0], sampling)], free.text
+
+    cut, pieces, text = run(stopped)
+    stop = text[4:6]
+    assert cut.text == text[: text.index(stop)] == "".join(delta.text for delta in pieces)
+    assert cut.finish_reason == "stop"
+
+
+def test_top_logprobs_are_the_likeliest_tokens_with_the_chosen_one_on_top_when_greedy(engine: ContinuousEngine) -> None:
+    async def answer() -> list[Delta]:
+        return [d async for d in engine.stream(user("x"), MIXTURES[0], SamplingParams(max_tokens=5, top_logprobs=3))]
+
+    for delta in run(answer):
+        for token in delta.tokens:
+            values = [logprob for _, logprob in token.top]
+            assert len(values) == 3 and values == sorted(values, reverse=True)
+            assert token.top[0] == (token.text, pytest.approx(token.logprob))
+
+
+def test_scores_equal_the_static_engine_s_also_between_steps(engine: ContinuousEngine) -> None:
+    labels = ("math", "code", "others")
+
+    async def both() -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
+        busy = asyncio.gather(*(engine.generate(user("z"), m, SamplingParams(max_tokens=40)) for m in MIXTURES))
+        scores = await asyncio.gather(*(engine.score(user(p), labels, m) for p in PROMPTS for m in MIXTURES))
+        await busy
+        static = Engine(engine.model)
+        return list(scores), [await static.score(user(p), labels, m) for p in PROMPTS for m in MIXTURES]
+
+    scores, expected = run(both)
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(expected), atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------ ends and faults
+
+
+@pytest.mark.parametrize("way", ["abort", "cancel", "close"])
+def test_a_request_that_is_given_up_frees_its_pages(engine: ContinuousEngine, way: str) -> None:
+    long = SamplingParams(max_tokens=180, ignore_eos=True)
+
+    async def give_up() -> None:
+        other = asyncio.create_task(engine.generate(user("other"), MIXTURES[1], SamplingParams(max_tokens=20)))
+        if way == "close":
+            stream = engine.stream(user("long"), MIXTURES[0], long)
+            await anext(stream)
+            await stream.aclose()
+        else:
+            task = asyncio.create_task(engine.generate(user("long"), MIXTURES[0], long, "mine"))
+            while not engine.stats.running:
+                await asyncio.sleep(0)
+            if way == "abort":
+                assert engine.abort("mine") == 1 and engine.abort("mine") == 0
+            else:
+                task.cancel()
+            with pytest.raises(GenerationError if way == "abort" else asyncio.CancelledError):
+                await task
+        await other
+        await idle(engine)
+        assert engine.stats.aborted == 1 and engine.stats.finished == 1
+
+    run(give_up)
+
+
+def test_a_row_whose_numbers_overflow_fails_alone(engine: ContinuousEngine) -> None:
+    engine.set_experts({**engine.model.svf.bank, "broken": torch.full((engine.model.svf.K,), 1e38)})
+
+    async def mixed() -> list[Any]:
+        calls = [
+            engine.generate(user("x"), Mixture.parse(n), SamplingParams(max_tokens=8))
+            for n in ("math", "broken", "code")
+        ]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        await idle(engine)
+        return results
+
+    math, broken, code = run(mixed)
+    assert isinstance(broken, GenerationError) and "not finite" in str(broken)
+    assert isinstance(math, Completion) and isinstance(code, Completion)
+    assert engine.stats.failed == 1
+
+
+def test_a_prompt_that_cannot_fit_and_an_unknown_expert_are_refused_before_anything_runs(model: Model) -> None:
+    for engine in started(model, EngineConfig(kv_tokens=64, batch_tokens=64, batch_rows=4)):
+
+        async def refused(engine: ContinuousEngine = engine) -> None:
+            with pytest.raises(ConfigError, match="cache of 64 tokens"):
+                await engine.generate(user("x"), Mixture.base(), SamplingParams(max_tokens=63))
+            with pytest.raises(ConfigError, match="model's context of"):
+                await engine.generate(user("x" * 4000), Mixture.base(), SamplingParams(max_tokens=1))
+            with pytest.raises(UnknownExpert, match="'math'"):
+                await engine.generate(user("x"), Mixture.parse("maths"), SamplingParams(max_tokens=1))
+
+        run(refused)
+        assert engine.stats.steps == 0
+
+
+def test_a_cache_too_small_for_all_serves_all_in_turn(model: Model) -> None:
+    """Requests that find no page wait or are computed again; their answers stay the same."""
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True)
+    expected: list[Completion] = []
+    for kv_tokens in (4096, 160):
+        for engine in started(model, EngineConfig(kv_tokens=kv_tokens, batch_tokens=64, batch_rows=16)):
+
+            async def load(engine: ContinuousEngine = engine) -> list[Completion]:
+                done = await asyncio.gather(
+                    *(engine.generate(user(f"p{i}"), MIXTURES[i % 5], sampling) for i in range(12))
+                )
+                await idle(engine)
+                return list(done)
+
+            answers = run(load)
+            expected = expected or answers
+            assert [a.token_ids for a in answers] == [e.token_ids for e in expected]
+
+
+def test_what_waits_fails_when_the_engine_stops(model: Model) -> None:
+    engine = ContinuousEngine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=4))
+    engine.start()
+
+    async def stop() -> None:
+        calls = [engine.generate(user("x"), m, SamplingParams(max_tokens=200, ignore_eos=True)) for m in MIXTURES]
+        tasks = [asyncio.create_task(call) for call in calls]
+        while not engine.stats.running:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(engine.stop)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, GenerationError) for result in results)
+        with pytest.raises(GenerationError, match="stopped"):
+            await engine.generate(user("x"), MIXTURES[0], SamplingParams(max_tokens=1))
+
+    run(stop)
+
+
+# ------------------------------------------------------------------------------------------------------ folds, experts
+
+
+def test_one_mixture_alone_is_folded_once_and_alternating_mixtures_never(engine: ContinuousEngine) -> None:
+    svf = engine.model.svf
+    engine.set_experts({"math": random_z(svf.K, 7), "code": random_z(svf.K, 8)})
+    need, sampling = svf.tokens_to_fold(), SamplingParams(max_tokens=64, ignore_eos=True)
+
+    async def alone() -> tuple[Completion, Completion]:
+        first = await engine.generate(user("fold me"), MIXTURES[0], sampling)
+        for _ in range(need // 64 + 1):
+            await engine.generate(user("fold me"), MIXTURES[0], sampling)
+        return first, await engine.generate(user("fold me"), MIXTURES[0], sampling)
+
+    factored, folded = run(alone)
+    assert engine.stats.folds == 1 and svf.is_folded(svf.mix(MIXTURES[0]))
+    assert factored.token_ids == folded.token_ids
+
+    async def alternating() -> None:
+        for i in range(8):
+            await engine.generate(user("hop"), MIXTURES[1 + i % 2], SamplingParams(max_tokens=4, ignore_eos=True))
+
+    run(alternating)
+    assert engine.stats.folds == 1
+
+
+def test_a_request_keeps_the_expert_that_it_began_with(engine: ContinuousEngine) -> None:
+    sampling = SamplingParams(max_tokens=120, ignore_eos=True)
+
+    async def replace_meanwhile() -> tuple[Completion, Completion, Completion]:
+        before = await engine.generate(user("keep"), MIXTURES[0], sampling)
+        task = asyncio.create_task(engine.generate(user("keep"), MIXTURES[0], sampling))
+        while not engine.stats.running:
+            await asyncio.sleep(0)
+        engine.set_experts({"math": random_z(engine.model.svf.K, 99)})
+        after = await engine.generate(user("keep"), MIXTURES[0], sampling)
+        return before, await task, after
+
+    before, kept, after = run(replace_meanwhile)
+    assert before.token_ids == kept.token_ids != after.token_ids
+
+
+def test_experts_can_be_replaced_and_scored_under_load(engine: ContinuousEngine) -> None:
+    """Everything that touches the model goes through its loop: a load with folds, scorings and new experts is exact."""
+    bank: dict[str, Tensor] = dict(engine.model.svf.bank)
+    sampling = SamplingParams(max_tokens=24, ignore_eos=True)
+
+    async def load() -> None:
+        expected = {m: await engine.generate(user("steady"), m, sampling) for m in MIXTURES}
+        for turn in range(6):
+            engine.set_experts({**bank, f"new-{turn}": random_z(engine.model.svf.K, turn)})
+            answers, scores = await asyncio.gather(
+                asyncio.gather(*(engine.generate(user("steady"), m, sampling) for m in MIXTURES)),
+                engine.score(user("steady"), ("a", "b"), MIXTURES[turn % 5]),
+            )
+            assert len(scores) == 2
+            for mixture, answer in zip(MIXTURES, answers, strict=True):
+                assert answer.token_ids == expected[mixture].token_ids
+
+    run(load)
