@@ -56,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_experts(commands)
     _add_adapting(commands)
     _add_serving(commands)
+    _add_scaling(commands)
     _add_measuring(commands)
     return parser
 
@@ -213,6 +214,13 @@ def _add_adapting(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="pass 1 writes the label, as in the paper, instead of scoring all labels",
     )
     _add_model(p)
+
+
+def _add_scaling(commands: argparse._SubParsersAction[_Parser]) -> None:
+    p = _command(commands, "sweep", "sweep:sweep", "try settings of training or of the few-shot search, on Ray Tune")
+    p.add_argument("config", metavar="CONFIG.yaml")
+    p.add_argument("overrides", nargs="*", metavar="key=value", help="for instance run=second trials=8 job.rl.steps=20")
+    p.add_argument("--resume", action="store_true", help="go on with the sweep of that name")
 
 
 def _add_serving(commands: argparse._SubParsersAction[_Parser]) -> None:

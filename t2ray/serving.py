@@ -47,6 +47,7 @@ class ServeConfig(Strict):
     """One endpoint: `args` in `serve_config.yaml`."""
 
     model: str = Field("tiny", description="a folder, a hub name, or `tiny`")
+    name: str | None = Field(None, description="the base model's name for users; as `model` when not given")
     factors: str | None = Field(None, description="the decomposition; made beside `runs` when it is missing")
     experts: str | None = Field(None, description="the registry; runs/demo's or the shipped experts when not given")
     strategy: Literal["cls", "prompt", "base"] | None = Field(

@@ -168,13 +168,18 @@ def test_what_is_no_strict_json_is_refused(body: bytes) -> None:
     assert refused(body)[0] == 400
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v) | st.dictionaries(st.text(), v)))  # fmt: skip
-@settings(max_examples=100, deadline=None)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda values: st.lists(values) | st.dictionaries(st.text(), values),
+)
+
+
+@given(JSON)
+@settings(max_examples=60, deadline=None)
 def test_any_json_at_all_is_answered_with_a_client_error(value: Any) -> None:
-    for path, sound in (("chat/completions", CHAT), ("completions", TEXT)):
-        key = "messages" if path.startswith("chat") else "prompt"
+    for path, sound, key in (("chat/completions", CHAT, "messages"), ("completions", TEXT, "prompt")):
         assert refused(value, path)[0] == 400
-        assert refused(sound | {key: {"x": value}}, path)[0] in (400, 413)
+        assert refused(sound | {key: {"x": value}}, path)[0] == 400
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])

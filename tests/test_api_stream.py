@@ -97,6 +97,7 @@ def test_a_token_is_sent_as_soon_as_it_is_there() -> None:
 def test_a_slow_reader_gets_fewer_larger_pieces_and_the_same_text() -> None:
     async def stream(name: str) -> AsyncIterator[Delta]:
         for i in range(5):
+            await asyncio.sleep(0)
             yield Delta(text=f"{name}{i} ", finish_reason="stop" if i == 4 else None)
 
     async def main() -> None:
@@ -107,9 +108,8 @@ def test_a_slow_reader_gets_fewer_larger_pieces_and_the_same_text() -> None:
                 await asyncio.sleep(0)
         assert len(turns) == 2
         for index, name in enumerate("ab"):
-            assert "".join(turn[index].text for turn in turns if index in turn) == "".join(
-                f"{name}{i} " for i in range(5)
-            )
+            text = "".join(turn[index].text for turn in turns if index in turn)
+            assert text == "".join(f"{name}{i} " for i in range(5))
             assert turns[-1][index].finish_reason == "stop"
 
     asyncio.run(main())

@@ -326,6 +326,14 @@ def test_a_stream_that_breaks_says_why_and_can_be_tried_again(page: Page, site: 
     expect(page.locator(".answer")).to_have_attribute("data-state", "done")
 
 
+def test_a_stream_that_just_ends_is_not_taken_for_an_answer(page: Page) -> None:
+    half = 'data: {"choices": [{"index": 0, "delta": {"content": "4"}, "finish_reason": null}]}\n\n'
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body=half, content_type="text/event-stream"))
+    answer = ask(page, "17+25", "failed")
+    expect(answer.get_by_role("alert")).to_contain_text("closed the connection before its end")
+    assert said(answer) == "4"
+
+
 def test_a_refusal_is_said_with_what_the_server_said_of_it(page: Page, site: Site) -> None:
     site.backend.failures["dispatch"] = Busy("all replicas are busy")
     alert = ask(page, "17+25", "failed").get_by_role("alert")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -64,8 +66,7 @@ def create_api(config: ApiConfig) -> FastAPI:
             allow_headers=["authorization", "content-type", "x-request-id"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    document = _document(app, secured=len(keys) > 0)
-    app.openapi = lambda: document  # type: ignore[method-assign]
+    app.openapi = cache(partial(_document, app.openapi, secured=len(keys) > 0))  # type: ignore[method-assign]
     return app
 
 
@@ -114,9 +115,9 @@ async def metrics(request: Request) -> Response:
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
-def _document(app: FastAPI, *, secured: bool) -> dict[str, Any]:
+def _document(openapi: Callable[[], dict[str, Any]], *, secured: bool) -> dict[str, Any]:
     """`/openapi.json`: FastAPI's, with the bodies that routes read themselves, and without errors of its own making."""
-    document = app.openapi()
+    document = openapi()
     bodies = [(model, "validation") for model in (ChatRequest, CompletionRequest, AdaptationBody)]
     _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components = document["components"]

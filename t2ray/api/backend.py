@@ -78,7 +78,8 @@ class Adaptation:
 class Load:
     """The endpoint's load now: `Load(replicas=2, running=5, waiting=0, tokens_per_s=812.0, requests=1204)`.
 
-    `requests` counts those that were finished since the replicas started; `kv_used` is a share in 0..1.
+    `requests` counts those that were finished since the replicas started, `aborted` those whose clients went; `kv_used`
+    is a share in 0..1.
     """
 
     replicas: int
@@ -86,6 +87,7 @@ class Load:
     waiting: int
     tokens_per_s: float
     requests: int
+    aborted: int = 0
     kv_used: float = 0.0
 
 

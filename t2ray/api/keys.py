@@ -116,4 +116,6 @@ def _from_text(text: str, variable: str) -> Iterator[Key]:
                 f"{variable}: key {number} has {len(secret)} characters, fewer than {SHORTEST}, and could be guessed; "
                 "make one with `t2ray keys`"
             )
+        if not secret.isascii():
+            raise ConfigError(f"{variable}: key {number} is not ASCII, which a header must be; see `t2ray keys`")
         yield Key(name=f"env-{number}", role="admin" if role == "admin" else "user", digest=_digest(secret))

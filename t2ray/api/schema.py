@@ -16,6 +16,7 @@ from pydantic_core import PydanticCustomError
 from t2ray.config import nearest
 from t2ray.core import Message, user
 
+MOST = 2**31 - 1  # of any number; what is configured lies far below
 NULL: tuple[Any, ...] = (None,)
 ZERO: tuple[Any, ...] = (None, 0, 0.0)
 EMPTY: tuple[Any, ...] = (None, [])
@@ -122,10 +123,10 @@ class Generation(Body):
     """What both kinds of completion share. `temperature` is 1.0 where it is not given, as OpenAI documents."""
 
     model: str = Field(min_length=1, max_length=4096, examples=["t2ray", "t2ray:math", "t2ray:math:0.7,code:0.3"])
-    n: int | None = Field(None, ge=1, description="answers to each prompt; 1")
+    n: int | None = Field(None, ge=1, le=MOST, description="answers to each prompt; 1")
     stop: Stops = Field(None, description="texts that end the answer, and are no part of it")
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="answer i of n uses seed + i")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST)
     temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1")
     top_p: float | None = Field(None, gt=0, le=1, description="1")
     stream: bool | None = None
@@ -163,7 +164,7 @@ class ChatRequest(Generation):
         "parallel_tool_calls": (None, True, False),
     }
     messages: list[MessageBody] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, description="max_tokens' newer name")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="max_tokens' newer name")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens beside each; needs logprobs")
 
@@ -220,5 +221,5 @@ class AdaptationBody(Body):
     examples: list[ExampleBody] = Field(min_length=1)
     verifier: str = Field(description="what an answer is checked with")
     experts: list[str] = Field([], description="that may be mixed; all when not given")
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, le=MOST)
     settings: dict[str, bool | int | float | str | None] = Field({}, description="of the cross-entropy method")

@@ -134,7 +134,7 @@ class Generator:
         answering = [name for name, info in experts.items() if not info.classifies and info.problem is None]
         strategies = ("prompt", "cls") if len(classifiers) == 1 and answering else ("prompt",) if answering else ()
         return Catalog(
-            base=self.config.model,
+            base=self.config.name or self.config.model,
             default=self.config.strategy or ("cls" if "cls" in strategies else "prompt" if strategies else "base"),
             strategies=strategies,
             experts=experts,

@@ -50,5 +50,6 @@ class Monitor:
             waiting=sum(pulse.waiting for pulse in pulses),
             tokens_per_s=sum(pulse.tokens_per_s for pulse in pulses),
             requests=sum(pulse.requests for pulse in pulses),
+            aborted=sum(pulse.aborted for pulse in pulses),
             kv_used=max((pulse.kv_used for pulse in pulses), default=0.0),
         )

@@ -69,4 +69,5 @@ def resolved(config: ServeConfig) -> ServeConfig:
         experts = RUN_EXPERTS if demo else str(SHIPPED)
     if "://" not in experts:
         experts = str(Path(experts).absolute())
-    return config.model_copy(update={"model": str(folder), "factors": str(factors), "experts": experts})
+    fixed = {"model": str(folder), "name": config.name or config.model, "factors": str(factors), "experts": experts}
+    return config.model_copy(update=fixed)

@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.context import _get_global_client
-from ray.serve.schema import ApplicationStatus, ServeDeploySchema
+from ray.serve.schema import ApplicationStatus, DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
+from t2ray.config import nearest
 from t2ray.core import ConfigError, ResourceError
 
 ANNOUNCE_S = 10.0
@@ -25,6 +26,11 @@ def deployed(document: Mapping[str, Any], timeout_s: float, tell: Callable[[str]
         ConfigError: a document that Ray Serve refuses.
         ResourceError: an application that cannot start, or does not within `timeout_s`.
     """
+    _known(ServeDeploySchema, document, "the configuration")
+    for application in document["applications"]:
+        _known(ServeApplicationSchema, application, "applications")
+        for deployment in application.get("deployments") or ():
+            _known(DeploymentSchema, deployment, f"deployment {deployment.get('name')}")
     try:
         schema = ServeDeploySchema.model_validate(document)
     except ValidationError as error:
@@ -39,6 +45,13 @@ def deployed(document: Mapping[str, Any], timeout_s: float, tell: Callable[[str]
         yield
     finally:
         serve.shutdown()
+
+
+def _known(schema: Any, keys: Mapping[str, Any], where: str) -> None:
+    """Ray takes a misspelt option in silence."""
+    for key in keys:
+        if key not in schema.model_fields:
+            raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, schema.model_fields)}")
 
 
 def _wait(timeout_s: float, tell: Callable[[str], None]) -> None:

@@ -120,7 +120,7 @@ class _State(tune.Callback):
             param_space=space,
             tune_config=TuneConfig(
                 metric="score", mode="max", scheduler=scheduler, search_alg=searcher, num_samples=samples,
-                trial_dirname_creator=lambda trial: trial.trial_id,
+                trial_dirname_creator=lambda trial: trial.trial_id, reuse_actors=True,
             ),
             run_config=RunConfig(
                 name=f"{_TUNE}-{time.time_ns():x}", storage_path=f"{folder}/{_TUNE}", verbose=0, callbacks=[self],

@@ -23,7 +23,6 @@ START_S = 600.0
 
 def serve(args: argparse.Namespace) -> None:
     """Deploys, waits until it answers, prints how to ask, and stays."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was started is ended
     document = read_yaml(Path(args.config or PACKAGED))
     application = _application(document)
     http = document.setdefault("http_options", {})
@@ -36,12 +35,15 @@ def serve(args: argparse.Namespace) -> None:
     from t2ray.cluster.session import session
 
     application["args"] = resolved(config).model_dump(mode="json")
-    with session(), deployed(document, START_S, console.print):
-        url = f"http://{_shown(http['host'])}:{http['port']}"
-        console.print(f"serving on {url}  (page: {url}/, API: {url}/v1, Ctrl-C ends it)", markup=False)
-        with suppress(KeyboardInterrupt):
-            signal.pause()
-        console.print("ending: what is being answered may finish")
+    with session():
+        for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end this process at once
+            signal.signal(number, signal.default_int_handler)
+        with deployed(document, START_S, console.print):
+            url = f"http://{_shown(http['host'])}:{http['port']}"
+            console.print(f"serving on {url}  (page: {url}/, API: {url}/v1, Ctrl-C ends it)", markup=False)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
+            console.print("ending: what is being answered may finish")
 
 
 def _application(document: dict[str, Any]) -> dict[str, Any]:

@@ -94,10 +94,9 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
             settings=job.settings.model_copy(update={"seed": seed}), sampling=sampling, gold=task.gold,
             n_layers=layers,
         )  # fmt: skip
-        cell = await evaluate(
-            bench.engine.generate, fixed(found.mixture), verify, task.examples("validation", job.held_out), sampling,
-        )  # fmt: skip
-    return cell.accuracy
+        held_out = task.examples("validation", job.held_out)
+        cell = await evaluate(name, held_out, fixed(found.mixture), bench.engine.generate, verify, sampling)
+    return cell.acc
 
 
 def _task(bench: Workbench, name: str) -> Task:

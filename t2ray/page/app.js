@@ -15,7 +15,10 @@ const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 const question = byId("question");
 const chat = createChat({ settings, onBusy: showBusy });
 const experts = createExperts({ onMix: () => strategy.byHand() });
-const strategy = createStrategy({ mixture: experts.mixture, onChange: (model) => (byId("model-in-use").textContent = model) });
+const strategy = createStrategy({
+  mixture: experts.mixture,
+  onChange: (model) => (byId("model-in-use").textContent = model),
+});
 let state = "connecting";
 let catalogAt = -Infinity; // performance.now() of the catalog on the page
 const load = watchLoad({ onState: showState });

@@ -19,7 +19,8 @@ export function createChat({ settings, onBusy }) {
       announce("An answer is still being written. Press Escape to stop it.");
       return false;
     }
-    const node = el("div", { class: "turn" }, el("h2", { class: "asked" }, el("span", { class: "unseen" }, "You: "), question));
+    const asked = el("h2", { class: "asked" }, el("span", { class: "unseen" }, "You: "), question);
+    const node = el("div", { class: "turn" }, asked);
     const turn = { question, answers: [], node };
     turns.push(turn);
     byId("welcome").hidden = true;
@@ -40,7 +41,8 @@ export function createChat({ settings, onBusy }) {
     running = control;
     onBusy(true);
     const messages = [...(memory ? history(turn) : []), { role: "user", content: turn.question }];
-    const body = { model, messages, temperature, max_tokens: maxTokens, seed, stream: true, stream_options: { include_usage: true } };
+    const sampling = { temperature, max_tokens: maxTokens, seed };
+    const body = { model, messages, ...sampling, stream: true, stream_options: { include_usage: true } };
     try {
       for await (const chunk of chatStream(body, control.signal, (id) => (answer.requestId = id))) {
         const atEnd = isAtEnd();

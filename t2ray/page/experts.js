@@ -54,11 +54,19 @@ export function createExperts({ onMix }) {
     const details = el("div", { class: "expert-details", id: `expert-details-${name}`, hidden: !open.has(name) });
     const opener = el(
       "button",
-      { type: "button", class: "opener", id: `expert-${name}`, "aria-expanded": String(open.has(name)), "aria-controls": details.id },
+      {
+        type: "button",
+        class: "opener",
+        id: `expert-${name}`,
+        "aria-expanded": String(open.has(name)),
+        "aria-controls": details.id,
+      },
       el("span", { class: "swatch", "aria-hidden": "true" }),
       el("span", { class: "expert-name", title: name }, name),
       el("small", {}, `v${version}`),
-      Number.isFinite(accuracy) ? el("small", { class: "accuracy", title: "accuracy on its validation set" }, `${(100 * accuracy).toFixed(0)} %`) : null,
+      Number.isFinite(accuracy)
+        ? el("small", { class: "accuracy", title: "accuracy in validation" }, `${(100 * accuracy).toFixed(0)} %`)
+        : null,
     );
     const toggle = (wanted) => {
       open[wanted ? "add" : "delete"](name);
@@ -72,7 +80,9 @@ export function createExperts({ onMix }) {
       "li",
       { class: "expert", "data-name": name, "data-hue": hueOf(name) },
       opener,
-      problem ? el("span", { class: "badge bad" }, "unavailable") : classifies ? el("span", { class: "badge" }, "dispatcher") : slider(name),
+      problem || classifies
+        ? el("span", { class: problem ? "badge bad" : "badge" }, problem ? "unavailable" : "dispatcher")
+        : slider(name),
       details,
     );
   }
@@ -81,8 +91,15 @@ export function createExperts({ onMix }) {
     const at = weights.get(name) ?? 0;
     const output = el("output", { for: `expert-slider-${name}` }, at.toFixed(2));
     const input = el("input", {
-      type: "range", min: 0, max: 1, step: 0.05, value: at, id: `expert-slider-${name}`, "aria-label": `Weight of ${name}`, vars: { "--at": at },
-    }); // prettier-ignore
+      type: "range",
+      min: 0,
+      max: 1,
+      step: 0.05,
+      value: at,
+      id: `expert-slider-${name}`,
+      "aria-label": `Weight of ${name}`,
+      vars: { "--at": at },
+    });
     input.addEventListener("input", () => {
       weights.set(name, input.valueAsNumber);
       output.textContent = input.valueAsNumber.toFixed(2);
@@ -100,10 +117,11 @@ export function createExperts({ onMix }) {
       ["Made", created && new Date(created).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })],
       ["Task", classifies ? "tells which expert a request needs" : null],
     ].filter(([, value]) => value);
+    const rows = facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value)));
     const map = el("div", { class: "note" }, "Loading the heat map …");
     details.replaceChildren(
       ...(problem ? [el("p", { class: "failure" }, problem)] : []),
-      el("dl", { class: "figures" }, ...facts.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value)))),
+      el("dl", { class: "figures" }, ...rows),
       map,
     );
     try {

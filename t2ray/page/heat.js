@@ -29,12 +29,14 @@ export function heatMap({ layers, kinds, values }, name) {
       ),
     ),
   );
-  const rows = layers.map((layer, row) =>
-    row % every ? null : svg("text", { x: left - 6, y: top + (row + 0.5) * cell.height, class: "row-name" }, String(layer)),
-  );
+  const rows = layers.map((layer, row) => {
+    const place = { x: left - 6, y: top + (row + 0.5) * cell.height, class: "row-name" };
+    return row % every ? null : svg("text", place, String(layer));
+  });
   const columns = kinds.map((kind, column) =>
     svg("text", { x: left + (column + 0.5) * cell.width, y: top - 5, class: "column-name" }, short(kind)),
   );
+  const ramp = el("span", { class: "ramp", "aria-hidden": "true" });
   const label = `${name}: mean |z − 1| by layer and matrix. ${strongest({ layers, kinds, values })}`;
   return el(
     "figure",
@@ -44,7 +46,7 @@ export function heatMap({ layers, kinds, values }, name) {
       "figcaption",
       {},
       el("span", {}, "mean |z − 1| by layer and matrix"),
-      el("span", { class: "scale" }, "0 ", el("span", { class: "ramp", "aria-hidden": "true" }), ` ${figure(largest, 2)}`),
+      el("span", { class: "scale" }, "0 ", ramp, ` ${figure(largest, 2)}`),
     ),
   );
 }

@@ -30,7 +30,10 @@ export function watchLoad({ onState }) {
     rates.push(rate);
     if (rates.length > KEPT) rates.shift();
     const most = Math.max(...rates, 1);
-    const points = rates.map((value, i) => `${(((KEPT - rates.length + i) / (KEPT - 1)) * 120).toFixed(1)},${(30 - (28 * value) / most).toFixed(1)}`);
+    const points = rates.map((value, i) => {
+      const x = ((KEPT - rates.length + i) / (KEPT - 1)) * 120; // the newest stands at the right, in a box of 120 by 32
+      return `${x.toFixed(1)},${(30 - (28 * value) / most).toFixed(1)}`;
+    });
     byId("load-line").firstElementChild.setAttribute("points", points.join(" "));
     byId("load-rate").textContent = figure(rate);
     byId("load").dataset.stale = "false";

@@ -1,5 +1,5 @@
 // What stands beside an answer: the mixture that made it, how sure the dispatcher was, times and tokens. Draws the
-// response's `t2ray` object and nothing else; knows no requests. Called by answer.js, at the first chunk and at the end.
+// response's `t2ray` object and nothing else; knows no requests. Called by answer.js, at the first chunk and the end.
 
 import { el, figure, svg } from "./dom.js";
 import { hueOf } from "./hues.js";
@@ -73,7 +73,8 @@ function byLayer(name, layers, most) {
   );
   const label = `Weight of ${name} by layer: ${layers.map((weight) => figure(weight)).join(", ")}`;
   const box = `0 0 ${layers.length} ${span}`;
-  return svg("svg", { class: "layers", viewBox: box, preserveAspectRatio: "none", role: "img", "aria-label": label }, ...columns);
+  const picture = { class: "layers", viewBox: box, preserveAspectRatio: "none", role: "img", "aria-label": label };
+  return svg("svg", picture, ...columns);
 }
 
 function dispatcher({ strategy, label, probabilities }) {

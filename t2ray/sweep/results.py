@@ -126,7 +126,7 @@ def standings(trials: Sequence[Trial]) -> list[tuple[Point, list[float]]]:
         for point, runs in scores.values()
         if all(t.status == "done" and t.score is not None for t in runs)
     ]
-    return sorted(whole, key=lambda row: -fmean(row[1]))
+    return sorted(whole, key=lambda row: (-fmean(row[1]), -min(row[1])))
 
 
 # --------------------------------------------------------------------------------------------------------------- files

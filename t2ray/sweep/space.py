@@ -155,6 +155,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> SweepConfig:
     check_name(config.run, "sweep")
     if config.sampler == "grid" and (ranges := [key for key, d in config.space.items() if d.values is None]):
         raise ConfigError(f"{path}: sampler grid needs lists of values; {', '.join(ranges)} is a range")
+    job_at(config, {}, where=f"{path}: job")
     for key, dimension in config.space.items():
         for value in dimension.corners:
             job_at(config, {key: value}, where=f"{path}: space")

@@ -1,0 +1,136 @@
+"""A real endpoint for tests: `t2ray serve` as a process of its own, whose replicas are processes that can be killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "t2ray" / "tiny" / "experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endpoint:
+    """Where it answers, its registry, and its process."""
+
+    url: str
+    registry: Path
+    process: subprocess.Popen[str]
+
+    def replicas(self, deployment: str) -> list[int]:
+        """The process ids of a deployment's replicas (`Proxy` for the HTTP server), of this endpoint alone."""
+        name = "ray::ProxyActor" if deployment == "Proxy" else f"ray::ServeReplica:t2ray:{deployment}"
+        return [pid for pid, title in _processes(self.process.pid) if title.startswith(name)]
+
+    def chat(self, content: str, model: str = "t2ray:math", **more: Any) -> httpx.Response:
+        """One request."""
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body(content, model, **more), timeout=90)
+
+    def load(self) -> dict[str, Any]:
+        """What the monitor knows."""
+        loaded: dict[str, Any] = httpx.get(f"{self.url}/v1/load", timeout=30).json()
+        return loaded
+
+
+def body(content: str, model: str = "t2ray:math", **more: Any) -> dict[str, Any]:
+    """A greedy chat request."""
+    return {"model": model, "messages": [{"role": "user", "content": content}], "temperature": 0, **more}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(true: Any, timeout_s: float, what: str) -> float:
+    """Seconds until `true()` holds; an exception of the client's counts as not yet."""
+    start = time.monotonic()
+    while time.monotonic() - start < timeout_s:
+        try:
+            if true():
+                return time.monotonic() - start
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+
+
+def write_config(folder: Path, **generator: Any) -> Path:
+    """The shipped `serve_config.yaml` on a registry of its own in `folder`, with options of the generators changed."""
+    document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    application = document["applications"][0]
+    shutil.copytree(SHIPPED, folder / "experts", dirs_exist_ok=True)
+    application["args"] = {"model": "tiny", "experts": str(folder / "experts")}
+    for deployment in application["deployments"]:
+        if deployment["name"] == "Generator":
+            deployment.update(generator)
+            deployment["ray_actor_options"] = {"num_cpus": 0.5}  # two of them fit on two cores
+    path = folder / "serve_config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@contextmanager
+def serving(folder: Path, **generator: Any) -> Iterator[Endpoint]:
+    """Runs `t2ray serve` until the block ends, and then sees that nothing of it is left."""
+    port, config = free_port(), write_config(folder, **generator)
+    command = [str(Path(sys.executable).with_name("t2ray")), "serve", "--config", str(config), "--port", str(port)]
+    quick = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1" for who in ("REPLICA", "HANDLE")}
+    log = open(folder / "serve.log", "w+")  # noqa: SIM115 (closed below)
+    process = subprocess.Popen(
+        command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, text=True, env=os.environ | quick
+    )
+    endpoint = Endpoint(url=f"http://127.0.0.1:{port}", registry=folder / "experts", process=process)
+    try:
+        wait_until(lambda: process.poll() is not None or "serving on" in Path(log.name).read_text(), 120, "a start")
+        assert process.poll() is None, Path(log.name).read_text()
+        yield endpoint
+    finally:
+        family = [pid for pid, _ in _processes(process.pid)]
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+            log.close()
+        wait_until(lambda: not [pid for pid in family if _alive(pid)], 30, "an end of all processes")
+
+
+def _processes(root: int) -> list[tuple[int, str]]:
+    """(pid, title) of a process' descendants."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                titles[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue
+            parents[int(entry.name)] = int(stat[1])
+    family = {root}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    return [(pid, titles[pid]) for pid in sorted(family - {root})]
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
