@@ -9,7 +9,7 @@ PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
 unexport OMP_NUM_THREADS
 
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test faults lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,8 +29,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluate; report in runs/demo
 	$(BIN)/t2ray demo
 
-test: setup  ## the whole test suite
-	$(BIN)/python -m pytest --durations=10
+test: setup  ## the test suite
+	$(BIN)/python -m pytest -m "not faults" --durations=10
+
+faults: setup  ## processes of a real endpoint killed and stopped under load; about 4 minutes
+	$(BIN)/python -m pytest -m faults --durations=10
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

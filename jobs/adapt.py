@@ -1,4 +1,4 @@
-"""Searches the mixture of experts for a task from labelled prompts: `python jobs/adapt.py jobs/adapt.yaml [key=value ...]`."""
+"""Searches the mixture of experts for a task: `python jobs/adapt.py jobs/adapt.yaml [key=value ...]`."""
 
 from __future__ import annotations
 

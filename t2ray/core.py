@@ -14,19 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 # --------------------------------------------------------------------------------------------------------------- errors
-#
-# T2RayError
-# ├── ConfigError      (ValueError)   a key, value or file that the user wrote is wrong
-# ├── DataError        (ValueError)   a data file's row is missing, malformed or mistyped
-# ├── UnknownExpert    (KeyError)     no expert or mixture of that name in the registry
-# ├── ExpertError      (ValueError)   an expert that cannot be used: other base, bad shape, NaN
-# ├── ModelError       (ValueError)   a model folder that cannot be read
-# ├── RewardError      (RuntimeError) a reward function that raised or returned no number in [-1, 1]
-# ├── ResourceError    (RuntimeError) the cluster, the disk or the sandbox lacks what the job needs
-# │   └── Busy                        it is there and fully used: the same request succeeds later
-# ├── GenerationError  (RuntimeError) a generation that began and could not be finished
-# └── RunError         (RuntimeError) a run folder that cannot be started or resumed
-#
 # None has an own __init__: Ray must be able to unpickle them on the driver.
 
 

@@ -1,7 +1,8 @@
 """A command's options from a YAML file: `t2ray adapt --config FILE [key=value ...]`, and so the jobs in `jobs/`.
 
 The file's keys are the command's own options (`max_tokens: 32` is `--max-tokens 32`); `settings` holds what the command
-takes as key=value. Not here: training jobs and sweeps, which have models of their own (config.py, sweep). Called by cli.py.
+takes as key=value. Not here: training jobs and sweeps, which have models of their own (config.py,
+sweep). Called by cli.py.
 """
 
 from __future__ import annotations

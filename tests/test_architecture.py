@@ -23,17 +23,19 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("jobs",),
     ("t2ray.cli",),
-    ("t2ray.commands", "t2ray.tiny.pretrain"),
+    ("t2ray.commands", "t2ray.tiny.pretrain", "t2ray.jobfile"),
     ("t2ray.demo",),
     ("t2ray.cluster", "t2ray.bench", "t2ray.tiny.corpus"),
+    ("t2ray.api", "t2ray.sweep"),
     ("t2ray.rl.job", "t2ray.rl.run"),
     ("t2ray.rl.trainer", "t2ray.evaluate", "t2ray.report"),
     ("t2ray.rl", "t2ray.adapt", "t2ray.tasks", "t2ray.plots"),
     ("t2ray.engine",),
     ("t2ray.model",),
-    ("t2ray.chat", "t2ray.svf", "t2ray.exchange"),
+    ("t2ray.chat", "t2ray.svf", "t2ray.exchange", "t2ray.bank"),
     ("t2ray.svd", "t2ray.experts"),
     ("t2ray.targets", "t2ray.weights"),
+    ("t2ray.serving",),
     ("t2ray.store", "t2ray.config", "t2ray.prompts", "t2ray.testing", "t2ray.tiny"),
     ("t2ray.core", "t2ray"),
 )
@@ -41,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 # Library -> who may import it. Programs (jobs, the tiny model's pretraining) may use transformers as any user would.
 RIMS = {
     "ray": ("t2ray.cluster",),
-    "fastapi": ("t2ray.api",),
+    "fastapi": ("t2ray.api", "t2ray.cluster.ingress"),
     "transformers": ("t2ray.model", "t2ray.chat", "t2ray.engine", "t2ray.tiny.pretrain", "jobs"),
 }
 

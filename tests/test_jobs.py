@@ -124,7 +124,7 @@ def test_a_submission_without_the_token_is_refused(submit: Submit) -> None:
 
 
 def test_jobs_are_submitted_fail_and_are_resumed(submit: Submit, place: Path) -> None:
-    """Decompose; train until a reward raises, mend it, submit the same command again; meanwhile mistakes are refused."""
+    """Decompose; train until a reward raises, mend it, submit the same again; meanwhile mistakes are refused."""
     runs, factors = f"out={place}/runs", f"factors={place}/factors"
     done = submit("python", "jobs/decompose.py", "jobs/decompose.yaml", "model=tiny", f"out={place}/factors",
                   "workers=2")  # fmt: skip
@@ -145,21 +145,26 @@ def test_jobs_are_submitted_fail_and_are_resumed(submit: Submit, place: Path) ->
 
     (place / "switch").unlink()
     (place / "note").write_text("another file, and so another working folder on the cluster")
-    again = submit(*train)
+    again = submit(*train, "workers=0")  # how many do the work changes nothing
     assert again.returncode == 0, again.stdout + again.stderr
     assert "best at step" in again.stdout and "succeeded" in again.stdout
     assert [row["step"] for row in read_metrics(store)] == [1, 2, 3, 4]
 
 
-def test_a_run_is_adapted_and_evaluated_by_jobs(submit: Submit, place: Path) -> None:
+def test_a_run_is_adapted_evaluated_and_swept_by_jobs(submit: Submit, place: Path) -> None:
     run = f"run={place}/runs/own"
     adapt = ("python", "jobs/adapt.py", "jobs/adapt.yaml", run, "task=math", "name=sums", "shots=2", "max_tokens=2",
              "settings.population=4", "settings.iterations=1")  # fmt: skip
     evaluate = ("python", "jobs/evaluate.py", "jobs/evaluate.yaml", run, "tasks=math", "strategies=[base]", "limit=4",
                 "max_tokens=2", f"json={place}/figures.json")  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        adapted, evaluated = (pool.submit(submit, *words) for words in (adapt, evaluate))
-        for done in (adapted.result(), evaluated.result()):
-            assert done.returncode == 0, done.stdout + done.stderr
+    sweep = ("python", "jobs/sweep.py", "sweep.yaml", "run=lr", f"out={place}/runs")
+    job = {"model": "tiny", "workers": 0, "cpus": 0.5, "verifiers": 0, "domains": {"pick": {"task": "pick"}},
+           "rl": {"steps": 1, "prompts": 2, "samples": 1, "eval_prompts": 2}}  # fmt: skip
+    space = {"rl.lr": [0.01, 0.02]}
+    (place / "sweep.yaml").write_text(json.dumps({"kind": "rl", "job": job, "space": space, "sampler": "grid"}))
+    with ThreadPoolExecutor(3) as pool:
+        for done in [pool.submit(submit, *words) for words in (adapt, evaluate, sweep)]:
+            assert done.result().returncode == 0, done.result().stdout + done.result().stderr
     assert Registry(f"{place}/runs/own/experts").load_mixture("sums")
     assert json.loads((place / "figures.json").read_text())["tasks"]
+    assert (place / "runs" / "lr" / "best.yaml").exists()

@@ -10,13 +10,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx2 as httpx
 import pytest
 from endpoint import Endpoint, body, serving, wait_until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
 
 GENERATOR = {
     "max_ongoing_requests": 12,
@@ -114,7 +113,7 @@ def test_a_stream_whose_generator_is_killed_ends_with_an_error_in_openai_s_shape
 @pytest.mark.parametrize("deployment", ["Dispatcher", "Monitor", "Ingress", "Proxy"])
 def test_what_holds_no_model_is_replaced_when_it_is_killed(endpoint: Endpoint, deployment: str) -> None:
     old = killed(endpoint, deployment)
-    wait_until(lambda: endpoint.replicas(deployment) not in ([], [old]), 30, "a new process")
+    wait_until(lambda: endpoint.replicas(deployment) not in ([], [old]), 120, "a new process")
     wait_until(lambda: endpoint.chat("17+25", "t2ray").status_code == 200, 30, "a dispatched answer")
 
 
@@ -145,8 +144,3 @@ def test_replicas_come_with_the_load_and_go_with_it_and_no_request_is_lost(endpo
         wait_until(lambda: replicas() == 1, 60, "one replica again")
     assert not clients.wrong and not trickle.wrong
     assert set(trickle.statuses) == {200} and set(clients.statuses) <= {200, 429}
-
-
-def test_serve_deploy_starts_the_shipped_file(tmp_path: Path) -> None:
-    """Ray's own command, on a cluster of its own with a dashboard and tokens."""
-    pytest.skip("written below")

@@ -15,6 +15,7 @@ from pathlib import Path
 from t2ray.bench.load import closed_loop
 from t2ray.core import Mixture, SamplingParams, user
 from t2ray.engine.continuous import ContinuousEngine
+from t2ray.engine.loop import Loop
 from t2ray.model import load_model
 
 
@@ -32,15 +33,21 @@ class Size:
     experts: int = 1000
 
 
-class Unfolded(ContinuousEngine):
-    """An engine that never folds: it forgets at each step for how long the rows have had one mixture.
-
-    All else is as in the engine, also the shorter way of a step whose rows share one mixture.
-    """
+class _Forgetful(Loop):
+    """Forgets at each step for how long the rows have had one mixture."""
 
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
         self._alone = (None, 0)
         return super().bound(requests)
+
+
+class Unfolded(ContinuousEngine):
+    """An engine that never folds.
+
+    All else is as in the engine, also the shorter way of a step whose rows share one mixture.
+    """
+
+    loop = _Forgetful
 
 
 @contextmanager
@@ -75,4 +82,3 @@ def by_round(values: Sequence[float], rounds: int) -> list[float]:
     """The median of each of `rounds` equal parts of `values`."""
     size = len(values) // rounds
     return [statistics.median(values[start : start + size]) for start in range(0, size * rounds, size)]
-

@@ -124,7 +124,8 @@ def _whole(due: float, status: int, body: bytes) -> Outcome:
 
 def _streamed(due: float, first: float | None, events: Sequence[bytes]) -> Outcome:
     """Parsed after the end, so that reading costs the endpoint's machine little while it answers."""
-    end, error, extension, tokens = time.perf_counter(), None, {}, 0
+    end, error, tokens = time.perf_counter(), None, 0
+    extension: dict[str, Any] = {}
     chunks = [json.loads(event) for event in events if event != b"[DONE]"]
     for chunk in chunks:
         if "error" in chunk:
@@ -136,7 +137,9 @@ def _streamed(due: float, first: float | None, events: Sequence[bytes]) -> Outco
     return Outcome(due=due, first=first, end=end, status=200, tokens=tokens, error=error, extension=extension)
 
 
-def chat(content: str, model: str, *, max_tokens: int, stream: bool = False, ignore_eos: bool = False) -> dict[str, Any]:
+def chat(
+    content: str, model: str, *, max_tokens: int, stream: bool = False, ignore_eos: bool = False
+) -> dict[str, Any]:
     """The body of a greedy request that is one user's turn. A stream is asked for its usage, to count its tokens."""
     body: dict[str, Any] = {
         "model": model,
@@ -153,7 +156,8 @@ async def open_loop(
     send: Callable[[int, float], Awaitable[T]], rate: float, seconds: float, *, seed: int = 0
 ) -> list[T]:
     """`send(number, due)` at the times of a Poisson process of `rate` a second; all results, when the last is there."""
-    draw, tasks = random.Random(seed), []
+    draw = random.Random(seed)
+    tasks: list[asyncio.Task[T]] = []
     due = time.perf_counter()
     end = due + seconds
     while (due := due + draw.expovariate(rate)) < end:

@@ -150,9 +150,8 @@ def _held(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[
     engine = ContinuousEngine(model)
     names, held = sorted(path.name for path in shelf.iterdir()), []
     for count in [0, *steps]:
-        for name in names[: count - len(bank.held.tensors)]:
+        for name in names[len(bank.held.tensors) : count]:
             (shelf / name).rename(registry / name)
-            names.remove(name)
         bank.sync()
         engine.set_experts(dict(bank.held.tensors))
         assert len(bank.held.tensors) == count, bank.held.problems

@@ -11,16 +11,20 @@ import asyncio
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-from t2ray.bench.alone import Size, burst, by_round, sums
-from t2ray.bench.endpoint import Endpoint
-from t2ray.bench.harness import Figures, Times, interleaved, measure, ratio
+from t2ray.bank import Bank
+from t2ray.bench.alone import Size, burst, by_round, started, sums
+from t2ray.bench.endpoint import SHIPPED, Endpoint, private
+from t2ray.bench.harness import Figures, Times, Work, interleaved, measure, ratio
 from t2ray.bench.load import Client, Outcome, chat, closed_loop, open_loop, percentile
 from t2ray.bench.processes import pss
 from t2ray.core import Mixture, ResourceError
 from t2ray.engine.continuous import ContinuousEngine
+from t2ray.experts import Registry
 
 ONE = "math"
 SPREAD = ("math", "code", "pick", "math:0.7,code:0.3")
@@ -72,8 +76,22 @@ class Pair:
         return await self.client.ask(body, due=due)
 
 
+@contextmanager
+def paired(folder: Path, factors: Path, runner: asyncio.Runner, size: Size) -> Iterator[Pair]:
+    """Starts both; the engine with the shipped experts, which the endpoint has too."""
+    with private(folder, factors, {"num_replicas": 1}) as endpoint, started(factors) as engine:
+        bank = Bank(Registry(SHIPPED), engine.model.base_digest, engine.model.svf.layout)
+        bank.sync()
+        engine.set_experts(bank.held.tensors)
+        client = runner.run(Client(endpoint.url).__aenter__())
+        try:
+            yield Pair(endpoint=endpoint, client=client, engine=engine, runner=runner, size=size)
+        finally:
+            runner.run(client.__aexit__(None, None, None))
+
+
 def checked(outcomes: list[Outcome], tokens: int) -> list[Outcome]:
-    """`outcomes` themselves, when each has its `tokens` tokens; else raises ResourceError: no figure is worth a thing."""
+    """`outcomes` themselves, when each has its `tokens` tokens; else raises ResourceError."""
     for outcome in outcomes:
         if outcome.error is not None or outcome.tokens != tokens:
             raise ResourceError(f"the endpoint gave {outcome.tokens} tokens of {tokens}: {outcome.error}")
@@ -118,12 +136,12 @@ def added(pair: Pair) -> Figures:
 def throughput(pair: Pair) -> Figures:
     """Tokens a second of `size.rows` requests at a time, over the engine's: different mixtures, and one that folds."""
     size = pair.size
-    load = {"rows": size.rows, "each": size.each}
-    sides = {}
+    rows, each = size.rows, size.each
+    sides: dict[str, Work] = {}
     for kind, names in (("mixed", SPREAD), ("one", (ONE,))):
-        sides[f"engine_{kind}"] = lambda names=names: pair.alone(names, **load)
-        sides[f"whole_{kind}"] = lambda names=names: pair.http(names, **load)
-        sides[f"stream_{kind}"] = lambda names=names: pair.http(names, stream=True, **load)
+        sides[f"engine_{kind}"] = partial(pair.alone, names, rows=rows, each=each)
+        sides[f"whole_{kind}"] = partial(pair.http, names, rows=rows, each=each)
+        sides[f"stream_{kind}"] = partial(pair.http, names, rows=rows, each=each, stream=True)
     times = interleaved(sides, size.rounds)
     figures: Figures = {
         f"{way}_{kind}": measure(ratio(times, f"engine_{kind}", f"{way}_{kind}"), 0.8)

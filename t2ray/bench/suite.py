@@ -1,7 +1,8 @@
-"""All benches by name, run on one subject. Called by `t2ray bench`."""
+"""All benches: those of the core by name, on one subject, and those of serving. Called by `t2ray bench [serve]`."""
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +12,11 @@ from typing import Any
 
 import torch
 
-from t2ray.bench import generation, training
+from t2ray.bench import generation, many, serving, training
+from t2ray.bench.alone import Size, Unfolded, started
 from t2ray.bench.harness import Figures
 from t2ray.bench.shape import Shape, Subject, make
+from t2ray.svd import decompose
 
 BENCHES: dict[str, Callable[[Subject, int], Figures]] = {
     "rows": generation.rows,
@@ -64,3 +67,32 @@ def machine(threads: int) -> dict[str, str | int]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def serve(
+    *, size: Size | None = None, progress: Callable[[str, Figures], None] = lambda name, figures: None
+) -> dict[str, Figures]:
+    """The figures of serving, on the tiny model with one thread; raises ResourceError as the endpoint does."""
+    size, results = size or Size(), {}
+    torch.set_num_threads(1)  # as `serve_config.yaml` has it for the replica
+    with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
+        folder = Path(name)
+        factors, shelf = folder / "factors", folder / "shelf"
+        decompose("tiny", factors)
+
+        def note(name: str, figures: Figures) -> None:
+            results[name] = figures
+            progress(name, figures)
+
+        with started(factors) as folding, started(factors, Unfolded) as unfolded:
+            engines = many.Engines(folding=folding, unfolded=unfolded, runner=runner, size=size)
+            note("experts", many.spread(engines))
+            note("fold", many.fold(engines))
+        note("memory", many.memory(factors, folder, size))
+        many.write_experts(shelf, factors, size.experts)
+        with serving.paired(folder, factors, runner, size) as pair:
+            note("added", serving.added(pair))
+            note("throughput", serving.throughput(pair))
+            note("first_token", serving.first_token(pair))
+            note("registered", serving.registered(pair, shelf))
+    return results

@@ -23,7 +23,9 @@ CACHED = 4096
 class Dispatcher:
     """Decides, and remembers what it decided about a conversation for as long as the experts stay the same."""
 
-    async def __init__(self, config: dict[str, Any], generator: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: dict[str, Any], generator: Any
+    ) -> None:
         self.config = ServeConfig.model_validate(config)
         self.generator = generator
         self.watch = Watch(generator, self.config.poll_s)

@@ -49,7 +49,9 @@ STALLED_S = 20.0
 class Generator:
     """Answers with any mixture of the registry's experts."""
 
-    async def __init__(self, config: dict[str, Any], monitor: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: dict[str, Any], monitor: Any
+    ) -> None:
         self.config = ServeConfig.model_validate(config)
         torch.set_num_threads(self.config.engine.threads)
         assert self.config.factors is not None and self.config.experts is not None

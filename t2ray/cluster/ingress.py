@@ -32,7 +32,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 class Ingress:
     """One replica of the API."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, config: dict[str, Any], generator: Any, dispatcher: Any, searcher: Any, monitor: Any
     ) -> None:
         self.config = ServeConfig.model_validate(config)

@@ -45,7 +45,9 @@ KEPT = 256
 class Searcher:
     """Runs searches and remembers how they went."""
 
-    async def __init__(self, config: dict[str, Any], generator: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: dict[str, Any], generator: Any
+    ) -> None:
         self.config = ServeConfig.model_validate(config)
         self.generator = generator
         self.watch = Watch(generator, self.config.poll_s)
@@ -178,13 +180,19 @@ class _Together:
     async def _chunk(self, method: str, chunk: Sequence[tuple[Any, asyncio.Future[Any]]]) -> None:
         requests = [request for request, _ in chunk]
         more = (self.sampling,) if method == "generate_many" else ()
+        results: list[Any] | None = None
         try:
             results = await retried(lambda: getattr(self.generator, method).remote(requests, *more))
-        except Exception as error:  # every caller of the chunk gets it
+        except T2RayError as error:
             for _, done in chunk:
                 if not done.done():
                     done.set_exception(error)
             return
+        finally:
+            if results is None:  # a fault of ours: nobody shall wait for ever
+                for _, done in chunk:
+                    done.cancel()
+        assert results is not None
         for (_, done), result in zip(chunk, results, strict=True):
             if not done.done():
                 done.set_result(result)

@@ -84,21 +84,30 @@ def check_shared(folders: Sequence[str]) -> None:
     and so are the folders that it needed. Nodes that join later look for the run's own `config.json`.
 
     Raises:
-        ConfigError: a submitted job's own working folder, which Ray deletes.
+        ConfigError: as `check_lasting`.
         ResourceError: a node that does not see the file, and which.
     """
-    local = [folder for folder in folders if "://" not in folder]
-    for folder in local:
+    check_lasting(folders)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if len(nodes) > 1:
+        for folder in folders:
+            if "://" not in folder:
+                _probe(folder, nodes)
+
+
+def check_lasting(folders: Sequence[str]) -> None:
+    """Refuses to write into a submitted job's own working folder, which Ray deletes.
+
+    Raises:
+        ConfigError: with the folder's name as the user wrote it.
+    """
+    for folder in folders:
         if _JOB_FOLDER in folder:
             name = folder.split(_JOB_FOLDER)[1].partition("/")[2].partition("/")[2]
             raise ConfigError(
                 f"{name!r} is a folder of the submitted job, which Ray deletes; name one that all nodes share by its "
                 "whole path, or s3:// or gs://"
             )
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if len(nodes) > 1:
-        for folder in local:
-            _probe(folder, nodes)
 
 
 def _probe(folder: str, nodes: Sequence[Mapping[str, str]]) -> None:

@@ -18,7 +18,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from t2ray.cluster.session import check_shared, session, slots
+from t2ray.cluster.session import check_lasting, check_shared, session, slots
 from t2ray.config import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.experts import Registry
@@ -45,6 +45,7 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
         KeyboardInterrupt: the run's checkpoints stand and no process is left.
     """
     config = prepare(config, resume=resume)
+    check_lasting([config.out, str(config.factors)])
     if config.workers == 0:
         config = config.model_copy(update={"cpus": config.cpus or 1.0})
         _start(config)

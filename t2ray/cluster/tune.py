@@ -108,7 +108,8 @@ class _State(tune.Callback):
                 self.trials.setdefault(trial.id, trial)
             if all(self.trials[trial.id].settled for trial in trials):
                 return
-            space: dict[str, Any] = {"trial": tune.grid_search([[json.dumps(t.point), t.seed, t.final] for t in trials])}
+            given = [[json.dumps(trial.point), trial.seed, trial.final] for trial in trials]
+            space: dict[str, Any] = {"trial": tune.grid_search(given)}
             searcher, samples = BasicVariantGenerator(max_concurrent=at_once), 1
         else:
             searcher, space, samples = self._optuna(at_once), {}, self.config.trials
@@ -120,7 +121,8 @@ class _State(tune.Callback):
             param_space=space,
             tune_config=TuneConfig(
                 metric="score", mode="max", scheduler=scheduler, search_alg=searcher, num_samples=samples,
-                trial_dirname_creator=lambda trial: trial.trial_id, reuse_actors=True,
+                trial_dirname_creator=lambda trial: trial.trial_id,
+                reuse_actors=True,  # importing torch again for each trial would be half of a small sweep
             ),
             run_config=RunConfig(
                 name=f"{_TUNE}-{time.time_ns():x}", storage_path=f"{folder}/{_TUNE}", verbose=0, callbacks=[self],
@@ -131,8 +133,10 @@ class _State(tune.Callback):
 
     def _optuna(self, at_once: int) -> Any:
         """Optuna's sampler over the same dimensions; it sees what was tried before first, and the job's own point."""
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
 
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
         tried = [trial.point for trial in self.trials.values() if not trial.final] or [own_point(self.config)]
         spaces = self.config.space
         # Optuna is told of the points that its distributions can hold: the job's own may lie outside the space.
@@ -188,9 +192,7 @@ class _State(tune.Callback):
         self.tick(list(self.trials.values()), self.total)
 
 
-def _trainable(
-    given: dict[str, Any], *, run: Run, config: SweepConfig, steps: int, known: Mapping[str, Trial]
-) -> None:
+def _trainable(given: dict[str, Any], *, run: Run, config: SweepConfig, steps: int, known: Mapping[str, Trial]) -> None:
     """Runs in a trial's process. What is settled is only told again: the scheduler compares the others with it."""
     trial = _of(config, given)
     before = known.get(trial.id)
@@ -249,4 +251,3 @@ def _decoded(dimension: Dimension, value: Any) -> Any:
     if dimension.values is not None:
         return json.loads(value)
     return value if dimension.integers else float(f"{value:.4g}")
-

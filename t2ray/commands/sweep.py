@@ -1,4 +1,4 @@
-"""`t2ray sweep`: settings of a training job or of the few-shot search, tried, narrowed down and run again with new seeds.
+"""`t2ray sweep`: settings of training or of the few-shot search are tried, narrowed down and run again with new seeds.
 
 Not here: the space (`t2ray.sweep`), running it (`cluster.tune`), what a trial does (`commands.trials`). Called by the
 command line and `jobs/sweep.py`.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from rich.live import Live
 from rich.text import Text
@@ -32,12 +33,13 @@ _PLAIN_EVERY_S = 10.0
 def sweep(args: argparse.Namespace) -> None:
     """Runs or resumes a sweep, shows it as it goes, and writes its table, its pictures and best.yaml."""
     config = load(args.config, args.overrides)
-    out = config.out if "://" in config.out else str(Path(config.out).absolute())
-    config = config.model_copy(update={"out": out})
+    config = config.model_copy(update={"out": _absolute(config.out)})
     with session() as have:
         if config.kind == "rl":
             config, holds, needs, steps = _training(config, have)
         else:
+            paths = {key: _absolute(config.job[key]) for key in ("run", "factors", "experts") if config.job.get(key)}
+            config = config.model_copy(update={"job": config.job | paths})
             holds = needs = {"CPU": config.cpus} | ({"GPU": config.gpus} if config.gpus else {})
             steps = 1
         run = train_trial if config.kind == "rl" else search_trial
@@ -72,19 +74,34 @@ def _training(
     slots(one, have, f"a trial of sweep {config.run!r}")  # one domain must fit; more than that may wait for each other
     needs = {key: min(amount, have.get(key, 0.0)) for key, amount in needs.items()}
     # Checked and decomposed here, once, rather than by every trial: all matrices that the space asks for.
-    factors = {}
-    for job in _choices_of_matrices(config):
-        ready = prepare(job, resume=True)
-        assert ready.factors is not None
-        factors[ready.factors] = ready
-    for folder, ready in factors.items():
-        decompose(ready.model, folder, targets=ready.targets, layers=ready.layers)
+    jobs = [prepare(job, resume=True) for job in _choices_of_matrices(config)]
+    factors = {str(job.factors): job for job in jobs}
+    for folder, job in factors.items():
+        decompose(job.model, folder, targets=job.targets, layers=job.layers)
+    # Trials run in other folders than this process.
+    named: dict[str, Any] = {"domains": _absolute_domains(config.job["domains"], jobs[0])}
     if len(factors) == 1:
-        config = config.model_copy(update={"job": config.job | {"factors": next(iter(factors))}})
+        named["factors"] = str(jobs[0].factors)
+    if "model" not in config.space:
+        named["model"] = jobs[0].model
+    config = config.model_copy(update={"job": config.job | named})
     steps = max(first.domain_rl(domain).steps for domain in first.domains)
     # a process that only waits: Tune takes no trial without any resource, and memory is what every node has
-    holds = worker if first.workers == 0 else {"CPU": 0, "memory": 2**20}
+    holds: dict[str, float] = worker if first.workers == 0 else {"CPU": 0, "memory": 2**20}
     return config, holds, needs, steps
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _absolute_domains(given: dict[str, Any], ready: TrainConfig) -> dict[str, Any]:
+    """The domains as they were written, but for the files that they name."""
+    files = ("data", "validation", "others")
+    return {
+        name: values | {key: getattr(ready.domains[name], key) for key in files if values.get(key)}
+        for name, values in given.items()
+    }
 
 
 def _choices_of_matrices(config: SweepConfig) -> list[TrainConfig]:
@@ -130,11 +147,12 @@ class SweepDisplay:
         scored = [trial for trial in trials if trial.status == "done" and trial.score is not None]
         best = max(scored, key=lambda trial: trial.score or 0.0, default=None)
         news = len(ended) - self.settled_before
-        left = f"about {(time.monotonic() - self.began) / news * (total - len(ended)):.0f} s left" if news else "starting"
+        pace_s = (time.monotonic() - self.began) / max(1, news)
+        left = f"about {pace_s * (total - len(ended)):.0f} s left" if news else "starting"
         shown = f"; best {best.score:.3f} ({_settings(best.point)})" if best else ""
         parts = ", ".join(f"{number} {status}" for status, number in count.items())
         return f"{len(ended)} of {total} trials, {parts}{shown}; {left}"
 
 
 def _settings(point: dict[str, object]) -> str:
-    return ", ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in point.items())
+    return ", ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in point.items())

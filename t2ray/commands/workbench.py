@@ -188,4 +188,3 @@ def open_workbench(place: Place) -> Workbench:
         experts=experts,
         classifiers=labels,
     )
-

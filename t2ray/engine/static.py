@@ -87,9 +87,12 @@ class StaticBatches:
         with torch.no_grad():
             for labels, same_kind in groupby(ordered, key=lambda r: r.kind):
                 for batch in self._batches(same_kind):
-                    results = self._score(batch) if labels else self._generate(batch)
-                    for request, result in zip(batch, results, strict=True):
-                        request.result = result
+                    if labels:
+                        for request, scores in zip(batch, self._score(batch), strict=True):
+                            request.result = scores
+                    else:
+                        for request, completion in zip(batch, self._generate(batch), strict=True):
+                            request.result = completion
 
     def _batches(self, requests: Iterable[Request]) -> Iterable[list[Request]]:
         batch: list[Request] = []

@@ -61,9 +61,7 @@ def parallel(columns: dict[str, list[Any]], scores: np.ndarray[Any, Any], ended:
     return _png(max(4.0, 1.6 * (len(columns) + 1)), 3.6, paint)
 
 
-def heat_map(
-    down: tuple[str, Sequence[Any]], across: tuple[str, Sequence[Any]], scores: np.ndarray[Any, Any]
-) -> bytes:
+def heat_map(down: tuple[str, Sequence[Any]], across: tuple[str, Sequence[Any]], scores: np.ndarray[Any, Any]) -> bytes:
     """The mean score by two settings: a cell for each value, or for each of six parts of a range."""
 
     def paint(figure: Figure) -> None:
@@ -81,7 +79,7 @@ def heat_map(
         axes.set(xlabel=across[0], ylabel=down[0], title="mean score")
         for (r, c), value in np.ndenumerate(grid):
             if np.isfinite(value):
-                ink = "#111111" if mesh.norm(value) > 0.6 else "#ffffff"
+                ink = "#111111" if float(np.asarray(mesh.norm(np.asarray(value)), dtype=float)) > 0.6 else "#ffffff"
                 axes.text(c + 0.5, r + 0.5, f"{value:.3f}", ha="center", va="center", fontsize=8, color=ink)
         figure.colorbar(mesh, ax=axes, fraction=0.05).outline.set_visible(False)
 

@@ -1,0 +1,203 @@
+"""What the continuous engine does at each turn of its loop, in the loop's thread: binds, chooses, wakes, scores.
+
+Not here: what callers see (`continuous`), and transformers' loop itself (`manager`, whose `Steps` this is).
+
+Shapes: B rows of a step, T packed tokens, V vocabulary, R mixtures, K singular values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from t2ray.core import Delta, GenerationError, SamplingParams, Token
+from t2ray.engine.sampling import sample
+from t2ray.engine.static import Request, StaticBatches
+from t2ray.engine.text import TextStream
+from t2ray.model import Model
+
+Scoring = tuple[Request, "asyncio.Future[tuple[float, ...]]"]
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Row:
+    """A generation under way. The loop's thread adds `pieces`; its caller is woken by `wake`."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    z_K: Tensor | None
+    sampling: SamplingParams
+    uniforms: list[float]
+    text: TextStream
+    loop: asyncio.AbstractEventLoop
+    streams: bool
+    name: str | None
+    pieces: deque[Delta] = field(default_factory=deque)
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    length: int = 0
+    ended: bool = False
+    error: Exception | None = None
+
+
+class Loop:
+    """The rows under way and the scorings that wait. `cancel` tells the manager that a row has ended early."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.rows: dict[str, Row] = {}
+        self.scorings: queue.SimpleQueue[Scoring] = queue.SimpleQueue()
+        counted = ("rows", "mixtures", "steps", "tokens", "finished", "aborted", "failed", "folds")
+        self.count = dict.fromkeys(counted, 0)
+        self.turned = time.monotonic()
+        self.cancel: Callable[[str], None]
+        self._batches = StaticBatches(model)
+        self._fresh: list[Row] = []
+        self._alone: tuple[Tensor | None, int] = (None, 0)
+
+    def before_step(self) -> None:
+        """Scores what is queued, all of it together."""
+        self.turned = time.monotonic()
+        waiting = []
+        with suppress(queue.Empty):
+            while True:
+                waiting.append(self.scorings.get_nowait())
+        if not waiting:
+            return
+        error: Exception | None = None
+        try:
+            self._batches.run(request for request, _ in waiting)
+        except RuntimeError as failure:  # torch's: out of memory
+            error = GenerationError(f"scoring failed: {failure}")
+        for request, done in waiting:
+            done.get_loop().call_soon_threadsafe(_settle, done, error or request.result)
+
+    def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
+        """Folds when the rows have had one mixture alone for as many tokens as a fold costs, so that folding at most
+        doubles the least possible time, however the mixtures alternate."""
+        svf = self.model.svf
+        z = [row.z_K if (row := self.rows.get(id)) else None for id, _ in requests]
+        distinct = {id(z_K): z_K for z_K in z}
+        tokens = sum(length for _, length in requests)
+        self.count["steps"] += 1
+        self.count["rows"], self.count["mixtures"] = len(requests), len(distinct)
+        if len(distinct) > 1:
+            self._alone = (None, 0)
+            place = {key: i for i, key in enumerate(distinct)}
+            index_B = torch.tensor([place[id(z_K)] for z_K in z], device=svf.s_K.device)
+            if tokens > len(requests):
+                lengths_B = torch.tensor([length for _, length in requests], device=svf.s_K.device)
+                index_B = index_B.repeat_interleave(lengths_B)
+            return svf.rows(svf.table(list(distinct.values())), index_B)
+        (only,) = distinct.values()
+        if only is None:
+            return nullcontext()
+        if svf.is_folded(only):
+            return svf.folded(only)
+        before = self._alone[1] if self._alone[0] is only else 0
+        self._alone = (only, before + tokens)
+        if before >= svf.tokens_to_fold():
+            self.count["folds"] += 1
+            return svf.folded(only)
+        return svf.rows(only[None])
+
+    def choose(self, requests: list[str], logits_BV: Tensor) -> Tensor:
+        """Each row's next token, by its own temperature, top_p and stream of random numbers."""
+        rows = [self.rows.get(id) for id in requests]
+        logprob_BV = logits_BV.log_softmax(-1)
+        token_B1 = logprob_BV.argmax(-1, keepdim=True)
+        hot = [(i, row) for i, row in enumerate(rows) if row and row.sampling.temperature > 0]
+        if hot:
+            at = torch.tensor([i for i, _ in hot], device=logits_BV.device)
+            settings = [[r.sampling.temperature, r.sampling.top_p, r.uniforms[r.length]] for _, r in hot]
+            temperature_B1, top_p_B1, u_B1 = torch.tensor(settings, dtype=torch.float64, device=at.device).split(1, 1)
+            nucleus_B1 = top_p_B1.float() if any(row.sampling.top_p < 1 for _, row in hot) else None
+            token_B1[at] = sample(logprob_BV[at], temperature_B1.float(), nucleus_B1, u_B1)
+        chosen_B = logprob_BV.gather(-1, token_B1)[:, 0].tolist()
+        tokens: list[int] = token_B1[:, 0].tolist()
+        for i, (row, token, logprob) in enumerate(zip(rows, tokens, chosen_B, strict=True)):
+            if row is None:
+                continue
+            if logprob != logprob:
+                self.fail(row.id, GenerationError("this mixture's numbers overflow: the model's scores are not finite"))
+                self.cancel(row.id)
+            else:
+                self._add(row, token, logprob, logprob_BV[i])
+        return token_B1[:, 0]
+
+    def _add(self, row: Row, token: int, logprob: float, logprob_V: Tensor) -> None:
+        sampling, chat = row.sampling, self.model.chat
+        row.length += 1
+        top: tuple[tuple[str, float], ...] = ()
+        if sampling.top_logprobs:
+            best = logprob_V.topk(sampling.top_logprobs)
+            top = tuple((chat.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        piece = row.text.push(token)
+        stopped = row.text.stopped or (token in chat.eos_ids and not sampling.ignore_eos)
+        reason: Literal["stop", "length"] | None = None
+        if stopped or row.length == sampling.max_tokens:
+            reason = "stop" if stopped else "length"
+        row.pieces.append(
+            Delta(
+                text=piece if reason is None else piece + row.text.finish(),
+                tokens=(Token(id=token, text=chat.token(token), logprob=logprob, top=top),),
+                prompt_tokens=len(row.prompt_ids),
+                finish_reason=reason,
+            )
+        )
+        self.count["tokens"] += 1
+        if reason is not None and self.rows.pop(row.id, None) is not None:
+            row.ended = True
+            self.count["finished"] += 1
+            if row.text.stopped:
+                self.cancel(row.id)
+        if row.ended or row.streams:
+            self._fresh.append(row)
+
+    def after_step(self) -> None:
+        """Wakes the callers of the rows that have something new: after the step, so that no page of theirs is held."""
+        fresh, self._fresh = self._fresh, []
+        for loop in {row.loop for row in fresh}:
+            rows = [row for row in fresh if row.loop is loop]
+            with suppress(RuntimeError):  # a caller's loop that was closed meanwhile
+                loop.call_soon_threadsafe(_wake, rows)
+
+    def fail(self, request: str | None, error: Exception) -> None:
+        """Tells a row's caller, or with None everybody's."""
+        if not isinstance(error, GenerationError):
+            error = GenerationError(f"the engine failed: {error}")
+        for id in list(self.rows) if request is None else [request]:
+            if row := self.rows.pop(id, None):
+                row.error, row.ended = error, True
+                self.count["failed"] += 1
+                self._fresh.append(row)
+        if request is None:
+            self.after_step()
+            with suppress(queue.Empty):
+                while True:
+                    _, done = self.scorings.get_nowait()
+                    done.get_loop().call_soon_threadsafe(_settle, done, error)
+
+
+def _wake(rows: list[Row]) -> None:
+    for row in rows:
+        row.woken.set()
+
+
+def _settle(done: asyncio.Future[tuple[float, ...]], result: object) -> None:
+    """In the caller's loop: the caller may have gone."""
+    if done.done():
+        return
+    if isinstance(result, Exception):
+        done.set_exception(result)
+    else:
+        assert isinstance(result, tuple)
+        done.set_result(result)
