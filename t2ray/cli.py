@@ -6,6 +6,7 @@ A mistake of the user's ends with one line and exit code 2; an interrupt with 13
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from t2ray import __version__, jobfile
+from t2ray.commands import bench_options
 from t2ray.core import T2RayError
 
 
@@ -40,7 +42,11 @@ class _Parser(argparse.ArgumentParser):
 
     # argparse's own signature is a pair of overloads that says no more than this
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if args and jobfile.OPTION in args and any(action.dest == "job" for action in self._actions):
+        args = list(sys.argv[1:] if args is None else args)
+        two = " ".join(args[:2])  # `bench serve` is a command beside `bench`
+        if any(isinstance(action.choices, dict) and two in action.choices for action in self._actions):
+            args[:2] = [two]
+        if jobfile.OPTION in args and any(action.dest == "job" for action in self._actions):
             args = jobfile.expand(self, args)
         return super().parse_known_args(args, namespace)
 
@@ -222,6 +228,20 @@ def _add_scaling(commands: argparse._SubParsersAction[_Parser]) -> None:
     p.add_argument("overrides", nargs="*", metavar="key=value", help="for instance run=second trials=8 job.rl.steps=20")
     p.add_argument("--resume", action="store_true", help="go on with the sweep of that name")
 
+    p = _command(commands, "plan", "plan:plan", "how a model's memory divides over GPUs, from its config.json alone")
+    p.add_argument("model", metavar="MODEL", help='a config.json, a folder with one, "tiny" or a hub id')
+    p.add_argument("--targets", nargs="+", metavar="PATTERN", help="which matrices (default: every projection)")
+    p.add_argument("--layers", metavar="RANGES", help='which decoder layers, e.g. "0-15,20" (default: all)')
+    p.add_argument("--gpus", type=int, metavar="N", help="GPUs of a worker (default: the fewest that it fits on)")
+    p.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU (default: 80)")
+    p.add_argument("--micro-batch", type=int, default=8, metavar="N", help="rl.micro_batch (default: 8)")
+    p.add_argument("--tokens", type=int, default=1024, metavar="N", help="prompt and answer together (default: 1024)")
+    p.add_argument("--rows", type=int, default=128, metavar="N", help="rollouts generated at once (default: 128)")
+    p.add_argument("--kv-tokens", type=int, default=16_384, metavar="N", help="engine.kv_tokens (default: 16384)")
+    p.add_argument("--batch-rows", type=int, default=64, metavar="N", help="engine.batch_rows (default: 64)")
+    p.add_argument("--experts", type=int, default=4, metavar="N", help="experts served (default: 4)")
+    p.add_argument("--json", metavar="FILE", help="writes the figures there too")
+
 
 def _add_serving(commands: argparse._SubParsersAction[_Parser]) -> None:
     p = _command(commands, "serve", "serve:serve", "the OpenAI-compatible endpoint and its page, on Ray Serve")
@@ -275,15 +295,4 @@ def _add_measuring(commands: argparse._SubParsersAction[_Parser]) -> None:
     p.add_argument("--unsafe-code", action="store_true", help="run model-written code where no isolation can be had")
     p.add_argument("--json", metavar="FILE", help="writes the result there too")
 
-    p = _command(
-        commands,
-        "bench",
-        "bench:bench",
-        "measure the core's speed against the plain model, PEFT and the reference's algorithm",
-    )
-    p.add_argument(
-        "benches", nargs="*", metavar="BENCH", help="of rows, folded, update, rollout, cem, dispatch (default: all)"
-    )
-    p.add_argument("--json", metavar="FILE", help="writes the figures there too")
-    p.add_argument("--repeats", type=int, default=5, metavar="N", help="interleaved repeats, at least 5 (default: 5)")
-    p.add_argument("--threads", type=int, default=1, metavar="N")
+    bench_options.add(functools.partial(_command, commands))

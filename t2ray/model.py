@@ -17,7 +17,7 @@ from t2ray.chat import Chat
 from t2ray.core import ModelError
 from t2ray.svd import Factors
 from t2ray.svf import SVF
-from t2ray.weights import resolve
+from t2ray.weights import TINY, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,29 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
     eos = tokenizer.eos_token_id if eos is None else eos
     chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
     return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)
+
+
+def skeleton(ref: str) -> tuple[dict[str, tuple[int, ...]], Any]:
+    """The shape of every parameter, by name, and the configuration, of a model of which only config.json need be there.
+
+    A tied head is listed once. `ref` is a config.json, a folder that holds one, "tiny" or a hub id.
+
+    Raises:
+        ModelError: no such configuration, or one of no causal language model that transformers knows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(TINY if ref == "tiny" else ref, trust_remote_code=False)
+        with torch.device("meta"):  # shapes without memory
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{ref}: no configuration of a model that transformers knows: {reason}; name a config.json, a folder with "
+            "one, or a hub id that can be reached"
+        ) from None
+    return {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}, config
 
 
 def base_digest(folder: Path) -> str:

@@ -24,14 +24,15 @@ SHIPPED = ROOT / "t2ray" / "tiny" / "experts"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where it answers, its registry, and its process."""
+    """Where it answers, its registry, and its process where it is one of its own."""
 
     url: str
     registry: Path
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[str] | None
 
     def replicas(self, deployment: str) -> list[int]:
         """The process ids of a deployment's replicas (`Proxy` for the HTTP server), of this endpoint alone."""
+        assert self.process is not None
         name = "ray::ProxyActor" if deployment == "Proxy" else f"ray::ServeReplica:t2ray:{deployment}"
         return [pid for pid, title in _processes(self.process.pid) if title.startswith(name)]
 

@@ -231,7 +231,10 @@ async def served(backend: FakeBackend | None, config: ApiConfig | None = None) -
     """The API over `backend` on a real port of this machine, in this event loop; its address."""
     app = create_api(config or ApiConfig())
     app.state.backend = backend
-    with socket.create_server(("127.0.0.1", 0)) as listener:  # listening already, so nobody needs to wait
+    # asyncio switches Nagle's algorithm off only where the protocol is named: else every answer waits 40 ms for an ACK.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(128)  # already now, so that nobody needs to wait
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off", timeout_graceful_shutdown=2))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:

@@ -484,7 +484,7 @@ def test_load_and_metrics_come_from_the_backend() -> None:
     async def main() -> None:
         async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=url) as http:
             load = (await http.get("/v1/load")).json()
-            assert set(load) == {"replicas", "running", "waiting", "tokens_per_s", "requests", "kv_used"}
+            assert {"replicas", "running", "waiting", "tokens_per_s", "requests", "kv_used"} <= set(load)
             metrics = await http.get("/metrics")
             assert metrics.headers["content-type"].startswith("text/plain")
             assert "t2ray_requests_total 1" in metrics.text

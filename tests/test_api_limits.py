@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from functools import cache
 from typing import Any
 
 import httpx2
@@ -23,6 +24,9 @@ SMALL = ApiConfig(
 )  # fmt: skip
 
 
+app_of = cache(create_api)  # it is assembled at its first request, which takes longer than all others
+
+
 def refused(
     body: Any, path: str = "chat/completions", config: ApiConfig = SMALL, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, Any]]:
@@ -30,7 +34,7 @@ def refused(
     backend = FakeBackend()
 
     async def main() -> httpx2.Response:
-        app = create_api(config)
+        app = app_of(config)
         app.state.backend = backend
         async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://127.0.0.1") as http:
             content = body if isinstance(body, bytes) else json.dumps(body).encode()

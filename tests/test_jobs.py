@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from endpoint import Endpoint, wait_until
 
 from t2ray.experts import Registry
 from t2ray.rl.records import read_metrics
@@ -145,7 +146,7 @@ def test_jobs_are_submitted_fail_and_are_resumed(submit: Submit, place: Path) ->
 
     (place / "switch").unlink()
     (place / "note").write_text("another file, and so another working folder on the cluster")
-    again = submit(*train, "workers=0")  # how many do the work changes nothing
+    again = submit(*train[:3], "workers=0", *train[3:])  # how many do the work changes nothing
     assert again.returncode == 0, again.stdout + again.stderr
     assert "best at step" in again.stdout and "succeeded" in again.stdout
     assert [row["step"] for row in read_metrics(store)] == [1, 2, 3, 4]
@@ -168,3 +169,25 @@ def test_a_run_is_adapted_evaluated_and_swept_by_jobs(submit: Submit, place: Pat
     assert Registry(f"{place}/runs/own/experts").load_mixture("sums")
     assert json.loads((place / "figures.json").read_text())["tasks"]
     assert (place / "runs" / "lr" / "best.yaml").exists()
+
+
+def test_serve_deploy_starts_the_shipped_file(address: str, tmp_path: Path) -> None:
+    """Ray's own command; the file as it is shipped, but for the port."""
+    (port,) = free_ports(1)
+    shipped = (ROOT / "serve_config.yaml").read_text()
+    assert shipped.count("port: 8000") == 1
+    (tmp_path / "serve_config.yaml").write_text(shipped.replace("port: 8000", f"port: {port}"))
+    serve = [str(BIN / "serve")]
+    deployed = subprocess.run(
+        [*serve, "deploy", "-a", address, str(tmp_path / "serve_config.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert deployed.returncode == 0, deployed.stderr
+    endpoint = Endpoint(url=f"http://127.0.0.1:{port}", registry=tmp_path, process=None)
+    wait_until(lambda: endpoint.chat("17+25", "t2ray").status_code == 200, 90, "an answer")
+    answer = endpoint.chat("17+25", "t2ray").json()
+    assert answer["choices"][0]["message"]["content"] == "42" and answer["t2ray"]["mixture"] == {"math": 1.0}
+    ended = subprocess.run([*serve, "shutdown", "-y", "-a", address], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr

@@ -106,7 +106,7 @@ async def on_http(request: Request, error: Exception) -> Response:
     """The handler of Starlette's own refusals."""
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code)
-    message = f"{error.detail}: {request.method} {request.url.path}"
+    message = f"{error.detail}: {request.method} {request.url.path[:200]}"
     return await on_error(request, Refusal(status=error.status_code, message=message, code=code, headers=error.headers))
 
 

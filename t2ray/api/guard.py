@@ -1,7 +1,7 @@
 """The ASGI middleware around every request: its id, its key, its slot, its headers, its line in the log.
 
-Not here: what a role may do, and what a body holds (the routes). `Trace` is where a route notes what the log and the
-metrics say of its request. Called by `app`.
+`Trace` is where a route notes what the log and the metrics say of its request. A key's slots are counted in each
+ingress process. Not here: what a role may do, and what a body holds (the routes). Called by `app`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from t2ray.api.errors import Refusal
-from t2ray.api.keys import ANYONE, Key, Keys
+from t2ray.api.keys import Key, Keys
 from t2ray.serving import ApiConfig
 
 LOG = logging.getLogger("t2ray.api")
@@ -46,7 +46,8 @@ class Trace:
 
     request_id: str
     started: float = field(default_factory=time.perf_counter)
-    key: Key = ANYONE
+    key: Key | None = None  # whose it is, once that is known
+    slot: str | None = None  # the key whose number of running requests it counts in
     status: int = 499  # what it stays when the client has gone before an answer
     error: str | None = None
     model: str | None = None
@@ -72,7 +73,7 @@ class Guard:
         self._app = app
         self._config = config
         self._keys = keys
-        self._running: Counter[str] = Counter()
+        self._running: Counter[str | None] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,15 +91,15 @@ class Guard:
                 message["headers"] = [*message.get("headers", ()), *own]
             await send(message)
 
-        app, key = self._admit(scope, headers, trace), trace.key.name
-        self._running[key] += 1
+        app = self._admit(scope, headers, trace)
+        self._running[trace.slot] += 1
         try:
             await app(scope, receive, reply)
         except Exception as error:
             trace.status, trace.error = 500, type(error).__name__
             raise
         finally:
-            self._running[key] -= 1
+            self._running[trace.slot] -= 1
             self._record(scope, trace)
 
     def _admit(self, scope: Scope, headers: Headers, trace: Trace) -> ASGIApp:
@@ -129,8 +130,9 @@ class Guard:
                 ),
             )
         trace.key = key
-        # What the page and a monitor read costs little and goes on under load.
-        if scope["method"] == "POST" and self._running[key.name] >= self._config.max_streams:
+        if scope["method"] != "POST":  # what the page and a monitor read costs little and goes on under load
+            return self._app
+        if self._running[key.name] >= self._config.max_streams:
             return self._refuse(
                 trace,
                 Refusal(
@@ -141,6 +143,7 @@ class Guard:
                     retry_after=1,
                 ),
             )
+        trace.slot = key.name
         return self._app
 
     def _refuse(self, trace: Trace, refusal: Refusal) -> ASGIApp:
@@ -160,7 +163,7 @@ class Guard:
                 backend.observe("overhead_seconds", max(trace.seconds - trace.backend_s, 0.0))
         line = {
             "request_id": trace.request_id,
-            "key": trace.key.name,
+            "key": trace.key and trace.key.name,
             "method": scope["method"],
             "route": route,
             "status": trace.status,

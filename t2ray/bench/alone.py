@@ -27,7 +27,7 @@ class Size:
     rounds: int = 5
     single: int = 12
     rows: int = 16
-    each: int = 3
+    each: int = 2
     tokens: int = 64
     open_s: float = 20.0
     experts: int = 1000
@@ -62,13 +62,13 @@ def started(factors: Path, kind: type[ContinuousEngine] = ContinuousEngine) -> I
 
 
 async def burst(
-    engine: ContinuousEngine, mixtures: Sequence[Mixture], prompts: Iterator[str], *, rows: int, each: int, tokens: int
+    engine: ContinuousEngine, mixtures: Iterator[Mixture], prompts: Iterator[str], *, rows: int, each: int, tokens: int
 ) -> None:
-    """`rows` workers with `each` requests, whose mixtures are `mixtures` in turn; every answer has `tokens` tokens."""
+    """`rows` workers with `each` requests, which take the next mixture and prompt; every answer has `tokens` tokens."""
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
 
-    async def one(number: int) -> None:
-        await engine.generate(user(next(prompts)), mixtures[number % len(mixtures)], sampling)
+    async def one(_: int) -> None:
+        await engine.generate(user(next(prompts)), next(mixtures), sampling)
 
     await closed_loop(one, rows, each)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from t2ray.bank import Bank
 from t2ray.bench.alone import Size, burst, sums
@@ -53,11 +53,11 @@ class Engines:
     def work(
         self, engine: ContinuousEngine, mixtures: list[Mixture], rows: int, each: int, tokens: int | None = None
     ) -> Callable[[], None]:
-        """A side to time: `rows` workers that ask `each` times."""
+        """A side to time: `rows` workers that ask `each` times, for `mixtures` in turn, from round to round."""
+        turns, prompts = itertools.cycle(mixtures), sums()
 
         def go() -> None:
-            load = burst(engine, mixtures, sums(), rows=rows, each=each, tokens=tokens or self.size.tokens)
-            self.runner.run(load)
+            self.runner.run(burst(engine, turns, prompts, rows=rows, each=each, tokens=tokens or self.size.tokens))
 
         return go
 
@@ -67,18 +67,18 @@ def spread(engines: Engines) -> Figures:
     size, figures = engines.size, Figures()
     experts = engines.fill()
     random.Random(0).shuffle(experts)
-    for rows in (size.rows, 4 * size.rows):
+    for rows, each in ((size.rows, size.each), (4 * size.rows, 1)):
         times = interleaved(
             {
-                "one": engines.work(engines.unfolded, experts[:1], rows, size.each),
-                "many": engines.work(engines.folding, experts, rows, size.each),
-                "folded": engines.work(engines.folding, experts[:1], rows, size.each),
+                "one": engines.work(engines.unfolded, experts[:1], rows, each),
+                "many": engines.work(engines.folding, experts, rows, each),
+                "folded": engines.work(engines.folding, experts[:1], rows, each),
             },
             size.rounds,
         )
         figures[f"over_one_{rows}_rows"] = measure(ratio(times, "one", "many"), 0.95)
         figures[f"over_one_folded_{rows}_rows"] = measure(ratio(times, "folded", "many"))
-        answered = rows * size.each * size.tokens
+        answered = rows * each * size.tokens
         figures[f"tokens_per_s_{rows}_rows"] = measure([answered / seconds for seconds in times["many"]])
     return figures
 
@@ -141,6 +141,13 @@ def write_experts(folder: Path, factors: Path, count: int) -> None:
             targets=tuple((target.name, target.rank) for target in opened.layout), metrics={"accuracy": 0.5},
         )  # fmt: skip
         (place / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+
+
+def expert_file(factors: Path) -> bytes:
+    """A random expert as a file to upload."""
+    layout = Factors.open(factors).layout
+    file: bytes = save({target.name: 1 + 0.1 * torch.randn(target.rank) for target in layout})
+    return file
 
 
 def _held(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[int]:

@@ -8,6 +8,7 @@ the endpoint is started (`endpoint`).
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -50,7 +51,7 @@ class Pair:
 
     def alone(self, mixtures: tuple[str, ...], rows: int = 1, each: int = 1) -> None:
         """Requests to the engine."""
-        parsed = [Mixture.parse(text) for text in mixtures]
+        parsed = itertools.cycle(Mixture.parse(text) for text in mixtures)
         work = burst(self.engine, parsed, self.prompts, rows=rows, each=each, tokens=self.size.tokens)
         self.runner.run(work)
 

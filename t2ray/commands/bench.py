@@ -35,12 +35,13 @@ def bench(args: argparse.Namespace) -> None:
         f"Llama of {shape.layers} layers x {shape.width}, random weights, {args.threads} thread(s); "
         f"medians of {args.repeats} rounds, lowest and highest in brackets"
     )
-    results = run(names, shape=shape, repeats=args.repeats, threads=args.threads, progress=_print)
+    results = run(names, shape=shape, repeats=args.repeats, threads=args.threads, progress=print_figures)
     if args.json:
         Path(args.json).write_text(json.dumps(as_json(results, args.threads), indent=1) + "\n", encoding="utf-8")
 
 
-def _print(name: str, figures: Figures) -> None:
+def print_figures(name: str, figures: Figures) -> None:
+    """A table of one bench."""
     table = Table("measure", "value", "spread", "target", "", title=name, title_justify="left")
     for key, figure in figures.items():
         if not isinstance(figure, Measure):

@@ -1,0 +1,374 @@
+"""The benches of serving: the generator's arithmetic and its soak on the API with a fake model, the engine's benches
+small, and (with a real endpoint) every figure. No speed is asserted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_backend import FakeBackend, served
+from safetensors.torch import save
+
+from t2ray.bench import many, processes, soak
+from t2ray.bench.alone import Size, Unfolded, by_round, started
+from t2ray.bench.harness import Measure
+from t2ray.bench.load import Client, Outcome, chat, closed_loop, open_loop, percentile, summary
+from t2ray.bench.soak import Soak, growth, least_squares
+from t2ray.cli import main
+from t2ray.core import Busy, GenerationError
+from t2ray.svd import decompose
+
+
+@asynccontextmanager
+async def client(backend: FakeBackend) -> AsyncIterator[Client]:
+    async with served(backend) as url, Client(url, timeout_s=20) as asker:
+        yield asker
+
+
+def run(call: Callable[[], Awaitable[Any]], timeout_s: float = 60) -> Any:
+    return asyncio.run(asyncio.wait_for(call(), timeout_s))
+
+
+# ----------------------------------------------------------------------------------------------------- load generator
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_outcome_has_the_answers_tokens_and_extension(stream: bool) -> None:
+    async def asked() -> Outcome:
+        async with client(FakeBackend()) as asker:
+            return await asker.ask(chat("17+25", "t2ray:math", max_tokens=40, stream=stream, ignore_eos=True))
+
+    outcome = run(asked)
+    assert outcome.error is None and outcome.status == 200 and outcome.tokens == 40
+    assert outcome.extension["mixture"] == {"math": 1.0} and outcome.extension["pass2_ms"] is not None
+    assert outcome.due < outcome.end and (outcome.first is not None) == stream
+    if outcome.first is not None:
+        assert outcome.due < outcome.first <= outcome.end
+
+
+def test_a_streams_first_event_is_timed_when_it_comes_and_not_at_the_end() -> None:
+    async def asked() -> tuple[Outcome, float]:
+        backend = FakeBackend()
+        backend.pause_after = 1
+        async with client(backend) as asker:
+            task = asyncio.create_task(asker.ask(chat("a", "t2ray:base", max_tokens=5, stream=True)))
+            await backend.paused.wait()
+            paused = time.perf_counter()
+            await asyncio.sleep(0.3)  # what the stream is held for; nothing is waited for
+            backend.go.set()
+            return await task, paused
+
+    outcome, paused = run(asked)
+    assert outcome.first is not None and outcome.first - paused < 0.3 <= outcome.end - paused
+
+
+@pytest.mark.parametrize(
+    ("failure", "stream", "status", "said"),
+    [
+        (Busy("full"), False, 429, "429: full"),
+        (Busy("full"), True, 429, "429: full"),
+        (GenerationError("it died"), True, 200, "in the stream: it died"),
+    ],
+)
+def test_what_goes_wrong_is_in_the_outcome(failure: Exception, stream: bool, status: int, said: str) -> None:
+    async def asked() -> Outcome:
+        backend = FakeBackend()
+        backend.failures = {"generate": failure, "stream": failure}
+        backend.break_after = 2 if status == 200 else None
+        async with client(backend) as asker:
+            return await asker.ask(chat("a", "t2ray:base", max_tokens=5, stream=stream))
+
+    outcome = run(asked)
+    assert (outcome.status, outcome.error) == (status, said)
+
+
+def test_a_server_that_is_not_there_and_a_stream_that_is_cut_are_errors() -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+        writer.write(b'data: {"choices": []}\n\n')
+        await writer.drain()
+        writer.close()
+
+    async def asked() -> tuple[Outcome, Outcome]:
+        server = await asyncio.start_server(cut, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with Client(url) as asker:
+            half = await asker.ask({})
+            server.close()
+            await server.wait_closed()
+            return half, await asker.ask({})
+
+    half, nothing = run(asked)
+    assert half.error == "in the stream: it was cut off" and half.status == 200
+    assert nothing.status is None and "ClientConnectorError" in nothing.error
+    assert summary([half, nothing])["errors"] == {"broken": 1, "no answer": 1}
+
+
+def test_an_open_loop_sends_when_due_whatever_is_under_way() -> None:
+    """40 requests that all wait for the last one: in a closed loop there would never be a second."""
+    sent: list[tuple[int, float]] = []
+
+    async def looped() -> list[int]:
+        release = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.6, release.set)
+
+        async def send(number: int, due: float) -> int:
+            sent.append((number, due))
+            await release.wait()
+            return number
+
+        return await open_loop(send, rate=200, seconds=0.2, seed=1)
+
+    results = run(looped)
+    assert results == [number for number, _ in sent] == list(range(len(sent))) and 20 <= len(sent) <= 65
+    dues = [due for _, due in sent]
+    assert dues == sorted(dues) and dues[-1] - dues[0] < 0.2
+
+
+def test_arrivals_are_a_poisson_process_of_the_rate_and_the_seeds_own() -> None:
+    async def dues(seed: int) -> list[float]:
+        async def send(number: int, due: float) -> float:
+            return due
+
+        return await open_loop(send, rate=4000, seconds=0.5, seed=seed)
+
+    first, again, other = (run(lambda seed=seed: dues(seed)) for seed in (0, 0, 1))
+    gaps = [b - a for a, b in zip(first, first[1:], strict=False)]
+    mean = sum(gaps) / len(gaps)
+    variance = sum((gap - mean) ** 2 for gap in gaps) / len(gaps)
+    assert 0.9 < 4000 * mean < 1.1 and 0.8 < variance / mean**2 < 1.2  # an exponential's deviation is its mean
+    assert [round(b - a, 9) for a, b in zip(again, again[1:], strict=False)] == [round(gap, 9) for gap in gaps]
+    assert len(other) != len(first) or other[1] - other[0] != gaps[0]
+
+
+def test_times_of_an_open_loop_count_from_when_a_request_was_due() -> None:
+    """A generator that is held up itself must not make its endpoint look faster."""
+
+    async def asked() -> list[Outcome]:
+        async with client(FakeBackend()) as asker:
+
+            async def send(number: int, due: float) -> Outcome:
+                if number == 0:
+                    time.sleep(0.3)  # the whole process stands still
+                return await asker.ask(chat("a", "t2ray:base", max_tokens=1), due=due)
+
+            return await open_loop(send, rate=100, seconds=0.1)
+
+    outcomes = run(asked)
+    assert len(outcomes) > 2 and all(outcome.seconds > 0.15 for outcome in outcomes)
+
+
+def test_a_closed_loop_has_as_many_under_way_as_workers() -> None:
+    under_way, most, asked = 0, 0, []
+
+    async def send(number: int) -> int:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        asked.append(number)
+        await asyncio.sleep(0)
+        under_way -= 1
+        return number
+
+    results = run(lambda: closed_loop(send, workers=3, each=4))
+    assert most == 3 and sorted(asked) == sorted(results) == list(range(12))
+
+
+def test_percentiles_and_the_summary_are_those_of_the_answered() -> None:
+    assert [percentile([3.0, 1.0, 2.0], share) for share in (0.0, 0.5, 0.75, 1.0)] == [1.0, 2.0, 2.5, 3.0]
+    assert percentile([5.0], 0.99) == 5.0
+    good = [
+        Outcome(due=float(i), first=i + 0.1, end=i + 0.5, status=200, tokens=5) for i in range(3)
+    ] + [Outcome(due=3.0, first=None, end=3.25, status=200, tokens=1)]  # fmt: skip
+    bad = Outcome(due=3.5, first=None, end=10.0, status=429, error="429: full")
+    report = summary([*good, bad])
+    assert (report["requests"], report["answered"], report["errors"]) == (5, 4, {"429": 1})
+    assert report["seconds"] == 10.0 and report["tokens_per_s"] == 1.6 and report["requests_per_s"] == 0.4
+    assert report["ttft_ms"]["p50"] == pytest.approx(100) and report["tpot_ms"]["p99"] == pytest.approx(100)
+    assert report["latency_ms"]["p50"] == pytest.approx(500) and report["first_error"] == "429: full"
+    nothing = summary([])
+    assert nothing["requests"] == 0 and "latency_ms" not in nothing
+
+
+# --------------------------------------------------------------------------------------------------- `t2ray bench load`
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Any:
+    """The API over a fake model, in a process of its own, with the key `sesame` for a user."""
+    code = """
+import asyncio, sys
+from fake_backend import FakeBackend, served
+async def main():
+    async with served(FakeBackend()) as url:
+        print(url, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+asyncio.run(main())
+"""
+    environment = os.environ | {"T2RAY_API_KEYS": "user:sesame-sesame-sesame-sesame"}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None and process.stdin is not None
+        yield process.stdout.readline().strip()
+        process.stdin.close()
+
+
+def test_bench_load_asks_with_a_key_prints_and_writes(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MY_KEY", "sesame-sesame-sesame-sesame")
+    command = ["bench", "load", f"{url}/v1", "--rate", "40", "--seconds", "0.5", "--stream", "--max-tokens", "6"]
+    path = tmp_path / "load.json"
+    assert main([*command, "--key", "MY_KEY", "--ignore-eos", "--json", str(path)]) == 0
+    report, printed = json.loads(path.read_text()), capsys.readouterr().out
+    assert report["answered"] == report["requests"] > 5 and report["tokens_each"] == 6
+    assert "ttft" in printed and "p99" in printed
+    assert main(command) == 1  # without the key
+    assert "errors: 401" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["load", "http://127.0.0.1:1", "--rate", "0"], "--rate is 0; it must be above 0"),
+        (["load", "127.0.0.1:8000", "--rate", "1"], "'127.0.0.1:8000' is no address of an endpoint"),
+        (["load", "http://127.0.0.1:1", "--rate", "1", "--key", "NO_SUCH_KEY"], "--key NO_SUCH_KEY: no such"),
+        (["load", "http://127.0.0.1:1"], "required: --rate"),
+        (["soak", "--minutes", "-1"], "--minutes is -1; it must be above 0"),
+        (["serve", "--json", "nowhere/bench.json"], "no such folder"),
+        (["serve", "rows"], "unrecognized arguments: rows"),
+    ],
+)
+def test_a_mistaken_call_ends_with_one_line(
+    arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        assert main(["bench", *arguments]) == 2
+    except SystemExit as end:
+        assert end.code == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- soak
+
+
+def soaked(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> tuple[Soak, dict[str, Any]]:
+    monkeypatch.setattr(soak, "LEFT_S", 1.0)
+    monkeypatch.setattr(soak, "SAMPLE_S", 0.05)
+
+    async def go() -> tuple[Soak, dict[str, Any]]:
+        async with client(backend) as asker:
+            work = Soak(client=asker, upload=save({"a": torch.ones(3)}))
+            report = await work.run(rate=40, seconds=seconds, search_s=0.2, root=os.getpid(), tell=lambda line: None)
+            return work, report
+
+    done: tuple[Soak, dict[str, Any]] = run(go)
+    return done
+
+
+def test_a_soak_makes_every_kind_of_visit_and_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend(pace=0.002)
+    before = set(backend.experts)
+    work, report = soaked(backend, monkeypatch, seconds=2.0)
+    assert report["errors"] == 0, report["error_texts"]
+    assert set(report["visits"]) >= {*soak.KINDS, "search"}
+    assert not backend.running and backend.aborted and set(backend.experts) == before
+    assert {"t2ray", "t2ray:cls", "t2ray:base", "t2ray:fewshot/sums", soak.MIXTURE} <= set(work.models)
+    asked = {str(mixture) for _, mixture, _ in backend.calls}
+    assert len(asked) >= 4 and any(name.startswith("soak-") for name in asked)
+    (own,) = [row for row in report["processes"] if row["pid"] == os.getpid()]
+    assert own["mb"] > 50 and own["mb_a_minute"] is not None
+    json.dumps(report)
+
+
+def test_a_soak_reports_what_failed_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = FakeBackend()
+    backend.failures["adapt"] = GenerationError("no search today")
+    backend.running.add("a request that never ends")
+    _, report = soaked(backend, monkeypatch)
+    texts = [text for text, _ in report["error_texts"]]
+    assert report["errors"] >= 2
+    assert any("search: 503: no search today" in text for text in texts)
+    assert any("left: 1 s after the last request there still is" in text for text in texts)
+
+
+def test_growth_is_a_line_by_process_from_the_warm_part_on() -> None:
+    assert least_squares([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)]) == pytest.approx(2.0)
+    times = [float(s) for s in range(0, 601, 10)]
+    leaks = [
+        (s, int(2**20 * (100 + (50 if s < 100 else 60) + s / 60))) for s in times
+    ]  # what it takes at first is not it
+    flat = [(s, 2**26) for s in times]
+    short = [(s, 2**20) for s in times if 200 <= s < 300]
+    rows = growth({(1, "flat"): flat, (2, "leaks"): leaks, (3, "short"): short})
+    assert [row["title"] for row in rows][0] == "leaks"
+    slopes = {row["title"]: row["mb_a_minute"] for row in rows}
+    assert slopes["leaks"] == pytest.approx(1.0, abs=1e-3) and slopes["flat"] == 0.0 and slopes["short"] is None
+
+
+# ---------------------------------------------------------------------------------------------------- engine, processes
+
+
+def test_processes_have_titles_and_memory() -> None:
+    code = "import sys; held = bytearray(64 << 20); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdin is not None
+        child.stdout.readline()
+        found = processes.family(os.getpid())
+        assert found[child.pid].startswith("python") and os.getpid() in found
+        assert 64 << 20 < (processes.rss(child.pid) or 0) < 128 << 20
+        assert 64 << 20 < processes.pss(child.pid) <= (processes.rss(child.pid) or 0) + (1 << 20)
+        child.stdin.close()
+    assert processes.rss(child.pid) is None
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "title"),
+    [
+        (b"ray::ServeReplica:t2ray:Generator\0", "ServeReplica:t2ray:Generator"),
+        (b"ray::SERVE_REPLICA::t2ray#Generator#x:ServeReplica:t2ray:Generator.run", "ServeReplica:t2ray:Generator"),
+        (b"ray::ServeController.listen_for_change", "ServeController"),
+        (b"/x/ray/core/src/ray/gcs/gcs_server\0--log_dir=/tmp", "gcs_server"),
+        (b"/venv/bin/python\0-u\0/x/ray/_private/log_monitor.py\0--a", "log_monitor"),
+        (b"", "?"),
+    ],
+)  # fmt: skip
+def test_a_process_keeps_its_title_whatever_it_does(cmdline: bytes, title: str) -> None:
+    assert processes._title(cmdline) == title
+
+
+def test_the_engines_benches_give_every_figure_and_one_of_them_never_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.set_num_threads(1)
+    factors = tmp_path / "factors"
+    decompose("tiny", factors)
+    size = Size(rounds=1, rows=4, each=2, tokens=24, experts=40)
+    monkeypatch.setattr(many, "SHORT", 4)
+    with asyncio.Runner() as runner, started(factors) as folding, started(factors, Unfolded) as unfolded:
+        engines = many.Engines(folding=folding, unfolded=unfolded, runner=runner, size=size)
+        spread, fold = many.spread(engines), many.fold(engines)
+        assert unfolded.stats.folds == 0 < folding.stats.folds
+        assert unfolded.stats.failed == folding.stats.failed == 0
+    memory = many.memory(factors, tmp_path, size)
+    for figures in (spread, fold, memory):
+        assert figures and all(isinstance(figure, Measure) for figure in figures.values())
+    assert spread["over_one_4_rows"].as_json()["target"] == 0.95
+    assert fold["alternating_folds_a_request"].as_json()["value"] == 0  # it must not thrash
+    assert fold["worst_folds_a_request"].as_json()["value"] > 0.5  # the load is the worst there is
+    assert by_round([1.0, 3.0, 2.0, 9.0, 8.0, 7.0], 2) == [2.0, 8.0]
