@@ -9,8 +9,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,16 @@ import torch
 from fake_backend import FakeBackend, served
 from safetensors.torch import save
 
-from t2ray.bench import many, processes, soak
+from t2ray.bench import many, processes, serving, soak, suite
 from t2ray.bench.alone import Size, Unfolded, by_round, started
 from t2ray.bench.harness import Measure
 from t2ray.bench.load import Client, Outcome, chat, closed_loop, open_loop, percentile, summary
+from t2ray.bench.serving import move
 from t2ray.bench.soak import Soak, growth, least_squares
 from t2ray.cli import main
-from t2ray.core import Busy, GenerationError
+from t2ray.core import Busy, GenerationError, ResourceError
 from t2ray.svd import decompose
+from t2ray.svf import SVF
 
 
 @asynccontextmanager
@@ -204,26 +207,43 @@ def test_percentiles_and_the_summary_are_those_of_the_answered() -> None:
 # --------------------------------------------------------------------------------------------------- `t2ray bench load`
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> Any:
-    """The API over a fake model, in a process of its own, with the key `sesame` for a user."""
-    code = """
-import asyncio, sys
-from fake_backend import FakeBackend, served
+APART = """
+import asyncio, os, sys
+from dataclasses import replace
+from fake_backend import FakeBackend, expert, served
+
+class Following(FakeBackend):
+    def catalog(self):
+        there = {name: expert(name) for name in os.listdir(sys.argv[1])}
+        return replace(super().catalog(), experts=self.experts | there)
+
 async def main():
-    async with served(FakeBackend()) as url:
+    async with served(Following()) as url:
         print(url, flush=True)
         await asyncio.to_thread(sys.stdin.read)
+
 asyncio.run(main())
 """
-    environment = os.environ | {"T2RAY_API_KEYS": "user:sesame-sesame-sesame-sesame"}
-    command = [sys.executable, "-c", code]
+
+
+@contextmanager
+def apart(registry: Path, **environment: str) -> Iterator[str]:
+    """The API over a fake model, in a process of its own, that knows the experts whose folders are in a registry."""
+    command = [sys.executable, "-c", APART, str(registry)]
     with subprocess.Popen(
-        command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
+        command, cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | environment,
+    ) as process:  # fmt: skip
         assert process.stdout is not None and process.stdin is not None
         yield process.stdout.readline().strip()
         process.stdin.close()
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> Any:
+    """The API over a fake model, in a process of its own, with the key `sesame` for a user."""
+    with apart(tmp_path, T2RAY_API_KEYS="user:sesame-sesame-sesame-sesame") as address:
+        yield address
 
 
 def test_bench_load_asks_with_a_key_prints_and_writes(
@@ -283,6 +303,7 @@ def soaked(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, seconds: float
 
 def test_a_soak_makes_every_kind_of_visit_and_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FakeBackend(pace=0.002)
+    monkeypatch.setattr(backend, "catalog", lambda: replace(FakeBackend.catalog(backend), verifiers=("equal",)))
     before = set(backend.experts)
     work, report = soaked(backend, monkeypatch, seconds=2.0)
     assert report["errors"] == 0, report["error_texts"]
@@ -298,12 +319,11 @@ def test_a_soak_makes_every_kind_of_visit_and_leaves_nothing_running(monkeypatch
 
 def test_a_soak_reports_what_failed_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FakeBackend()
-    backend.failures["adapt"] = GenerationError("no search today")
     backend.running.add("a request that never ends")
     _, report = soaked(backend, monkeypatch)
     texts = [text for text, _ in report["error_texts"]]
     assert report["errors"] >= 2
-    assert any("search: 503: no search today" in text for text in texts)
+    assert any("search: 400: unknown verifier 'equal'" in text for text in texts)
     assert any("left: 1 s after the last request there still is" in text for text in texts)
 
 
@@ -352,23 +372,89 @@ def test_a_process_keeps_its_title_whatever_it_does(cmdline: bytes, title: str) 
     assert processes._title(cmdline) == title
 
 
-def test_the_engines_benches_give_every_figure_and_one_of_them_never_folds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def factors(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
-    factors = tmp_path / "factors"
-    decompose("tiny", factors)
-    size = Size(rounds=1, rows=4, each=2, tokens=24, experts=40)
+    folder = tmp_path_factory.mktemp("bench") / "factors"
+    decompose("tiny", folder)
+    return folder
+
+
+def test_the_engines_benches_give_every_figure_and_one_of_them_never_folds(
+    factors: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(many, "SHORT", 4)
+    monkeypatch.setattr(SVF, "tokens_to_fold", lambda self: 24)
+    size = Size(rounds=1, rows=2, each=2, tokens=16, experts=40)
     with asyncio.Runner() as runner, started(factors) as folding, started(factors, Unfolded) as unfolded:
         engines = many.Engines(folding=folding, unfolded=unfolded, runner=runner, size=size)
         spread, fold = many.spread(engines), many.fold(engines)
         assert unfolded.stats.folds == 0 < folding.stats.folds
         assert unfolded.stats.failed == folding.stats.failed == 0
-    memory = many.memory(factors, tmp_path, size)
-    for figures in (spread, fold, memory):
+    for figures in (spread, fold):
         assert figures and all(isinstance(figure, Measure) for figure in figures.values())
-    assert spread["over_one_4_rows"].as_json()["target"] == 0.95
+    assert spread["over_one_2_rows"].as_json()["target"] == 0.95
     assert fold["alternating_folds_a_request"].as_json()["value"] == 0  # it must not thrash
     assert fold["worst_folds_a_request"].as_json()["value"] > 0.5  # the load is the worst there is
+
+
+def test_experts_that_are_written_in_bulk_are_held_as_any_other(factors: Path, tmp_path: Path) -> None:
+    shelf, registry = tmp_path / "shelf", tmp_path / "experts"
+    many.write_experts(shelf, factors, 12)
+    registry.mkdir()
+    held = many._held(factors, shelf, registry, [3, 6, 12])
+    assert len(held) == 4 and min(held) > 2**20
+    assert len(list(registry.iterdir())) == 12 and not list(shelf.iterdir())
+    assert move(registry, shelf) == move(shelf, registry)
+
+
+def test_the_endpoints_benches_give_every_figure(
+    factors: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the API with a fake model that follows a registry: all but the replica is real."""
+    monkeypatch.setattr(serving.Endpoint, "replica", lambda self, deployment: os.getpid())
+    registry, shelf = tmp_path / "experts", tmp_path / "shelf"
+    many.write_experts(shelf, factors, 5)
+    registry.mkdir()
+    size = Size(rounds=2, single=2, rows=2, each=1, tokens=20, open_s=0.4)
+    with asyncio.Runner() as runner, apart(registry) as url, started(factors) as engine:
+        engine.set_experts({name: torch.ones(engine.model.svf.K) for name in ("math", "code", "pick")})
+        asker = runner.run(Client(url).__aenter__())
+        endpoint = serving.Endpoint(url=url, registry=registry, pid=os.getpid())
+        pair = serving.Pair(endpoint=endpoint, client=asker, engine=engine, runner=runner, size=size)
+        benches = (serving.added, serving.throughput, serving.first_token)
+        figures = {bench.__name__: bench(pair) for bench in benches}
+        figures["registered"] = serving.registered(pair, shelf)
+        with pytest.raises(ResourceError, match="the endpoint gave 0 tokens of 20: 404"):
+            pair.http(("no-such-expert",))
+        runner.run(asker.__aexit__(None, None, None))
+    written = json.loads(json.dumps(suite.as_json(figures, 1)))
+    assert len(list(shelf.iterdir())) == 5 and not list(registry.iterdir())  # as it was
+    targets = {(bench, key): row["target"] for bench in figures for key, row in written[bench].items() if row["target"]}
+    assert targets == {
+        ("added", "added_ms"): 15,
+        ("added", "pass1_share"): 0.1,
+        **{("throughput", f"{way}_{kind}"): 0.8 for way in ("whole", "stream") for kind in ("mixed", "one")},
+        ("registered", "latency_over_few"): 1.05,
+        ("registered", "noticed_s"): 5,
+    }
+    assert (
+        written["first_token"]["p99_ms"]["value"] > 0 and written["throughput"]["whole_one_tokens_per_s"]["value"] > 0
+    )
+
+
+def test_figures_by_round_are_medians_of_equal_parts() -> None:
     assert by_round([1.0, 3.0, 2.0, 9.0, 8.0, 7.0], 2) == [2.0, 8.0]
+
+
+@pytest.mark.cluster
+@pytest.mark.faults
+def test_a_short_soak_of_a_real_endpoint_has_no_error_and_leaves_no_process(tmp_path: Path, capfd: Any) -> None:
+    path = tmp_path / "soak.json"
+    assert main(["bench", "soak", "--minutes", "0.2", "--rate", "2", "--json", str(path)]) == 0, capfd.readouterr().out
+    report = json.loads(path.read_text())
+    assert report["answers"]["answered"] > 5
+    titles = {row["title"] for row in report["processes"]}
+    assert {"raylet", "gcs_server", "ProxyActor", "ServeReplica:t2ray:Generator"} <= titles
+    left = [row["pid"] for row in report["processes"] if processes.family(row["pid"]).get(row["pid"]) == row["title"]]
+    assert not left

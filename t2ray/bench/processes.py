@@ -51,7 +51,7 @@ def _title(cmdline: bytes) -> str:
     if not words:
         return "?"
     if words[0].startswith("ray::"):
-        found = re.search(r"ServeReplica:[\w:-]+|(?<=ray::)[\w:-]+", words[0])
-        return found[0] if found else words[0]
+        named = re.search(r"ServeReplica:[\w:-]+", words[0]) or re.match(r"ray::[\w:-]+", words[0])
+        return named[0].removeprefix("ray::") if named else words[0]
     names = [Path(word).stem for word in words if word.endswith(".py") or "/ray/core/src/" in word]
     return names[0] if names else Path(words[0]).name

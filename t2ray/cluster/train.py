@@ -6,6 +6,7 @@ that dies; a run whose driver died goes on with `--resume`: both find the newest
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -18,6 +19,7 @@ from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from t2ray.cluster.faults import FaultLog, diagnosis
 from t2ray.cluster.session import check_lasting, check_shared, session, slots
 from t2ray.config import TrainConfig
 from t2ray.core import ResourceError, T2RayError
@@ -25,6 +27,7 @@ from t2ray.experts import Registry
 from t2ray.prompts import OTHERS
 from t2ray.rl.job import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.rl.run import CONFIG, open_run, prepare
+from t2ray.rl.status import beat, beats, note_fault
 from t2ray.store import Store
 from t2ray.svd import decompose
 from t2ray.weights import Weights, resolve
@@ -32,6 +35,7 @@ from t2ray.weights import Weights, resolve
 Tick = Callable[[TrainConfig], None]
 _RESTARTS = 3
 _POLL_S = 0.5
+_BEAT_S = 2.0
 
 
 def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:
@@ -50,7 +54,7 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
         config = config.model_copy(update={"cpus": config.cpus or 1.0})
         _start(config)
         for domain in _unfinished(config):
-            train_domain(config, domain, lambda row: tick(config))
+            _train_here(config, domain, tick)
     else:
         with session() as resources:
             config, at_once = _fit(config, resources)
@@ -59,6 +63,22 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
             _on_ray(config, _unfinished(config), at_once, tick)
     tick(config)
     return _collect(config)
+
+
+def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
+    """One domain in this process."""
+    store = domain_store(config, domain)
+
+    def report(row: dict[str, Any]) -> None:
+        beat(store, 0, row["step"])
+        tick(config)
+
+    beat(store, 0, 0)
+    try:
+        train_domain(config, domain, report)
+    except T2RayError as error:
+        note_fault(store, str(error), ended=True)
+        raise
 
 
 def _start(config: TrainConfig) -> None:
@@ -128,13 +148,16 @@ def _fit_domain(config: TrainConfig, domain: str) -> T2RayError | None:
             name=f"{domain}-{uuid.uuid4().hex[:8]}",
             storage_path=f"{config.out}/{config.run}/ray",
             failure_config=FailureConfig(max_failures=_RESTARTS, controller_failure_limit=_RESTARTS),
+            callbacks=[FaultLog(domain, domain_store(config, domain).uri)],
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
         ),
     )
     try:
         error: T2RayError | None = trainer.fit().return_value
     except TrainingFailedError as failure:
-        return ResourceError(_diagnosis(domain, failure))
+        error = ResourceError(_diagnosis(config, domain, failure))
+    if error is not None:
+        note_fault(domain_store(config, domain), str(error), ended=True)
     return error
 
 
@@ -149,27 +172,31 @@ def _worker(job: dict[str, Any]) -> T2RayError | None:
         node = ray.util.get_node_ip_address()
         return ResourceError(f"{run} is not shared: node {node} does not see it; name a folder that all nodes mount")
 
+    store, rank, told = domain_store(config, job["domain"]), ray_train.get_context().get_world_rank(), 0.0
+
     def report(row: dict[str, Any]) -> None:
+        nonlocal told
+        if time.monotonic() - told > _BEAT_S:
+            told = time.monotonic()
+            beat(store, rank, row["step"])
         if "validation" in row:
             ray_train.report(row)
+
+    beat(store, rank, 0)
 
     try:
         train_domain(config, job["domain"], report)
     except T2RayError as error:
-        if ray_train.get_context().get_world_rank() > 0:
+        if rank > 0:
             raise
         return error
     return None
 
 
-def _diagnosis(domain: str, error: TrainingFailedError) -> str:
-    causes = error.worker_failures.values() if isinstance(error, WorkerGroupError) else [error]
-    lines = [str(cause).strip().splitlines() for cause in causes]
-    last = next((line[-1] for line in lines if line), type(error).__name__)
-    return (
-        f"domain {domain!r} failed {_RESTARTS + 1} times, last with: {last.strip()}; if a worker was killed, the "
-        "machine ran out of memory: lower rl.micro_batch or the domains at once (cpus); the run goes on with --resume"
-    )
+def _diagnosis(config: TrainConfig, domain: str, error: TrainingFailedError) -> str:
+    causes = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
+    what = diagnosis(domain, causes, beats(domain_store(config, domain)))
+    return f"{what}; it was started {_RESTARTS + 1} times; the run goes on with --resume"
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:

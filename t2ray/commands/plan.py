@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def plan(args: argparse.Namespace) -> None:
         raise ConfigError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}; make it first")
     shape = shape_of(args.model, args.targets, args.layers)
     memory = int(args.gpu_memory * GIB)
-    kinds = {
+    kinds: dict[str, Callable[[int], list[Load]]] = {
         "training": lambda gpus: training(
             shape, gpus, micro_batch=args.micro_batch, tokens=args.tokens, rows=args.rows
         ),

@@ -1,0 +1,69 @@
+"""What died, where, with how much memory, why most likely, and which knob: a worker's end in one line.
+
+Ray's own account of a dead process is a page that begins with the process's number. Called by `cluster.train`: the
+callback runs in Ray Train's controller, whenever a worker fails, also when it is started again afterwards.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ray.train import UserCallback
+
+from t2ray.rl.status import Beat, beats, note_fault
+from t2ray.store import Store
+
+_NEARLY_FULL = 0.9  # of a machine's memory at the last sign of life
+
+
+class FaultLog(UserCallback):  # type: ignore[misc]
+    """Notes a worker's failure in the domain's folder, where `t2ray status` finds it."""
+
+    def __init__(self, domain: str, uri: str) -> None:
+        self.domain, self.uri = domain, uri
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        """Called by Ray Train with the exception of each rank that failed."""
+        store = Store(self.uri)
+        note_fault(store, diagnosis(self.domain, worker_exceptions, beats(store)), ended=False)
+
+
+def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat, ...]) -> str:
+    """One line about the worker that failed first.
+
+    `worker 0 of domain 'math' died: node 10.0.0.7, pid 811, after step 12; the worker held 9.1 GiB, the machine 62.9 of
+    64.0 GiB; most likely the machine ran out of memory: lower rl.micro_batch ...`
+    """
+    rank, cause = min(causes.items())
+    text = str(cause)
+    seen = next((beat for beat in last if beat.rank == rank), None)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(cause).__name__]
+    if "died" not in text and "Memory" not in text and "preempt" not in text:
+        return f"worker {rank} of domain {domain!r} failed: {_short(lines[-1])}"
+    node = next(iter(re.findall(r"(?:node_ip='|ip: )([\w.:-]+)", text)), seen.host if seen else "unknown")
+    pid = next(iter(re.findall(r"pid[=:] ?(\d+)", text)), "unknown")
+    after = f", after step {seen.step}; at its last sign of life {seen.memory}" if seen else ", before its first step"
+    return f"worker {rank} of domain {domain!r} died: node {node}, pid {pid}{after}; {_likely(text, seen)}"
+
+
+def _likely(text: str, seen: Beat | None) -> str:
+    """The likely cause, and what to turn."""
+    memory = "lower rl.micro_batch, rl.samples or the domains at once (more cpus each), or take larger nodes"
+    if "OutOfMemory" in text or "running low on memory" in text or "memory monitor" in text:
+        return f"Ray's memory monitor ended it: {memory}"
+    if re.search(r"[Nn]ode .{0,80}(died|dead|removed|terminated)|preempt|NODE_DIED", text):
+        return "its node went away (spot, or ended by hand): nothing to turn, the run goes on where it has a node"
+    if seen is not None and seen.used_gib > _NEARLY_FULL * seen.total_gib:
+        return f"most likely the machine ran out of memory: {memory}"
+    if "SIGSEGV" in text and "SYSTEM_ERROR" not in text:
+        return "it crashed in native code: see the worker's log"
+    return (
+        "the machine had memory left, so somebody ended it, or it crashed in native code; if it was the system after "
+        f"all (dmesg says so), {memory}"
+    )
+
+
+def _short(line: str) -> str:
+    return line if len(line) <= 300 else f"{line[:300]} ..."
