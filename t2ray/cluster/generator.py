@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -58,6 +59,7 @@ class Generator:
         self.factors = Factors.open(self.config.factors)
         self.model = load_model(self.config.model, self.config.factors)
         self.bank = Bank(Registry(self.config.experts), self.model.base_digest, self.model.svf.layout)
+        self._syncing = threading.Lock()
         self.engine = ContinuousEngine(self.model, self.config.engine)
         self._sync()
         self.engine.start()
@@ -107,7 +109,7 @@ class Generator:
         self, mixture: Mixture, prompt: Prompt, sampling: SamplingParams, request_id: str, *, whole: bool
     ) -> AsyncIterator[Delta]:
         """A stream; an expert that is not known yet may have come to the registry since the last look."""
-        if any(name not in self.bank.held.tensors for name in mixture.names):
+        if any(name not in self.model.svf.bank for name in mixture.names):
             await asyncio.to_thread(self._sync)
         for name in mixture.names:
             if name in self.bank.held.problems:
@@ -117,7 +119,8 @@ class Generator:
     # -------------------------------------------------------------------------------------------------------- experts
 
     async def catalog(self, seen: str) -> tuple[str, Catalog | None]:
-        """What there is, with its digest; None for a caller who has seen it."""
+        """What there is now, whichever replica is asked, with its digest; None for a caller who has seen it."""
+        await asyncio.to_thread(self._sync)
         catalog = self._catalog()
         digest = hashlib.blake2b(repr(catalog).encode(), digest_size=8).hexdigest()
         return digest, None if digest == seen else catalog
@@ -194,9 +197,10 @@ class Generator:
         await asyncio.to_thread(self._sync)
 
     def _sync(self) -> None:
-        if self.bank.sync():
-            device = self.model.device
-            self.engine.set_experts({name: z_K.to(device) for name, z_K in self.bank.held.tensors.items()})
+        with self._syncing:  # who finds nothing new must find it in the engine, too
+            if self.bank.sync():
+                device = self.model.device
+                self.engine.set_experts({name: z_K.to(device) for name, z_K in self.bank.held.tensors.items()})
 
     async def _follow(self) -> None:
         while True:
