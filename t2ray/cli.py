@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from t2ray import __version__, jobfile
-from t2ray.commands import bench_options
+from t2ray.commands import bench_options, cluster_options
 from t2ray.core import T2RayError
 
 
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_experts(commands)
     _add_adapting(commands)
     _add_serving(commands)
-    _add_scaling(commands)
+    cluster_options.add(functools.partial(_command, commands))
     _add_measuring(commands)
     return parser
 
@@ -220,27 +220,6 @@ def _add_adapting(commands: argparse._SubParsersAction[_Parser]) -> None:
         help="pass 1 writes the label, as in the paper, instead of scoring all labels",
     )
     _add_model(p)
-
-
-def _add_scaling(commands: argparse._SubParsersAction[_Parser]) -> None:
-    p = _command(commands, "sweep", "sweep:sweep", "try settings of training or of the few-shot search, on Ray Tune")
-    p.add_argument("config", metavar="CONFIG.yaml")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="for instance run=second trials=8 job.rl.steps=20")
-    p.add_argument("--resume", action="store_true", help="go on with the sweep of that name")
-
-    p = _command(commands, "plan", "plan:plan", "how a model's memory divides over GPUs, from its config.json alone")
-    p.add_argument("model", metavar="MODEL", help='a config.json, a folder with one, "tiny" or a hub id')
-    p.add_argument("--targets", nargs="+", metavar="PATTERN", help="which matrices (default: every projection)")
-    p.add_argument("--layers", metavar="RANGES", help='which decoder layers, e.g. "0-15,20" (default: all)')
-    p.add_argument("--gpus", type=int, metavar="N", help="GPUs of a worker (default: the fewest that it fits on)")
-    p.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="of one GPU (default: 80)")
-    p.add_argument("--micro-batch", type=int, default=8, metavar="N", help="rl.micro_batch (default: 8)")
-    p.add_argument("--tokens", type=int, default=1024, metavar="N", help="prompt and answer together (default: 1024)")
-    p.add_argument("--rows", type=int, default=128, metavar="N", help="rollouts generated at once (default: 128)")
-    p.add_argument("--kv-tokens", type=int, default=16_384, metavar="N", help="engine.kv_tokens (default: 16384)")
-    p.add_argument("--batch-rows", type=int, default=64, metavar="N", help="engine.batch_rows (default: 64)")
-    p.add_argument("--experts", type=int, default=4, metavar="N", help="experts served (default: 4)")
-    p.add_argument("--json", metavar="FILE", help="writes the figures there too")
 
 
 def _add_serving(commands: argparse._SubParsersAction[_Parser]) -> None:

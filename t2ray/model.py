@@ -56,7 +56,7 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
         ModelError: the folder is no causal language model that transformers knows without remote code.
         ExpertError: the decomposition was made from another model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -79,6 +79,7 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
     eos = hf.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
+    hf.generation_config = GenerationConfig()  # a model's own penalties and defaults would stand beside the engine's
     return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)
 
 

@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("t2ray.commands", "t2ray.tiny.pretrain", "t2ray.jobfile"),
     ("t2ray.demo",),
     ("t2ray.cluster", "t2ray.bench", "t2ray.tiny.corpus"),
-    ("t2ray.api", "t2ray.sweep", "t2ray.plan"),
+    ("t2ray.api", "t2ray.sweep", "t2ray.plan", "t2ray.rl.status"),
     ("t2ray.rl.job", "t2ray.rl.run"),
     ("t2ray.rl.trainer", "t2ray.evaluate", "t2ray.report"),
     ("t2ray.rl", "t2ray.adapt", "t2ray.tasks", "t2ray.plots"),

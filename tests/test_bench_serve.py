@@ -302,6 +302,7 @@ def soaked(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, seconds: float
 
 
 def test_a_soak_makes_every_kind_of_visit_and_leaves_nothing_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(soak.KINDS, "expert", 2.0)
     backend = FakeBackend(pace=0.002)
     monkeypatch.setattr(backend, "catalog", lambda: replace(FakeBackend.catalog(backend), verifiers=("equal",)))
     before = set(backend.experts)
@@ -384,7 +385,7 @@ def test_the_engines_benches_give_every_figure_and_one_of_them_never_folds(
     factors: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(many, "SHORT", 4)
-    monkeypatch.setattr(SVF, "tokens_to_fold", lambda self: 24)
+    monkeypatch.setattr(SVF, "tokens_to_fold", lambda self: 40)
     size = Size(rounds=1, rows=2, each=2, tokens=16, experts=40)
     with asyncio.Runner() as runner, started(factors) as folding, started(factors, Unfolded) as unfolded:
         engines = many.Engines(folding=folding, unfolded=unfolded, runner=runner, size=size)

@@ -18,7 +18,7 @@ from t2ray.store import Store
 _NEARLY_FULL = 0.9  # of a machine's memory at the last sign of life
 
 
-class FaultLog(UserCallback):  # type: ignore[misc]
+class FaultLog(UserCallback):
     """Notes a worker's failure in the domain's folder, where `t2ray status` finds it."""
 
     def __init__(self, domain: str, uri: str) -> None:
@@ -40,7 +40,12 @@ def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat
     text = str(cause)
     seen = next((beat for beat in last if beat.rank == rank), None)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(cause).__name__]
-    if "died" not in text and "Memory" not in text and "preempt" not in text:
+    if "CUDA out of memory" in text:
+        return (
+            f"worker {rank} of domain {domain!r}: the GPU's memory is full; lower rl.micro_batch or max_tokens, adapt "
+            "fewer layers, or see `t2ray plan`"
+        )
+    if not re.search(r"died|is dead|low on memory|OutOfMemory|preempt", text):
         return f"worker {rank} of domain {domain!r} failed: {_short(lines[-1])}"
     node = next(iter(re.findall(r"(?:node_ip='|ip: )([\w.:-]+)", text)), seen.host if seen else "unknown")
     pid = next(iter(re.findall(r"pid[=:] ?(\d+)", text)), "unknown")

@@ -6,7 +6,6 @@ that dies; a run whose driver died goes on with `--resume`: both find the newest
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,7 +26,7 @@ from t2ray.experts import Registry
 from t2ray.prompts import OTHERS
 from t2ray.rl.job import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.rl.run import CONFIG, open_run, prepare
-from t2ray.rl.status import beat, beats, note_fault
+from t2ray.rl.status import beats, heart, note_fault
 from t2ray.store import Store
 from t2ray.svd import decompose
 from t2ray.weights import Weights, resolve
@@ -35,7 +34,6 @@ from t2ray.weights import Weights, resolve
 Tick = Callable[[TrainConfig], None]
 _RESTARTS = 3
 _POLL_S = 0.5
-_BEAT_S = 2.0
 
 
 def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:
@@ -68,12 +66,12 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
 def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
     """One domain in this process."""
     store = domain_store(config, domain)
+    beat = heart(store, 0)
 
     def report(row: dict[str, Any]) -> None:
-        beat(store, 0, row["step"])
+        beat(row["step"])
         tick(config)
 
-    beat(store, 0, 0)
     try:
         train_domain(config, domain, report)
     except T2RayError as error:
@@ -172,17 +170,13 @@ def _worker(job: dict[str, Any]) -> T2RayError | None:
         node = ray.util.get_node_ip_address()
         return ResourceError(f"{run} is not shared: node {node} does not see it; name a folder that all nodes mount")
 
-    store, rank, told = domain_store(config, job["domain"]), ray_train.get_context().get_world_rank(), 0.0
+    rank = ray_train.get_context().get_world_rank()
+    beat = heart(domain_store(config, job["domain"]), rank)
 
     def report(row: dict[str, Any]) -> None:
-        nonlocal told
-        if time.monotonic() - told > _BEAT_S:
-            told = time.monotonic()
-            beat(store, rank, row["step"])
+        beat(row["step"])
         if "validation" in row:
             ray_train.report(row)
-
-    beat(store, rank, 0)
 
     try:
         train_domain(config, job["domain"], report)

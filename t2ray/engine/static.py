@@ -142,7 +142,6 @@ class StaticBatches:
                 past_key_values=roomy_cache(self.model.hf.config, ids_BT.shape[1] + max(p.max_tokens for p in params)),
                 do_sample=False,
                 max_new_tokens=max(p.max_tokens for p in params),
-                eos_token_id=-1,  # `ends` knows the end tokens, and which rows go on past them
                 pad_token_id=chat.pad_id,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([ends]),

@@ -1,7 +1,7 @@
 """How a run stands, read from its folder alone: while it runs, on whatever storage, from whichever machine.
 
-Workers leave a heartbeat there (`beat`), and what goes wrong is noted (`note_fault`); the rest is what training writes
-anyway. Called by `cluster.train`, which writes, and `t2ray status`, which reads. No ray.
+Workers leave signs of life there (`heart`), and what goes wrong is noted (`note_fault`); the rest is what training
+writes anyway. Called by `cluster.train`, which writes, and `t2ray status`, which reads. No ray.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -23,13 +24,14 @@ from t2ray.rl.records import read_metrics
 from t2ray.store import Store
 
 WORKERS, FAULT = "workers", "fault.json"
+BEAT_S = 2.0
 STALE_S = 60.0  # a worker that has said nothing for so long, and for five of its steps, is not running
 _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """A worker's sign of life: `Beat(rank=0, host="node3", pid=811, step=12, at=1.7e9, gpus=1, rss_gib=9.1, ...)`.
+    """A worker's sign of life: `Beat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
 
     `rss_gib` is the process's memory, `used_gib` of `total_gib` the whole machine's.
     """
@@ -79,8 +81,21 @@ class DomainStatus:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def beat(store: Store, rank: int, step: int) -> None:
-    """Leaves a worker's sign of life."""
+def heart(store: Store, rank: int) -> Callable[[int], None]:
+    """A worker's heart: call it with each step; it leaves a sign of life now and then, and one at once."""
+    told = time.monotonic()
+
+    def beat(step: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > BEAT_S:
+            told = time.monotonic()
+            _beat(store, rank, step)
+
+    _beat(store, rank, 0)
+    return beat
+
+
+def _beat(store: Store, rank: int, step: int) -> None:
     machine = psutil.virtual_memory()
     here = Beat(
         rank=rank,

@@ -1,0 +1,156 @@
+"""`t2ray status` reads from the folder alone how a run stands; a dead worker is told in one line with its knob."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t2ray.cli import main
+from t2ray.cluster.faults import diagnosis
+from t2ray.cluster.train import train
+from t2ray.config import TrainConfig, resolve
+from t2ray.core import RewardError
+from t2ray.rl import status
+from t2ray.rl.job import domain_store
+from t2ray.rl.status import Beat, DomainStatus, heart, note_fault, read_status
+from t2ray.store import Store
+
+SMALL = {"steps": 4, "prompts": 2, "samples": 2, "eval_every": 2, "eval_prompts": 2}
+REWARDS = """
+def good(completion, row):
+    return 1.0
+
+def broken(completion, row):
+    raise ZeroDivisionError("unlucky")
+"""
+
+
+def job(folder: Path, reward: str = "good") -> TrainConfig:
+    (folder / f"rewards_of_status_{reward}.py").write_text(REWARDS)
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(20)))
+    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "reward": f"rewards_of_status_{reward}:{reward}",
+           "max_tokens": 2}  # fmt: skip
+    values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
+              "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
+    return resolve(values, where="job.yaml")
+
+
+def only(config: TrainConfig) -> DomainStatus:
+    (found,) = read_status(config)
+    return found
+
+
+def test_a_run_is_followed_from_its_start_to_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = job(tmp_path)
+    assert only(config).state == "waiting"
+    seen: list[DomainStatus] = []
+    train(config, tick=lambda config: seen.append(only(config)))
+    while_running, at_the_end = seen[:4], only(config)
+    assert [s.state for s in while_running] == ["running"] * 4
+    assert [(s.step, s.checkpoint) for s in while_running] == [(1, None), (2, 2), (3, 2), (4, 4)]
+    assert while_running[0].left_s and while_running[0].tokens_per_s and while_running[1].validation is not None
+    assert (at_the_end.state, at_the_end.step, at_the_end.steps, at_the_end.checkpoint) == ("done", 4, 4, 4)
+    (worker,) = at_the_end.workers
+    assert worker.rss_gib > 0 and 0 < worker.used_gib < worker.total_gib
+
+    # another machine sees the folder under another name
+    shutil.move(tmp_path / "runs" / "own", tmp_path / "moved")
+    assert main(["status", str(tmp_path / "moved")]) == 0
+    said = capsys.readouterr().out
+    assert "own" in said and "done" in said and "4/4" in said and "last checkpoint: step 4" in said
+    assert main(["status", str(tmp_path / "moved"), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["state"], row["checkpoint"]) == ("done", 4)
+
+
+def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = job(tmp_path, "broken")
+    with pytest.raises(RewardError):
+        train(config)
+    now = only(config)
+    assert now.state == "failed" and now.fault is not None and "ZeroDivisionError: unlucky" in now.fault.message
+    assert main(["status", f"{config.out}/own"]) == 0
+    assert "last error" in capsys.readouterr().out
+    heart(domain_store(config, "own"), 0)
+    assert only(config).state == "running"
+
+
+def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = job(tmp_path)
+    store = domain_store(config, "own")
+    beat = heart(store, 0)
+    assert only(config).state == "running"
+    monkeypatch.setattr(status, "STALE_S", -1.0)
+    assert only(config).state == "stopped"
+    monkeypatch.setattr(status, "STALE_S", 60.0)
+    monkeypatch.setattr(status, "BEAT_S", 0.0)
+    beat(7)
+    assert only(config).workers[0].step == 7
+    note_fault(store, "its node went away", ended=False)  # the run went on by itself
+    assert only(config).state == "running"
+
+
+def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path / "none")]) == 2
+    assert "no run in" in capsys.readouterr().err
+
+
+def test_a_sweep_has_a_status_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(tmp_path)
+    store.write_text("sweep.json", "{}")
+    base: dict[str, Any] = {"point": {"rl.lr": 0.01}, "seed": 0, "error": None}
+    rows = [base | {"status": "done", "score": 0.5}, base | {"status": "failed", "score": None, "error": "boom"}]
+    store.write_text("trials.json", json.dumps(rows))
+    assert main(["status", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "2 trials: 1 done, 1 failed" in said and "0.5000" in said and "boom" in said
+
+
+# ----------------------------------------------------------------------------------------------------------- diagnosis
+
+# What Ray 2.60 says of a process that was killed, shortened at the dots.
+DEAD = """A worker health check failed.
+Worker info: Worker(
+    node_ip='10.0.0.7',
+    pid=1169,
+)
+The actor died unexpectedly before finishing this task.
+\tip: 10.0.0.7
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed \
+by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly \
+due to SIGSEGV or another unexpected error. ..."""
+BEAT = Beat(rank=0, host="node3", pid=1169, step=12, at=0.0, rss_gib=9.1, used_gib=30.0, total_gib=64.0)
+
+
+def test_a_dead_workers_end_names_the_place_the_memory_and_the_knob() -> None:
+    said = diagnosis("math", {0: RuntimeError(DEAD)}, (BEAT,))
+    assert said.startswith("worker 0 of domain 'math' died: node 10.0.0.7, pid 1169, after step 12;")
+    assert "the worker held 9.1 GiB, the machine 30.0 of 64.0 GiB" in said and "somebody ended it" in said
+    full = diagnosis("math", {0: RuntimeError(DEAD)}, (replace(BEAT, used_gib=62.9),))
+    assert "most likely the machine ran out of memory: lower rl.micro_batch" in full
+    assert "before its first step" in diagnosis("math", {0: RuntimeError(DEAD)}, ())
+    assert "\n" not in said + full
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Task was killed due to the node running low on memory.",
+            "Ray's memory monitor ended it: lower rl.micro_batch",
+        ),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "the GPU's memory is full; lower rl.m"),
+        ("The actor died because its node has died. ip: 10.0.0.7", "its node went away"),
+        ("Traceback ...\nValueError: shapes differ", "failed: ValueError: shapes differ"),
+    ],
+)
+def test_other_ends_have_other_causes(text: str, expected: str) -> None:
+    assert expected in diagnosis("math", {3: RuntimeError(text)}, ())
