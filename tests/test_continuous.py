@@ -13,7 +13,7 @@ from small import load_as, random_z
 from torch import Tensor
 
 from t2ray.core import Completion, ConfigError, Delta, GenerationError, Mixture, SamplingParams, UnknownExpert, user
-from t2ray.engine import Engine
+from t2ray.engine import Engine, loop
 from t2ray.engine.continuous import ContinuousEngine
 from t2ray.model import Model
 from t2ray.serving import EngineConfig
@@ -108,6 +108,23 @@ def test_a_stream_adds_up_to_the_whole_answer(engine: ContinuousEngine) -> None:
             assert {delta.prompt_tokens for delta in pieces} == {len(whole.prompt_ids)}
 
     run(compare)
+
+
+@pytest.mark.parametrize(("deltas_per_s", "expected"), [(1e-9, 2), (1e9, 10)])
+def test_a_streams_first_token_comes_at_once_and_later_ones_by_the_rate(
+    engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch, deltas_per_s: float, expected: int
+) -> None:
+    monkeypatch.setattr(loop, "DELTAS_PER_S", deltas_per_s)
+    monkeypatch.setattr(loop, "LONGEST_GAP_S", 1 / deltas_per_s)
+    wakes, wake = [], loop._wake
+    monkeypatch.setattr(loop, "_wake", lambda rows: wakes.append(wake(rows)))
+
+    async def follow() -> None:
+        async for _ in engine.stream(user("hi"), MIXTURES[0], SamplingParams(max_tokens=10, ignore_eos=True)):
+            pass
+
+    run(follow)
+    assert len(wakes) == expected
 
 
 def test_a_stop_string_is_never_shown_and_ends_the_answer(engine: ContinuousEngine) -> None:

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.slow]
 
 GENERATOR = {
     "max_ongoing_requests": 12,
-    "max_queued_requests": 12,
+    "max_queued_requests": 16,
     "health_check_period_s": 1,
     "health_check_timeout_s": 3,
     "autoscaling_config": {
@@ -89,12 +89,12 @@ def killed(endpoint: Endpoint, deployment: str) -> int:
 
 
 def test_a_generator_that_is_killed_under_load_costs_no_request(endpoint: Endpoint) -> None:
-    with Clients(endpoint, 10, max_tokens=32, ignore_eos=True) as clients:
-        wait_until(lambda: clients.statuses[200] > 10, 30, "some answers")
+    with Clients(endpoint, 16, max_tokens=32, ignore_eos=True) as clients:
+        wait_until(lambda: clients.statuses[200] > 16, 30, "some answers")
         killed(endpoint, "Generator")
         before = clients.statuses[200]
-        wait_until(lambda: clients.statuses[200] > before + 20, 60, "answers after the kill")
-    assert not clients.wrong and set(clients.statuses) <= {200, 429}, (clients.statuses, clients.wrong[:3])
+        wait_until(lambda: clients.statuses[200] > before + 32, 60, "answers after the kill")
+    assert not clients.wrong and set(clients.statuses) == {200}, (clients.statuses, clients.wrong[:3])
 
 
 def test_a_stream_whose_generator_is_killed_ends_with_an_error_in_openai_s_shape(endpoint: Endpoint) -> None:
@@ -129,7 +129,7 @@ def test_overload_is_told_at_once_and_passes(endpoint: Endpoint) -> None:
     with Clients(endpoint, 60, max_tokens=48, ignore_eos=True) as clients:
         wait_until(lambda: clients.statuses[429] > 20 and clients.statuses[200] > 60, 60, "refusals and answers")
     assert not clients.wrong and set(clients.statuses) == {200, 429}
-    assert clients.slowest_s < 20  # a queue of 24 before one replica, not of 60
+    assert clients.slowest_s < 20  # a queue of 28 before one replica, not of 60
     with ThreadPoolExecutor(4) as pool:
         calm = list(pool.map(lambda _: endpoint.chat("17+25").status_code, range(16)))
     assert calm == [200] * 16

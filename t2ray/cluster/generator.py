@@ -40,9 +40,6 @@ from t2ray.model import load_model
 from t2ray.serving import VERIFIERS, ServeConfig
 from t2ray.svd import Factors
 
-STREAM_GAP_S = 0.04
-"""The least time between two messages of a stream: each costs Ray about a millisecond of processor time."""
-
 STALLED_S = 20.0
 """A loop that has not turned for so long is stuck: it turns ten times a second when it is idle."""
 
@@ -114,7 +111,7 @@ class Generator:
         for name in mixture.names:
             if name in self.bank.held.problems:
                 raise ExpertError(self.bank.held.problems[name])
-        return self.engine.stream(prompt, mixture, sampling, request_id, whole=whole, gap_s=STREAM_GAP_S)
+        return self.engine.stream(prompt, mixture, sampling, request_id, whole=whole)
 
     # -------------------------------------------------------------------------------------------------------- experts
 

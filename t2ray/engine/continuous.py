@@ -98,16 +98,14 @@ class ContinuousEngine:
         request_id: str | None = None,
         *,
         whole: bool = False,
-        gap_s: float = 0.0,
     ) -> AsyncIterator[Delta]:
-        """The answer as it grows; raises as `generate` does. Closing the iterator ends the generation.
+        """The answer as it grows, or with `whole` at its end; raises as `generate` does. Closing the iterator ends the
+        generation.
 
-        Args:
-            whole: one delta at the end.
-            gap_s: the least time between two deltas; what comes in between is joined. The first never waits.
+        The first token comes at once; later ones are joined, since all streams share `loop.DELTAS_PER_S`.
         """
         row = self._submit(messages, mixture, sampling, request_id, streams=not whole)
-        async for delta in self._deltas(row, gap_s):
+        async for delta in self._deltas(row):
             yield delta
 
     async def score(
@@ -175,7 +173,7 @@ class ContinuousEngine:
         )
         return row
 
-    async def _deltas(self, row: Row, gap_s: float = 0.0) -> AsyncIterator[Delta]:
+    async def _deltas(self, row: Row) -> AsyncIterator[Delta]:
         try:
             while True:
                 await row.woken.wait()
@@ -186,8 +184,6 @@ class ContinuousEngine:
                     yield joined(pieces)
                     if pieces[-1].finish_reason is not None:
                         return
-                if gap_s:
-                    await asyncio.sleep(gap_s)
         finally:
             if not row.ended:
                 self._drop(row)
