@@ -59,8 +59,8 @@ class Store:
     def tree(self) -> dict[str, tuple[int, int]]:
         """Every file under the URI, hidden ones left out: (size in bytes, time of change in ns), in one listing."""
         infos = self._info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
-        files = ((info.path[len(self.root) :].lstrip("/"), info) for info in infos if info.is_file)
-        return {path: (info.size, info.mtime_ns) for path, info in files if not Path(path).name.startswith(".")}
+        files = (info for info in infos if info.is_file and not info.base_name.startswith("."))
+        return {info.path[len(self.root) :].lstrip("/"): (info.size, info.mtime_ns) for info in files}
 
     def read_bytes(self, path: str) -> bytes:
         """Raises FileNotFoundError where there is no such file."""

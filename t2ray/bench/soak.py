@@ -31,7 +31,7 @@ LEFT_S = 15.0
 WARM = 0.25
 """Share of the time that no slope is taken of: caches fill, libraries are loaded."""
 
-SEARCH = {"population": 8, "elite": 2, "iterations": 2}
+SEARCH = {"population": 8, "elite": 0.25, "iterations": 2}
 MIXTURE = "t2ray:math:0.7,code:0.3"
 Samples = dict[tuple[int, str], list[tuple[float, int]]]
 

@@ -45,15 +45,12 @@ KEPT = 256
 class Searcher:
     """Runs searches and remembers how they went."""
 
-    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, config: dict[str, Any], generator: Any
-    ) -> None:
+    def __init__(self, config: dict[str, Any], generator: Any) -> None:
         self.config = ServeConfig.model_validate(config)
         self.generator = generator
         self.watch = Watch(generator, self.config.poll_s)
         self._searches: OrderedDict[str, Adaptation] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
-        await self.watch.start()
 
     async def adapt(self, request: AdaptationRequest) -> Adaptation:
         """Starts a few-shot search (paper section 3.2, c).
@@ -66,6 +63,7 @@ class Searcher:
         if request.verifier not in VERIFIERS:
             raise ConfigError(f"unknown verifier {request.verifier!r}{nearest(request.verifier, VERIFIERS)}")
         settings = validate(CEMConfig, dict(request.settings), where="settings")
+        await self.watch.refresh()
         known = {name: info for name, info in self.watch.catalog.experts.items() if info.problem is None}
         experts = request.experts or tuple(name for name, info in known.items() if not info.classifies)
         for name in experts:
