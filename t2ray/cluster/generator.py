@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 import tempfile
 import threading
 import time
@@ -40,6 +41,9 @@ from t2ray.model import load_model
 from t2ray.serving import VERIFIERS, ServeConfig
 from t2ray.svd import Factors
 
+PRIMITIVES = "64"
+"""oneDNN keeps code for each number of tokens that a matrix was multiplied with: 300 MB by its default of 1024."""
+
 STALLED_S = 20.0
 """A loop that has not turned for so long is stuck: it turns ten times a second when it is idle."""
 
@@ -52,6 +56,7 @@ class Generator:
     ) -> None:
         self.config = ServeConfig.model_validate(config)
         torch.set_num_threads(self.config.engine.threads)
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
         self.model = load_model(self.config.model, self.config.factors)
