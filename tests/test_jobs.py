@@ -27,7 +27,7 @@ from t2ray.rl.records import read_metrics
 from t2ray.store import Store
 from t2ray.svd import Factors
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

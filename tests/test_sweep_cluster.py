@@ -23,7 +23,7 @@ from t2ray.core import DataError, ResourceError, RunError
 from t2ray.sweep.results import TRIALS, Trial, write_results
 from t2ray.sweep.space import SweepConfig, load
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
 CPU = {"CPU": 1.0}
 JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9}}
@@ -178,7 +178,6 @@ def test_optuna_proposes_points_within_the_space(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- the commands, whole
 
 
-@pytest.mark.slow
 def test_the_winner_of_a_sweep_trains_and_then_adapts_as_its_file_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

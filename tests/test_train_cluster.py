@@ -194,6 +194,7 @@ def interrupt(of: subprocess.Popen[str], least: int) -> None:
     wait_for(lambda: gone(children), 5 - (time.monotonic() - start))
 
 
+@pytest.mark.long
 def test_an_interrupted_and_then_killed_driver_leaves_no_process_and_a_run_that_ends_with_the_same_z(
     tmp_path: Path, driver: Driver
 ) -> None:
