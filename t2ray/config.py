@@ -102,7 +102,7 @@ class DomainConfig(Strict):
 
 
 # What does not change the z that a training job ends with.
-FREE = frozenset({"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code"})
+FREE = frozenset({"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track"})
 
 
 class TrainConfig(Strict):
@@ -125,17 +125,20 @@ class TrainConfig(Strict):
         None, coerce_numbers_to_str=True, description='decoder layers, e.g. "0-3,8"; default all'
     )
     seed: int = 0
-    workers: int = Field(1, ge=0, description="Ray Train workers a domain; 0 runs in this process")
+    workers: int | str = Field(1, description="Ray Train workers a domain, 1-4 for what fits; 0 runs in this process")
     cpus: float | None = Field(
         None,
         gt=0,
         description="CPUs a worker, and its threads, rounded down; default: its share of the cluster less one core",
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs a worker")
+    gpus: float = Field(0.0, ge=0, description="GPUs a worker; with 2 or more its model is divided over them")
     verifiers: int = Field(1, ge=0, description="verifier processes a worker; 0 verifies in the worker")
     verify_timeout_s: float = Field(10.0, gt=0, description="time limit of one verification")
     unsafe_code: bool = Field(False, description="run model-written code where no isolation can be had")
     code: str = Field("", description="folder that holds the reward modules; default: the YAML's own")
+    track: tuple[Literal["wandb", "mlflow"], ...] = Field(
+        (), description="trackers that are told each step beside TensorBoard, e.g. [wandb]; each is an extra"
+    )
 
     @field_validator("domains")
     @classmethod
@@ -143,6 +146,27 @@ class TrainConfig(Strict):
         for name in domains:
             check_name(name, "domain")
         return domains
+
+    @field_validator("workers", mode="before")
+    @classmethod
+    def _range(cls, workers: object) -> object:
+        numbers = re.fullmatch(r"(\d+)(?:-(\d+))?", str(workers))
+        if not numbers or (numbers[2] and not 0 < int(numbers[1]) <= int(numbers[2])):
+            raise ValueError(f"a number of workers, or a range such as 1-4 that begins with 1 or more, not {workers!r}")
+        return str(workers) if numbers[2] else int(numbers[1])
+
+    @field_validator("gpus")
+    @classmethod
+    def _whole(cls, gpus: float) -> float:
+        if gpus > 1 and gpus != int(gpus):
+            raise ValueError(f"a worker has a part of one GPU or whole ones, not {gpus:g}: 0.5, 1, 2, ...")
+        return gpus
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The fewest and the most workers of a domain: `(2, 2)` for 2, `(1, 4)` for "1-4"."""
+        least, _, most = str(self.workers).partition("-")
+        return int(least), int(most or least)
 
     def domain_rl(self, domain: str) -> RLConfig:
         """The RL settings of one domain: `rl` with the domain's own `rl` over it.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from t2ray.chat import Chat
-from t2ray.core import ModelError
+from t2ray.core import ModelError, ResourceError
 from t2ray.svd import Factors
 from t2ray.svf import SVF
 from t2ray.weights import TINY, resolve
@@ -41,18 +42,21 @@ class Model:
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
         states: Tensor = self.hf.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-        return states
+        return states.to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Float32 logits, (..., V), of hidden states."""
         scores: Tensor = self.hf.get_output_embeddings()(hidden)
-        return scores.float()
+        return scores.to(self.device).float()
 
 
 def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> Model:
     """The model at `ref` with its decomposed matrices replaced by SVF layers; on the GPU when there is one.
 
+    With `device="auto"` its layers are divided over all GPUs that this process sees.
+
     Raises:
+        ResourceError: that division needs accelerate, which is not installed.
         ModelError: the folder is no causal language model that transformers knows without remote code.
         ExpertError: the decomposition was made from another model.
     """
@@ -63,8 +67,13 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
     folder = resolve(ref)
     opened = Factors.open(factors, base_digest=base_digest(folder))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    divided = {"device_map": "auto"} if device == "auto" else {}
+    if divided and find_spec("accelerate") is None:
+        raise ResourceError("a base that is divided over GPUs needs accelerate: pip install accelerate, on every node")
     try:
-        hf = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=False)
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **divided
+        )
         # Who asks for a completion checks its length; the tokenizer would only print a warning.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
     except (ValueError, OSError, KeyError) as error:
@@ -73,7 +82,7 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
             f"{folder}: not a model that transformers can load: {reason}; name a folder that save_pretrained wrote, "
             "with config.json and tokenizer.json"
         ) from None
-    hf = hf.to(device).eval().requires_grad_(False)
+    hf = (hf if divided else hf.to(device)).eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     eos = hf.generation_config.eos_token_id

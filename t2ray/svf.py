@@ -63,6 +63,7 @@ class SVFLinear(nn.Module):
             gain = gain[bound.row_index]
             # One index a row of (B, T, N), or one a token of a packed (1, T, N).
             gain = gain[:, None] if x.shape[0] == gain.shape[0] else gain[None]
+        gain = gain.to(x.device)  # a base that is divided over GPUs has its layers on several
         # The product is taken in the gain's float32: bfloat16 has no number between 1 and 1.0078 for a z.
         if torch.is_grad_enabled():
             return F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, self.bias)
@@ -73,7 +74,7 @@ class SVFLinear(nn.Module):
 
     def fold(self, change_r: Tensor) -> None:
         """Sets the folded weight to `W + U diag(s (z - 1)) V^T`; `change_r` is `s (z - 1)`, exact 0 where z is 1."""
-        self.folded_MN = packed(torch.addmm(self.weight, self.U_Mr * change_r.to(self.U_Mr.dtype), self.Vh_rN))
+        self.folded_MN = packed(torch.addmm(self.weight, self.U_Mr * change_r.to(self.U_Mr), self.Vh_rN))
 
 
 def packed(weight_MN: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ class SVF:
             self.layers.append(layer)
             start += target.rank
         self.K = start
-        self.s_K = torch.cat(singular)
+        self.s_K = torch.cat([s_r.to(singular[0].device) for s_r in singular])
         self.layer_of_K = torch.repeat_interleave(
             torch.tensor([t.layer for t in self.layout]), torch.tensor([t.rank for t in self.layout])
         ).to(self.s_K.device)

@@ -106,14 +106,14 @@ async def verify_letters(completions: Sequence[str], rows: Sequence[Mapping[str,
     return [letter(text, row) for text, row in zip(completions, rows, strict=True)]
 
 
-def train_in_parallel(rank: int, world: int, folder: Path, rl: RLConfig) -> None:
+def train_in_parallel(rank: int, world: int, folder: Path, rl: RLConfig, shares: int = 1) -> None:
     """One of `world` workers that train together without Ray; leaves its rows and its z in `folder`."""
     init = f"file://{folder}/rendezvous"
     distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     rows: list[dict[str, Any]] = []
     trainer = Trainer(
         Engine(load_model(str(folder / "model"), folder / "factors", device="cpu")),
-        letter_task(), verify_letters, rl, Store(folder / "run"), seed=0, digest="x",
+        letter_task(), verify_letters, rl, Store(folder / "run"), seed=0, digest="x", shares=shares,
     )  # fmt: skip
     asyncio.run(trainer.run(rows.append))
     torch.save((rows, trainer.p_K.detach(), trainer.p_K.grad), folder / f"rank{rank}.pt")

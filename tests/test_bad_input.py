@@ -6,17 +6,28 @@ All go through the command line, in this process; the modules' own tests have th
 from __future__ import annotations
 
 import json
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from safetensors.torch import load_file, save_file
 
 from t2ray.cli import main
+from t2ray.cluster import train as cluster_train
 from t2ray.commands import adapt, evaluate
 from t2ray.core import Mixture
 from t2ray.experts import Registry
@@ -368,19 +379,141 @@ def test_an_import_that_is_none_leaves_no_expert(place: Path, refused: Refused) 
     assert "'X' cannot name a expert" in refused("experts", "import", "X", "noise.safetensors", *of)
 
 
+@pytest.fixture
+def other(copied: Path) -> Path:
+    """A model of the same shape with other weights."""
+    shard = copied / "model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(shard).items()}, shard, {"format": "pt"})
+    return copied
+
+
+@pytest.mark.parametrize("rest", ["workers=0", "workers=1 cpus=1"])
+def test_a_job_with_the_factors_of_another_base_is_refused(
+    other: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch, rest: str
+) -> None:
+    main(["decompose", "model", "--out", "f"])
+    monkeypatch.setattr(cluster_train, "session", no_cluster)
+    line = refused("train", "job.yaml", "model=copy", "factors=f", *rest.split())
+    assert re.search(r"f holds factors of the base \w+, the model is \w+; ", line)
+
+
+def test_a_job_whose_registry_has_experts_of_another_base_is_refused(expert: Path, refused: Refused) -> None:
+    line = refused("train", "job.yaml", f"experts={expert}")
+    assert re.search(
+        r"expert 'alien' .* belongs to another base model: it was made for abab.*; name its own model", line
+    )
+
+
+def test_a_run_that_began_with_another_base_is_not_resumed(other: Path, refused: Refused) -> None:
+    main(["train", "job.yaml"])
+    line = refused("train", "job.yaml", "model=copy", "--resume")
+    assert re.search(r"started with another configuration: model: .*model.*, now .*copy\"; use another run=NAME", line)
+
+
 # ------------------------------------------------------------------------------------------------------------- cluster
 
 
-def test_workers_that_ask_for_more_than_the_cluster_has(
-    place: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from t2ray.cluster import train
+@contextmanager
+def no_cluster() -> Iterator[dict[str, float]]:
+    raise AssertionError("no cluster is needed to see this")
+    yield {}
 
-    @contextmanager
-    def two_cpus() -> Iterator[dict[str, float]]:
-        yield {"CPU": 2.0}
 
-    monkeypatch.setattr(train, "session", two_cpus)
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A cluster that asks for the suite's token."""
+    with tempfile.TemporaryDirectory(prefix="t2ray") as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)  # sockets lie in it, and their names must be short
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+        yield cluster.address
+        cluster.shutdown()
+
+
+@pytest.fixture
+def attached(address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Commands go to that cluster, and none may take ten seconds."""
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    start = time.monotonic()
+    yield address
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.cluster
+def test_workers_that_ask_for_more_than_the_cluster_has(attached: str, refused: Refused) -> None:
     line = refused("train", "job.yaml", "workers=3", "cpus=2")
     assert "needs 6 CPU, the cluster has 2 CPU; lower workers, cpus or gpus" in line
     assert "needs 1 GPU, the cluster has 0 GPU" in refused("train", "job.yaml", "workers=1", "gpus=1")
+
+
+@pytest.mark.cluster
+def test_a_cluster_of_another_ray_or_python(attached: str, refused: Refused) -> None:
+    key, namespace = b"CLUSTER_METADATA", b"cluster"  # what a driver compares itself with
+    gcs = GcsClient(address=attached)
+    own = gcs.internal_kv_get(key, namespace)
+    try:
+        for name, value in (("ray_version", "2.59.0"), ("python_version", "3.12.1")):
+            gcs.internal_kv_put(key, json.dumps(json.loads(own) | {name: value}).encode(), True, namespace)
+            line = refused("train", "job.yaml", "workers=1", "cpus=1")
+            assert re.search(rf"the cluster runs Ray .*{value}.*, this is Ray .*; install the cluster's versions", line)
+    finally:
+        gcs.internal_kv_put(key, own, True, namespace)
+
+
+@pytest.mark.cluster
+def test_a_token_that_is_missing_or_wrong(address: str, place: Path) -> None:
+    """In processes of their own: Ray reads the token once."""
+    code = "import sys; from t2ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    env = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
+    env |= {"HOME": str(place), "RAY_ADDRESS": address}
+    start = time.monotonic()
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, "train", "job.yaml", "workers=1"],
+            env=env | token, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for token in ({}, {"RAY_AUTH_TOKEN": "ab" * 32})
+    ]  # fmt: skip
+    told = [(*command.communicate(timeout=60), command.returncode) for command in commands]
+    assert time.monotonic() - start < 20  # two at once, on two cores
+    assert [code for _, _, code in told] == [2, 2]
+    (_, missing, _), (_, wrong, _) = told
+    remedy = "the cluster's token is in ~/.ray/auth_token of the machine that started it"
+    assert missing.startswith(f"t2ray: no token for the Ray cluster at {address}; {remedy}")
+    assert wrong.startswith(f"t2ray: the Ray cluster at {address} refuses the token; {remedy}")
+    assert missing.count("\n") == wrong.count("\n") == 1 and not (place / "runs").exists()
+
+
+@pytest.fixture
+def blind_node(address: str, place: Path) -> Iterator[None]:
+    """A second node, to which the working folder is an empty one: a mount of its own, as on a machine of its own."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a mount that one process alone sees needs root")
+    with tempfile.TemporaryDirectory(prefix="t2ray") as folder:
+        log = Path(folder, "log")
+        ray = [str(Path(sys.executable).parent / "ray"), "start", f"--address={address}", "--block", "--num-cpus=1",
+               f"--temp-dir={folder}/n", "--disable-usage-stats"]  # fmt: skip
+        with log.open("w") as file:
+            node = subprocess.Popen(
+                ["unshare", "-m", "sh", "-c", f"mount -t tmpfs none {place} && exec {shlex.join(ray)}"],
+                stdout=file, stderr=file, cwd="/",
+            )  # fmt: skip
+        try:
+            deadline = time.monotonic() + 60
+            while "Ray runtime started" not in log.read_text():
+                assert node.poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            yield
+        finally:
+            family = [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]
+            for process in family:
+                process.kill()
+            psutil.wait_procs(family, timeout=10)
+            node.wait(10)
+
+
+@pytest.mark.cluster
+def test_a_folder_that_the_nodes_do_not_share(blind_node: None, attached: str, refused: Refused) -> None:
+    line = refused("train", "job.yaml", "workers=1", "cpus=1")
+    assert re.search(
+        r"/runs is not shared: .* is not seen on [\d.]+; name a folder that all nodes mount, or s3://", line
+    )

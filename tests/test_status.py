@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from t2ray.config import TrainConfig, resolve
 from t2ray.core import RewardError
 from t2ray.rl import status
 from t2ray.rl.job import domain_store
-from t2ray.rl.status import Beat, DomainStatus, heart, note_fault, read_status
+from t2ray.rl.status import Beat, DomainStatus, beats, heart, note_fault, read_status
 from t2ray.store import Store
 
 SMALL = {"steps": 4, "prompts": 2, "samples": 2, "eval_every": 2, "eval_prompts": 2}
@@ -38,6 +41,13 @@ def job(folder: Path, reward: str = "good") -> TrainConfig:
     values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
               "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
     return resolve(values, where="job.yaml")
+
+
+def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.01)
 
 
 def only(config: TrainConfig) -> DomainStatus:
@@ -62,7 +72,7 @@ def test_a_run_is_followed_from_its_start_to_its_end(tmp_path: Path, capsys: pyt
     shutil.move(tmp_path / "runs" / "own", tmp_path / "moved")
     assert main(["status", str(tmp_path / "moved")]) == 0
     said = capsys.readouterr().out
-    assert "own" in said and "done" in said and "4/4" in said and "last checkpoint: step 4" in said
+    assert "own" in said and "done" in said and "4/4" in said and "validation 1.000 at step " in said
     assert main(["status", str(tmp_path / "moved"), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert (row["state"], row["checkpoint"]) == ("done", 4)
@@ -90,11 +100,31 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
     monkeypatch.setattr(status, "STALE_S", -1.0)
     assert only(config).state == "stopped"
     monkeypatch.setattr(status, "STALE_S", 60.0)
-    monkeypatch.setattr(status, "BEAT_S", 0.0)
-    beat(7)
-    assert only(config).workers[0].step == 7
     note_fault(store, "its node went away", ended=False)  # the run went on by itself
     assert only(config).state == "running"
+    del beat
+
+
+def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a long step; a thread that ends and a heart that is let go of are no sign of life."""
+    monkeypatch.setattr(status, "BEAT_S", 0.02)
+    config, threads = job(tmp_path), threading.active_count()
+    store = domain_store(config, "own")
+
+    def at(rank: int) -> Beat:
+        return {beat.rank: beat for beat in beats(store)}[rank]
+
+    hearts = [heart(store, 0)]
+    worker = threading.Thread(target=lambda: hearts.append(heart(store, 1)))
+    worker.start()
+    worker.join()
+    first = at(0)
+    hearts[0](7)
+    wait_for(lambda: at(0).step == 7 and at(0).at > first.at)
+    assert at(0).began == first.began
+    wait_for(lambda: threading.active_count() == threads + 1)  # the second worker has ended
+    hearts.clear()
+    wait_for(lambda: threading.active_count() == threads)
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +166,44 @@ def test_a_dead_workers_end_names_the_place_the_memory_and_the_knob() -> None:
     assert "the worker held 9.1 GiB, the machine 30.0 of 64.0 GiB" in said and "somebody ended it" in said
     full = diagnosis("math", {0: RuntimeError(DEAD)}, (replace(BEAT, used_gib=62.9),))
     assert "most likely the machine ran out of memory: lower rl.micro_batch" in full
-    assert "before its first step" in diagnosis("math", {0: RuntimeError(DEAD)}, ())
+    for earlier in ((), (replace(BEAT, pid=1),)):  # none, or one that its predecessor left
+        assert "before its first step; " in diagnosis("math", {0: RuntimeError(DEAD)}, earlier)
     assert "\n" not in said + full
+
+
+# What Ray 2.60's memory monitor says, shortened at the dots.
+FULL = """A worker health check failed.
+Worker info: Worker(
+    node_ip='10.0.0.7',
+    pid=1169,
+)
+4 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: b364) was \
+60.87GB used / 64.00GB limit (0.951)
+OOM kill reason: Memory usage 65359148032B exceeded threshold of 65283502899B (95% of 68719476736B limit)
+Selected to kill: (Actor(fe76): ..., task name=PreemptionWatcher.__init__, ..., pid=1121, actual memory used=0.10GB)
+Selected to kill: (Actor(121c): ..., task name=RayTrainWorker.__init__, ..., pid=1169, actual memory used=44.39GB)
+..."""
+
+
+@pytest.mark.parametrize(
+    "text", [FULL, FULL.partition(")\n")[2]]
+)  # of the worker; of the controller, which falls with it
+def test_a_worker_that_ray_ended_for_its_memory(text: str) -> None:
+    said = diagnosis("math", {0: RuntimeError(text)}, (BEAT,))
+    assert said.startswith("worker 0 of domain 'math' died: node 10.0.0.7, pid 1169, after step 12; at its end the ")
+    assert (
+        "the worker held 44.39 GiB, the machine 60.87 of 64.00 GiB; Ray's memory monitor ended it, above 95% " in said
+    )
+    assert "lower rl.micro_batch" in said and "\n" not in said
+
+
+def test_the_worker_that_died_is_named_and_not_one_that_lost_it() -> None:
+    lost = RuntimeError(
+        "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]"
+    )
+    said = diagnosis("math", {0: lost, 1: RuntimeError(DEAD), 2: lost}, (BEAT, replace(BEAT, rank=1, step=13)))
+    assert said.startswith("worker 1 of domain 'math' died: node 10.0.0.7, pid 1169, after step 13;")
+    assert diagnosis("math", {0: lost, 1: ValueError("shapes differ")}, ()).startswith("worker 1 ")
 
 
 @pytest.mark.parametrize(

@@ -40,14 +40,14 @@ def update(subject: Subject, repeats: int) -> Figures:
         z_K = subject.model.svf.bank["bench"]
         times = interleaved(
             {
-                "ours": lambda: whole.update(rollouts, advantage_B, len(rollouts), 1),
+                "ours": lambda: whole.update([rollouts], [advantage_B], len(rollouts), 1),
                 "reference": lambda: reference.gradient(z_K, rows, advantage_B, LAMBDA),
             },
             repeats,
         )
         made = Allocations()
         with made:
-            quarter.update(rollouts, advantage_B, len(rollouts), 1)
+            quarter.update([rollouts], [advantage_B], len(rollouts), 1)
     held = sum(tensor.nbytes for tensor in (*subject.model.hf.parameters(), *subject.model.hf.buffers()))
     bound = held + activation_bytes(subject, rollouts[: max(1, len(rollouts) // 4)])
     return {

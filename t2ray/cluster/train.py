@@ -9,14 +9,15 @@ from __future__ import annotations
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray import train as ray_train
+from ray._private.state import state
 from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2ray.cluster.faults import FaultLog, diagnosis
 from t2ray.cluster.session import check_lasting, check_shared, session, slots
@@ -24,6 +25,7 @@ from t2ray.config import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.experts import Registry
 from t2ray.prompts import OTHERS
+from t2ray.rl.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.rl.job import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.rl.run import CONFIG, open_run, prepare
 from t2ray.rl.status import beats, heart, note_fault
@@ -55,10 +57,10 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
             _train_here(config, domain, tick)
     else:
         with session() as resources:
-            config, at_once = _fit(config, resources)
+            config, at_once, most = _fit(config, resources)
             check_shared([config.out, str(config.factors)])
             _start(config)
-            _on_ray(config, _unfinished(config), at_once, tick)
+            _on_ray(config, _unfinished(config), (at_once, most), tick)
     tick(config)
     return _collect(config)
 
@@ -90,19 +92,39 @@ def _unfinished(config: TrainConfig) -> list[str]:
     return [domain for domain in config.domains if finished(domain_store(config, domain)) is None]
 
 
-def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int]:
-    """The job with its CPUs a worker decided, and how many domains run at once."""
-    jobs = len(config.domains) * config.workers
+def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int, int]:
+    """The job with its CPUs a worker decided, how many domains run at once, and with how many workers at most."""
+    least, most = config.span
     # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
-    cpus = config.cpus or max(1.0, (resources.get("CPU", 0.0) - 1) // jobs)
-    need = {"CPU": cpus * config.workers, "GPU": config.gpus * config.workers}
-    return config.model_copy(update={"cpus": cpus}), slots(need, resources, f"a domain of run {config.run!r}")
+    share = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
+    largest = {key: _largest(key) for key in ("CPU", "GPU")}
+    worker = {"CPU": config.cpus or min(share, max(1.0, largest["CPU"])), "GPU": config.gpus}
+    need = {key: amount * least for key, amount in worker.items()}
+    at_once = min(len(config.domains), slots(need, resources, f"a domain of run {config.run!r}"))
+    for key, amount in worker.items():
+        if amount > largest[key]:
+            raise ResourceError(
+                f"a worker of run {config.run!r} needs {amount:g} {key}, the largest node has {largest[key]:g}; "
+                "lower cpus or gpus, or add larger nodes"
+            )
+    if at_once > 1:  # Ray gives a range all that is free: the first domain would leave the others nothing
+        most = max(least, min(most, slots(worker, resources, "a worker") // at_once))
+    return config.model_copy(update={"cpus": worker["CPU"]}), at_once, most
 
 
-def _on_ray(config: TrainConfig, domains: Sequence[str], at_once: int, tick: Tick) -> None:
+def _largest(key: str) -> float:
+    """The most that one node has of a resource, or will have where nodes come on demand."""
+    groups = getattr(state.get_cluster_config(), "node_group_configs", ())
+    nodes = [*(node["Resources"] for node in ray.nodes() if node["Alive"]), *(group.resources for group in groups)]
+    return max(float(dict(resources).get(key, 0.0)) for resources in nodes)
+
+
+def _on_ray(config: TrainConfig, domains: Sequence[str], most: tuple[int, int], tick: Tick) -> None:
     """Runs the domains, and raises what the first that fails raises; whatever ends it ends them all."""
-    launcher = ray.remote(num_cpus=0)(_Launcher).remote()
-    running = launcher.run.remote(config, domains, at_once)
+    # Beside the driver, as Ray Train's controllers are beside it: the run outlives every other node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    launcher = ray.remote(num_cpus=0)(_Launcher).options(scheduling_strategy=here).remote()
+    running = launcher.run.remote(config, domains, *most)
     try:
         while not ray.wait([running], timeout=_POLL_S)[0]:
             tick(config)
@@ -121,23 +143,42 @@ class _Launcher:
     Threads that wait in the driver would touch Ray after an interrupt has shut it down, and Ray then ends the driver.
     """
 
-    def run(self, config: TrainConfig, domains: Sequence[str], at_once: int) -> T2RayError | None:
-        """Trains the domains, `at_once` at a time; the error of the first that fails."""
+    def run(self, config: TrainConfig, domains: Sequence[str], at_once: int, most: int) -> T2RayError | None:
+        """Trains the domains, `at_once` at a time with at most so many workers each; the error of the first to fail."""
         pool = ThreadPoolExecutor(at_once)
-        ended = as_completed([pool.submit(_fit_domain, config, domain) for domain in domains])
+        ended = as_completed([pool.submit(_fit_domain, config, domain, most) for domain in domains])
         return next((error for error in (future.result() for future in ended) if error is not None), None)
 
 
-def _fit_domain(config: TrainConfig, domain: str) -> T2RayError | None:
-    """One domain's Ray Train job, to its end; the error that it ended with."""
-    threads = str(max(1, int(config.cpus or 1)))
-    trainer = TorchTrainer(
+def _fit_domain(config: TrainConfig, domain: str, most: int) -> T2RayError | None:
+    """One domain's training to its end; the error that it ended with.
+
+    Over days, more nodes may go than Ray restarts workers for: a job that got to another checkpoint has a new count.
+    """
+    store = domain_store(config, domain)
+    while True:
+        before = store.names(CHECKPOINTS)[-1:]
+        try:
+            error: T2RayError | None = _trainer(config, domain, most).fit().return_value
+        except TrainingFailedError as failure:
+            if store.names(CHECKPOINTS)[-1:] != before:
+                continue
+            error = ResourceError(_diagnosis(config, domain, failure))
+        if error is not None:
+            note_fault(store, str(error), ended=True)
+        return error
+
+
+def _trainer(config: TrainConfig, domain: str, most: int) -> TorchTrainer:
+    """One domain's Ray Train job."""
+    threads, least = str(max(1, int(config.cpus or 1))), config.span[0]
+    return TorchTrainer(
         _worker,
         train_loop_config={"config": config.model_dump(mode="json"), "domain": domain},
         # Sums of z's gradient (under 1 M numbers) and of scalars on the CPU: nccl refuses the latter.
         torch_config=TorchConfig(backend="gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(least, most) if least < most else most,
             use_gpu=config.gpus > 0,
             resources_per_worker={"CPU": config.cpus} | ({"GPU": config.gpus} if config.gpus else {}),
         ),
@@ -150,13 +191,6 @@ def _fit_domain(config: TrainConfig, domain: str) -> T2RayError | None:
             worker_runtime_env={"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
         ),
     )
-    try:
-        error: T2RayError | None = trainer.fit().return_value
-    except TrainingFailedError as failure:
-        error = ResourceError(_diagnosis(config, domain, failure))
-    if error is not None:
-        note_fault(domain_store(config, domain), str(error), ended=True)
-    return error
 
 
 def _worker(job: dict[str, Any]) -> T2RayError | None:
@@ -190,7 +224,7 @@ def _worker(job: dict[str, Any]) -> T2RayError | None:
 def _diagnosis(config: TrainConfig, domain: str, error: TrainingFailedError) -> str:
     causes = error.worker_failures if isinstance(error, WorkerGroupError) else {0: error}
     what = diagnosis(domain, causes, beats(domain_store(config, domain)))
-    return f"{what}; it was started {_RESTARTS + 1} times; the run goes on with --resume"
+    return f"{what}; it was started {_RESTARTS + 1} times and came to no new checkpoint; the run goes on with --resume"
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:
@@ -211,7 +245,8 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
                 metrics=metrics, seed=config.seed,
             )  # fmt: skip
         results[domain] = result
-    if Store(config.out).local is not None:
-        for leftover in Path(config.out, config.run, "ray").glob("*"):
-            Store(leftover.parent).delete(leftover.name)
+    leftovers = Store(f"{config.out}/{config.run}/ray")
+    if leftovers.local is not None:
+        for name in leftovers.names():
+            leftovers.delete(name)
     return results

@@ -1,13 +1,16 @@
-"""The options of `t2ray bench` and of `bench serve`, `bench load` and `bench soak`. Loads nothing; called by `cli`."""
+"""The options of `t2ray bench` and of its kinds: serve, load, soak, scaling. Loads nothing; called by `cli`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 
+SCALING = ("domains", "decomposition", "startup", "training", "serving", "endpoint")
+"""The parts of `bench scaling`."""
+
 
 def add(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    """Adds the four commands; `command(name, function, text)` makes a parser."""
+    """Adds the five commands; `command(name, function, text)` makes a parser."""
     p = command(
         "bench", "bench:bench", "measure the core's speed against the plain model, PEFT and the reference's algorithm"
     )
@@ -39,3 +42,7 @@ def add(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
     p.add_argument("--minutes", type=float, default=10.0, metavar="M", help="default: 10")
     p.add_argument("--rate", type=float, default=4.0, metavar="R", help="visits a second, on average (default: 4)")
     p.add_argument("--json", metavar="FILE", help="writes the report there too")
+
+    p = command("bench scaling", "bench_scaling:scaling", "what more cores and workers give, and cost models of both")
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(SCALING)} (default: all)")
+    p.add_argument("--json", metavar="FILE", help="writes the figures, the fitted prices and their points there too")

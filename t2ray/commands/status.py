@@ -19,7 +19,7 @@ from t2ray.sweep.results import TRIALS
 
 
 def status(args: argparse.Namespace) -> None:
-    """Prints a line a domain, then its workers, its last checkpoint and what went wrong last.
+    """Prints a line a domain, then its workers and checkpoint or its result, its trackers and what went wrong last.
 
     Raises:
         RunError: there is no run in that folder.
@@ -48,13 +48,19 @@ def status(args: argparse.Namespace) -> None:
 
 
 def _details(d: DomainStatus) -> list[str]:
-    now = time.time()
-    lines = [
-        f"worker {w.rank} on {w.host} (pid {w.pid}), heard {_seconds(now - w.at)} ago at step {w.step}; {w.memory}"
-        for w in d.workers
-    ]
-    if d.checkpoint is not None:
-        lines.append(f"last checkpoint: step {d.checkpoint}")
+    now, lines, r = time.time(), [], d.result
+    if r is not None:
+        lines.append(f"best: validation {r.accuracy:.3f} at step {r.best_step}; the base has {r.base_accuracy:.3f}")
+    else:
+        lines += [
+            f"worker {w.rank} on {w.host} (pid {w.pid}), heard {_seconds(now - w.at)} ago at step {w.step}; {w.memory}"
+            for w in d.workers
+        ]
+        if d.checkpoint is not None:
+            lines.append(f"last checkpoint: step {d.checkpoint}")
+    for name, track in d.trackers.items():
+        more = f", not told more: {track.problem}" if track.problem else ""
+        lines.append(f"{name}: told up to step {track.told}, run {track.id} in {track.where}{more}")
     if d.fault is not None:
         lines.append(f"last error, {_seconds(now - d.fault.at)} ago: {d.fault.message}")
     return lines

@@ -69,8 +69,9 @@ def _training(
     assert first.cpus is not None
     worker = {"CPU": first.cpus} | ({"GPU": first.gpus} if first.gpus else {})
     domains = len(first.domains)
-    needs = {key: amount * first.workers * domains for key, amount in worker.items()} if first.workers else worker
-    one = {key: amount * max(1, first.workers) for key, amount in worker.items()}
+    workers = first.span[0]  # a range runs with its fewest
+    needs = {key: amount * workers * domains for key, amount in worker.items()} if workers else worker
+    one = {key: amount * max(1, workers) for key, amount in worker.items()}
     slots(one, have, f"a trial of sweep {config.run!r}")  # one domain must fit; more than that may wait for each other
     needs = {key: min(amount, have.get(key, 0.0)) for key, amount in needs.items()}
     # Checked and decomposed here, once, rather than by every trial: all matrices that the space asks for.
@@ -87,7 +88,7 @@ def _training(
     config = config.model_copy(update={"job": config.job | named})
     steps = max(first.domain_rl(domain).steps for domain in first.domains)
     # a process that only waits: Tune takes no trial without any resource, and memory is what every node has
-    holds: dict[str, float] = worker if first.workers == 0 else {"CPU": 0, "memory": 2**20}
+    holds: dict[str, float] = worker if workers == 0 else {"CPU": 0, "memory": 2**20}
     return config, holds, needs, steps
 
 

@@ -55,13 +55,16 @@ def train_domain(config: TrainConfig, domain: str, report: Report) -> None:
     torch.manual_seed(config.seed)
     store = domain_store(config, domain)
     task = build_task(config, domain)
-    engine = Engine(load_model(config.model, config.factors))
+    engine = Engine(load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None))
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
         unsafe_code=config.unsafe_code,
     )  # fmt: skip
     with verifier as verify:
-        trainer = Trainer(engine, task, verify, config.domain_rl(domain), store, seed=config.seed, digest=config.digest)
+        trainer = Trainer(
+            engine, task, verify, config.domain_rl(domain), store,
+            seed=config.seed, digest=config.digest, shares=config.span[1],
+        )  # fmt: skip
         trained = asyncio.run(trainer.run(report))
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         _leave(store, trained, engine)

@@ -1,12 +1,13 @@
-"""What a run leaves for people to open: `metrics.jsonl`, TensorBoard events and the rollouts as Parquet.
+"""What a run leaves for people to open: `metrics.jsonl`, TensorBoard events, the rollouts as Parquet, and its trackers.
 
-Written by the first worker of a domain alone.
+Written by the first worker of a domain alone. What W&B and MLflow are told is in trackers.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 from io import FileIO
@@ -19,7 +20,9 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from t2ray.config import TrainConfig
 from t2ray.core import ResourceError, Rollout
+from t2ray.rl.trackers import Trackers
 from t2ray.store import Store
 
 METRICS = "metrics.jsonl"
@@ -32,6 +35,7 @@ class Records:
         self.store = store
         self.rows = [row for row in read_metrics(store) if row["step"] <= step]
         self._write_metrics()
+        self.trackers = _trackers(store)
         self.events = None if store.local is None else Events(store.local / "tensorboard", step)
 
     def log(self, row: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
@@ -42,6 +46,18 @@ class Records:
         """
         self.rows.append(row)
         self.store.write_bytes(f"rollouts/step_{row['step']:06d}.parquet", rollouts_parquet(rollouts))
+        self._add_metrics(row)
+        if self.trackers is not None:
+            self.trackers.tell(self.rows)
+
+    def close(self) -> None:
+        """Ends what is open; called while the error that ended the run is on its way up, where there is one."""
+        if self.events is not None:
+            self.events.file.close()
+        if self.trackers is not None:
+            self.trackers.close(self.rows, failed=sys.exception() is not None)
+
+    def _add_metrics(self, row: dict[str, Any]) -> None:
         if self.store.local is None or self.events is None:
             self._write_metrics()
             return
@@ -54,12 +70,18 @@ class Records:
                 f"cannot write the records of {self.store.uri} ({error}); free some space, then go on with --resume"
             ) from error
 
-    def close(self) -> None:
-        if self.events is not None:
-            self.events.file.close()
-
     def _write_metrics(self) -> None:
         self.store.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def _trackers(store: Store) -> Trackers | None:
+    """Those that the run's configuration asks for; a domain's folder is <run>/domains/<domain>."""
+    folder, _, domain = store.uri.rpartition("/domains/")
+    run = Store(folder or ".")
+    if not folder or not run.exists("config.json"):
+        return None
+    config = TrainConfig.model_validate_json(run.read_text("config.json"))
+    return Trackers(config, domain, store) if config.track else None
 
 
 class Events:

@@ -11,7 +11,11 @@ from pydantic import ValidationError
 
 from t2ray.config import TrainConfig
 from t2ray.core import RunError
+from t2ray.experts import Registry
+from t2ray.rl.trackers import check_trackers
 from t2ray.store import Store
+from t2ray.svd import MANIFEST as FACTORS
+from t2ray.svd import Factors
 from t2ray.tasks.build import build_task
 from t2ray.weights import Weights, resolve
 
@@ -27,6 +31,8 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
     """
     config = _absolute(config)
     _check_run(config, resume)
+    _check_base(config)
+    check_trackers(config)
     for domain in config.domains:
         task = build_task(config, domain)
         task.examples("train", 1), task.examples("validation", 1)
@@ -68,6 +74,16 @@ def _check_run(config: TrainConfig, resume: bool) -> None:
         raise RunError(
             f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"
         )
+
+
+def _check_base(config: TrainConfig) -> None:
+    """Refuses factors and a registry that belong to another model than the job's."""
+    assert config.factors is not None and config.experts is not None
+    digest, registry = Weights(resolve(config.model)).digest, Registry(config.experts)
+    if Path(config.factors, FACTORS).exists():
+        Factors.open(config.factors, digest)
+    for name in registry.names()[:1]:  # whoever serves a registry refuses it whole when one expert is another model's
+        registry.load(name, base_digest=digest)
 
 
 def _differing(before: object, now: object, path: str = "") -> list[str]:

@@ -10,22 +10,27 @@ import json
 import os
 import re
 import socket
+import threading
 import time
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import psutil
 
 from t2ray.config import TrainConfig
+from t2ray.core import ResourceError
 from t2ray.rl.checkpoint import FOLDER as CHECKPOINTS
-from t2ray.rl.job import domain_store, finished
+from t2ray.rl.job import Result, domain_store, finished
 from t2ray.rl.records import read_metrics
+from t2ray.rl.trackers import Track, tracks
 from t2ray.store import Store
 
 WORKERS, FAULT = "workers", "fault.json"
 BEAT_S = 2.0
-STALE_S = 60.0  # a worker that has said nothing for so long, and for five of its steps, is not running
+STALE_S = 30.0  # a worker that has said nothing for so long is not running
 _GIB = 2**30
 
 
@@ -33,7 +38,7 @@ _GIB = 2**30
 class Beat:
     """A worker's sign of life: `Beat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
 
-    `rss_gib` is the process's memory, `used_gib` of `total_gib` the whole machine's.
+    `rss_gib` is the process's memory, `used_gib` of `total_gib` the whole machine's; the worker's heart `began` then.
     """
 
     rank: int
@@ -44,6 +49,7 @@ class Beat:
     rss_gib: float
     used_gib: float
     total_gib: float
+    began: float = 0.0
 
     @property
     def memory(self) -> str:
@@ -74,7 +80,9 @@ class DomainStatus:
     tokens_per_s: float | None
     left_s: float | None
     checkpoint: int | None
+    result: Result | None
     workers: tuple[Beat, ...]
+    trackers: dict[str, Track]
     fault: Fault | None
 
 
@@ -82,32 +90,46 @@ class DomainStatus:
 
 
 def heart(store: Store, rank: int) -> Callable[[int], None]:
-    """A worker's heart: call it with each step; it leaves a sign of life now and then, and one at once."""
-    told = time.monotonic()
+    """A worker's heart: call it with each step; it leaves a sign of life in the run folder every two seconds.
 
-    def beat(step: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > BEAT_S:
-            told = time.monotonic()
-            _beat(store, rank, step)
-
-    _beat(store, rank, 0)
-    return beat
+    A thread of its own does that, since a large model's first step takes minutes, and since a machine is fullest in the
+    middle of a step. It ends when the thread that made the heart ends, or lets go of it.
+    """
+    return _Heart(store, rank)
 
 
-def _beat(store: Store, rank: int, step: int) -> None:
-    machine = psutil.virtual_memory()
-    here = Beat(
-        rank=rank,
-        host=socket.gethostname(),
-        pid=os.getpid(),
-        step=step,
-        at=time.time(),
-        rss_gib=psutil.Process().memory_info().rss / _GIB,
-        used_gib=(machine.total - machine.available) / _GIB,
-        total_gib=machine.total / _GIB,
-    )
-    store.write_text(f"{WORKERS}/{rank}.json", json.dumps(asdict(here)))
+class _Heart:
+    def __init__(self, store: Store, rank: int) -> None:
+        self.store, self.rank, self.step, self.began = store, rank, 0, time.time()
+        self.beat()
+        threading.Thread(target=_beat_on, args=(weakref.ref(self), threading.current_thread())).start()
+
+    def __call__(self, step: int) -> None:
+        self.step = step
+
+    def beat(self) -> None:
+        """Leaves a sign of life."""
+        machine = psutil.virtual_memory()
+        here = Beat(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            step=self.step,
+            at=time.time(),
+            rss_gib=psutil.Process().memory_info().rss / _GIB,
+            used_gib=(machine.total - machine.available) / _GIB,
+            total_gib=machine.total / _GIB,
+            began=self.began,
+        )
+        self.store.write_text(f"{WORKERS}/{self.rank}.json", json.dumps(asdict(here)))
+
+
+def _beat_on(heart: weakref.ref[_Heart], owner: threading.Thread) -> None:
+    while owner.is_alive() and (mine := heart()) is not None:
+        with suppress(ResourceError):  # a disk that is full ends the run where it writes its records, with more to say
+            mine.beat()
+        del mine
+        owner.join(BEAT_S)
 
 
 def note_fault(store: Store, message: str, *, ended: bool) -> None:
@@ -131,19 +153,19 @@ def read_status(config: TrainConfig) -> list[DomainStatus]:
 
 def _domain(config: TrainConfig, domain: str) -> DomainStatus:
     store, now = domain_store(config, domain), time.time()
-    rows, workers = read_metrics(store), beats(store)
+    rows, workers, result = read_metrics(store), beats(store), finished(store)
     fault = Fault(**json.loads(store.read_text(FAULT))) if store.exists(FAULT) else None
     steps = config.domain_rl(domain).steps
     last: dict[str, Any] = rows[-1] if rows else {}
     recent = rows[-10:]
     pace_s = sum(row["seconds"] for row in recent) / max(1, len(recent))
-    alive = [worker for worker in workers if now - worker.at < max(STALE_S, 5 * pace_s)]
-    heard = max((worker.at for worker in workers), default=0.0)
+    alive = [worker for worker in workers if now - worker.at < STALE_S]
+    began = max((worker.began for worker in workers), default=0.0)
     names = [match for match in map(re.compile(r"step_(\d+)\.").match, store.names(CHECKPOINTS)) if match]
     state: Literal["waiting", "running", "done", "failed", "stopped"]
-    if finished(store) is not None:
+    if result is not None:
         state = "done"
-    elif fault is not None and fault.ended and fault.at >= heard:
+    elif fault is not None and fault.ended and fault.at >= began:
         state = "failed"
     elif alive:
         state = "running"
@@ -161,6 +183,8 @@ def _domain(config: TrainConfig, domain: str) -> DomainStatus:
         tokens_per_s=last.get("tokens_per_s"),
         left_s=(steps - last["step"]) * pace_s if state == "running" and rows else None,
         checkpoint=int(names[-1][1]) if names else None,
+        result=result,
         workers=tuple(alive) if state == "running" else workers,
+        trackers=tracks(store),
         fault=fault,
     )

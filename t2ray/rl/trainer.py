@@ -1,10 +1,11 @@
 """Trains one expert: rollouts in folded mode, verified; REINFORCE + KL on z; greedy validation; the best z is kept.
 
 The algorithm is `Trainer.step` and `Trainer.run`. Not here: Ray (`cluster.train` runs a trainer in each worker), files'
-formats (`rl.records`, `rl.checkpoint`) and the registry. With torch.distributed initialised the workers split each
-batch and sum z's gradient; without it the trainer is alone.
+formats (`rl.records`, `rl.checkpoint`) and the registry. With torch.distributed initialised the workers take a batch's
+shares between them and sum z's gradient; without it the trainer is alone. The sums have an order of their own, so that
+as many shares make the same z, bit for bit, whatever the number of workers.
 
-Shapes: B rollouts of a batch, K singular values of all targets.
+Shapes: B rollouts of a share, S shares of a batch, K singular values of all targets.
 """
 
 from __future__ import annotations
@@ -47,14 +48,27 @@ class Trainer:
     """One domain's training run in `store`, resumed from its newest checkpoint."""
 
     def __init__(
-        self, engine: Engine, task: Task, verify: Verify, rl: RLConfig, store: Store, *, seed: int, digest: str
+        self,
+        engine: Engine,
+        task: Task,
+        verify: Verify,
+        rl: RLConfig,
+        store: Store,
+        *,
+        seed: int,
+        digest: str,
+        shares: int = 1,
     ) -> None:
-        """`digest` is the configuration's: a checkpoint of another one is refused (RunError)."""
+        """`digest` is the configuration's: a checkpoint of another one is refused (RunError).
+
+        Each batch is split into so many `shares`, or one a worker where there are more workers.
+        """
         self.engine, self.task, self.verify, self.rl, self.store = engine, task, verify, rl, store
         self.model, self.svf = engine.model, engine.model.svf
         self.seed, self.digest = seed, digest
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
+        self.shares = max(shares, self.world)
         self.train = task.examples("train")
         self.validation = task.examples("validation", rl.eval_prompts)
         self.policy = Mixture.of({task.name: 1.0})
@@ -108,12 +122,12 @@ class Trainer:
     async def step(self, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         """Rolls out, rewards, and moves z along the gradient once."""
         start = time.perf_counter()
-        rollouts = await self._roll_out(step)
-        rewards_B = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-        total = _all_sum(torch.tensor([rewards_B.sum(), (rewards_B > 0).sum(), len(rollouts)], dtype=torch.float64))
+        parts = [await self._roll_out(step, share) for share in self._own()]
+        rewards = [_rewards(part) for part in parts]
+        total = self._sum([torch.stack([r_B.sum(), (r_B > 0).sum(), torch.tensor(len(r_B))]) for r_B in rewards])
         reward_mean, batch = float(total[0] / total[2]), int(total[2])
-        advantage_B = advantages(rewards_B, self.rl.samples, self.rl.baseline, reward_mean).float()
-        terms, grad_norm = self.update(rollouts, advantage_B.tolist(), batch, step)
+        advantage = [advantages(r_B, self.rl.samples, self.rl.baseline, reward_mean).tolist() for r_B in rewards]
+        terms, grad_norm = self.update(parts, advantage, batch, step)
         self.progress = replace(self.progress, step=step, done=step >= self.rl.steps)
         self._publish()
         z_K, seconds = self.svf.bank[self.task.name], time.perf_counter() - start
@@ -122,13 +136,46 @@ class Trainer:
             "kl": terms.kl / max(terms.tokens, 1), "loss": terms.loss, "grad_norm": grad_norm,
             "z_min": float(z_K.min()), "z_max": float(z_K.max()),
             "tokens_per_s": terms.tokens / seconds, "seconds": seconds,
-        }, rollouts  # fmt: skip
+        }, [rollout for part in parts for rollout in part]  # fmt: skip
 
     def update(
-        self, rollouts: list[Rollout], advantage_B: list[float], batch: int, step: int
+        self, parts: list[list[Rollout]], advantage: list[list[float]], batch: int, step: int
     ) -> tuple[LossTerms, float]:
-        """One AdamW step on z from the whole batch, in micro-batches; the loss's sums and the gradient's norm."""
+        """One AdamW step on z from the whole batch, of which these are this worker's shares with their advantages.
+
+        Returns:
+            The loss's sums and the gradient's norm.
+        """
         z_K = self._z()
+        own = [self._gradient(z_K, *share, batch) for share in zip(parts, advantage, strict=True)]
+        gradient_K = self._sum([share_K for share_K, _ in own])
+        loss, kl, tokens = self._sum([terms for _, terms in own]).tolist()
+        self.optimiser.zero_grad()
+        z_K.backward(gradient_K)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip))
+        self.optimiser.param_groups[0]["lr"] = self._lr(step)
+        self.optimiser.step()
+        return LossTerms(loss=loss, kl=kl, tokens=int(tokens)), grad_norm
+
+    # ------------------------------------------------------------------------------------------------------ its parts
+
+    def _own(self) -> range:
+        """The shares of a batch that are this worker's."""
+        return range(self.rank, self.shares, self.world)
+
+    async def _roll_out(self, step: int, share: int) -> list[Rollout]:
+        """A share of the step's rollouts."""
+        places = range(share, self.rl.prompts, self.shares)
+        chosen = prompts_of_step(self.train, self.rl.prompts, step, self.seed)
+        seeds = [[rollout_seed(self.seed, step, i, j) for j in range(self.rl.samples)] for i in places]
+        return await roll_out(
+            self.engine.generate, self.verify, [chosen[i] for i in places], self.policy, self.sampling, seeds
+        )
+
+    def _gradient(
+        self, z_K: Tensor, rollouts: list[Rollout], advantage_B: list[float], batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """A share's gradient, (K,), and its loss, KL and tokens, in micro-batches."""
         leaf_1K = z_K.detach()[None].requires_grad_()
         leaf_1K.grad = torch.zeros_like(leaf_1K)
         order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))  # rows of like length pad little
@@ -140,35 +187,27 @@ class Trainer:
                 lam=self.rl.kl, temperature=self.rl.temperature, batch=batch,
             )  # fmt: skip
             sums += torch.tensor([terms.loss, terms.kl, terms.tokens], dtype=torch.float64)
-        gradient_K = _all_sum(leaf_1K.grad[0])
-        loss, kl, tokens = _all_sum(sums).tolist()
-        self.optimiser.zero_grad()
-        z_K.backward(gradient_K)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip))
-        self.optimiser.param_groups[0]["lr"] = self._lr(step)
-        self.optimiser.step()
-        return LossTerms(loss=loss, kl=kl, tokens=int(tokens)), grad_norm
+        return leaf_1K.grad[0], sums
 
-    # ------------------------------------------------------------------------------------------------------ its parts
-
-    async def _roll_out(self, step: int) -> list[Rollout]:
-        """This worker's share of the step's rollouts."""
-        share = range(self.rank, self.rl.prompts, self.world)
-        chosen = prompts_of_step(self.train, self.rl.prompts, step, self.seed)
-        seeds = [[rollout_seed(self.seed, step, i, j) for j in range(self.rl.samples)] for i in share]
-        return await roll_out(
-            self.engine.generate, self.verify, [chosen[i] for i in share], self.policy, self.sampling, seeds
-        )
+    def _sum(self, own: list[Tensor]) -> Tensor:
+        """The sum over all shares, of which this worker has `own`: zeros added in between change no bit of it."""
+        all_SX = own[0].new_zeros(self.shares, *own[0].shape)
+        all_SX[self.rank :: self.world] = torch.stack(own)
+        if self.world > 1:
+            distributed.all_reduce(all_SX)
+        return all_SX.sum(0)
 
     async def _validate(self) -> dict[str, float]:
         """Greedy accuracy on the validation prompts; keeps z when it is at least as good as the best so far."""
-        share = self.validation[self.rank :: self.world]
         greedy = replace(self.sampling, temperature=0.0)
         mixture = self.policy if self.progress.step else Mixture.base()
-        rollouts = await roll_out(self.engine.generate, self.verify, share, mixture, greedy, [[0]] * len(share))
-        rewards = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-        total = _all_sum(torch.tensor([(rewards > 0).sum(), rewards.sum()], dtype=torch.float64)) / len(self.validation)
-        accuracy, reward = total.tolist()
+        sums = []
+        for share in self._own():
+            chosen = self.validation[share :: self.shares]
+            rollouts = await roll_out(self.engine.generate, self.verify, chosen, mixture, greedy, [[0]] * len(chosen))
+            rewards_B = _rewards(rollouts)
+            sums.append(torch.stack([(rewards_B > 0).sum(), rewards_B.sum()]))
+        accuracy, reward = (self._sum(sums) / len(self.validation)).tolist()
         p = self.progress
         if p.step == 0:
             self.progress = replace(p, base_accuracy=accuracy, best_accuracy=accuracy, best_reward=reward)
@@ -217,8 +256,5 @@ def _length(rollout: Rollout) -> int:
     return len(rollout.completion.prompt_ids) + len(rollout.completion.token_ids)
 
 
-def _all_sum(tensor: Tensor) -> Tensor:
-    """The sum over the workers; the tensor itself where there is one."""
-    if distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(tensor)
-    return tensor
+def _rewards(rollouts: list[Rollout]) -> Tensor:
+    return torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
