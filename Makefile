@@ -9,7 +9,7 @@ PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
 unexport OMP_NUM_THREADS
 
-.PHONY: help setup demo test long lint bench clean
+.PHONY: help setup demo test long nodes lint bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -30,10 +30,13 @@ demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluat
 	$(BIN)/t2ray demo
 
 test: setup  ## the test suite
-	$(BIN)/python -m pytest -m "not long" --durations=10
+	$(BIN)/python -m pytest -m "not long and not nodes" --durations=10
 
-long: setup  ## tests that take minutes on real clusters: processes and nodes killed, jobs submitted, sweeps
+long: setup  ## tests that take minutes on a real cluster: processes killed, jobs submitted, sweeps
 	$(BIN)/python -m pytest -m long --durations=10
+
+nodes: setup  ## training on clusters of several nodes that are killed; about 6 minutes
+	$(BIN)/python -m pytest -m nodes --durations=10
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -192,7 +192,7 @@ def test_workers_of_no_sense_are_refused(tmp_path: Path, given: Any) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_domains_train_on_different_nodes_and_none_waits_for_a_straggler(tmp_path: Path) -> None:
     with nodes(2):
         with pytest.raises(ResourceError, match="a worker of run 'wide' needs 2 CPU, the largest node has 1; lower"):
@@ -222,7 +222,7 @@ Undisturbed = tuple[dict[str, Tensor], list[dict[str, Any]]]
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_workers_on_two_nodes_make_the_steps_that_one_worker_makes(shared_by_two: Undisturbed, tmp_path: Path) -> None:
     _, rows = shared_by_two
     config = job(tmp_path, "alone", workers=0, rl=LONG | {"steps": 1})
@@ -245,7 +245,7 @@ def killer(cluster: Nodes, folder: Path, killed: list[str]) -> Callable[[TrainCo
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_killed_node_changes_no_z(shared_by_two: Undisturbed, tmp_path: Path) -> None:
     killed: list[str] = []
     config = job(tmp_path, "killed", reward="slow", workers=2, rl=LONG)
@@ -256,7 +256,7 @@ def test_a_killed_node_changes_no_z(shared_by_two: Undisturbed, tmp_path: Path) 
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_elastic_workers_go_on_with_the_nodes_that_are_left(shared_by_two: Undisturbed, tmp_path: Path) -> None:
     killed: list[str] = []
     config = job(tmp_path, "elastic", reward="slow", workers="1-2", rl=LONG)
@@ -267,7 +267,7 @@ def test_elastic_workers_go_on_with_the_nodes_that_are_left(shared_by_two: Undis
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_killed_driver_and_then_a_killed_head_change_no_z(shared_by_two: Undisturbed, tmp_path: Path) -> None:
     config = job(tmp_path, "run", reward="slow", workers=2, rl=LONG, out=f"file://{tmp_path}/runs")
     (tmp_path / "job.yaml").write_text(config.model_dump_json())
