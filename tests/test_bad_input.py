@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 import torch
 from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
@@ -31,7 +32,7 @@ from t2ray.cluster import train as cluster_train
 from t2ray.commands import adapt, evaluate
 from t2ray.core import Mixture
 from t2ray.experts import Registry
-from t2ray.svd import Factors
+from t2ray.svd import Factors, decompose
 from t2ray.weights import Weights
 
 REWARDS = """
@@ -79,6 +80,11 @@ def write_job(place: Path, **domain: Any) -> None:
         },
     }  # fmt: skip
     (place / "job.yaml").write_text(json.dumps(job))
+
+
+def write_sweep(place: Path, job: dict[str, Any]) -> None:
+    sweep = {"kind": "rl", "sampler": "grid", "job": job, "space": {"rl.lr": [0.01, 0.02]}}
+    (place / "sweep.yaml").write_text(json.dumps(sweep))
 
 
 @pytest.fixture
@@ -512,8 +518,21 @@ def blind_node(address: str, place: Path) -> Iterator[None]:
 
 
 @pytest.mark.cluster
-def test_a_folder_that_the_nodes_do_not_share(blind_node: None, attached: str, refused: Refused) -> None:
+def test_a_folder_that_the_nodes_do_not_share(blind_node: None, attached: str, place: Path, refused: Refused) -> None:
     line = refused("train", "job.yaml", "workers=1", "cpus=1")
     assert re.search(
         r"/runs is not shared: .* is not seen on [\d.]+; name a folder that all nodes mount, or s3://", line
     )
+    job = json.loads((place / "job.yaml").read_text()) | {"workers": 1, "cpus": 1}
+    write_sweep(place, job)
+    assert "/runs is not shared: " in refused("sweep", "sweep.yaml")
+
+
+def test_a_sweep_over_a_job_with_the_factors_of_another_base_is_refused_before_a_cluster_is_looked_for(
+    place: Path, refused: Refused
+) -> None:
+    decompose("tiny", place / "factors")
+    write_sweep(place, json.loads((place / "job.yaml").read_text()) | {"factors": "factors"})
+    line = refused("sweep", "sweep.yaml")
+    assert re.search(r"factors holds factors of the base \w+, the model is \w+; ", line)
+    assert not ray.is_initialized()

@@ -203,6 +203,17 @@ def test_the_winner_of_a_sweep_trains_and_then_adapts_as_its_file_stands(
         assert (tmp_path / "runs" / "cem" / name).exists()
 
 
+def test_a_trials_workers_have_resources_beside_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"steps": 1, "prompts": 2, "samples": 2, "eval_prompts": 2}
+    job = {"model": "tiny", "workers": 1, "cpus": 1, "verifiers": 0, "domains": {"pick": {"task": "pick"}}, "rl": small}
+    made(tmp_path, job=job, space={"rl.lr": [0.01]}, finalists=1, seeds=2)
+    assert main(["sweep", "sweep.yaml"]) == 0
+    assert "over 2 further seeds, of 3 trials" in capsys.readouterr().out
+
+
 def test_a_sweep_that_does_not_fit_ends_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,12 +21,15 @@ import ray
 import torch
 from torch import Tensor
 
+from t2ray.cluster.domains import run_domains
 from t2ray.cluster.train import train
 from t2ray.config import TrainConfig, resolve
 from t2ray.core import ResourceError, RewardError, RunError
 from t2ray.experts import Registry
+from t2ray.rl.checkpoint import FOLDER
 from t2ray.rl.job import EXPERT, domain_store, finished
 from t2ray.rl.records import METRICS, read_metrics
+from t2ray.rl.status import read_status
 
 pytestmark = pytest.mark.cluster
 
@@ -57,6 +60,12 @@ def slow(completion, row):
 
 def broken(completion, row):
     raise ZeroDivisionError("reward")
+
+def broken_for_one(completion, row):
+    from torch import distributed
+    if distributed.get_rank() == 0:
+        raise ZeroDivisionError("reward")
+    return short(completion, row)
 """
 
 
@@ -138,6 +147,36 @@ def test_a_reward_that_raises_ends_the_job_with_its_own_error(tmp_path: Path) ->
     with pytest.raises(RewardError, match=r"'rewards_of_tests:broken'.*'hello \d+'.*raised ZeroDivisionError: reward"):
         train(job(tmp_path, "bad", "broken"))
     assert finished(domain_store(job(tmp_path, "bad", "broken"), "own")) is None
+
+
+@pytest.mark.long
+def test_a_mistake_that_only_one_of_several_workers_finds_ends_the_job_and_no_worker_waits(tmp_path: Path) -> None:
+    config = job(tmp_path, "bad", "broken_for_one", workers=2, verifiers=0)
+    with pytest.raises(RewardError, match=r"'rewards_of_tests:broken_for_one'.*raised ZeroDivisionError: reward"):
+        train(config)
+    (fault,) = [domain.fault for domain in read_status(config)]
+    assert fault is not None and fault.ended and "ZeroDivisionError" in fault.message
+
+
+def test_a_domain_is_given_up_when_its_workers_die_without_another_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = job(tmp_path, "dying", "short")
+    store = domain_store(config, "own")
+    started: list[int] = []
+
+    def start(*_: object) -> ray.ObjectRef:
+        started.append(len(started))
+        if len(started) < 3:
+            store.write_bytes(f"{FOLDER}/step_{len(started):06d}.safetensors", b"")
+        return ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
+
+    monkeypatch.setattr("t2ray.cluster.domains._start", start)
+    with pytest.raises(ResourceError, match="died.*; started 4 times, it came to no new checkpoint; .* --resume"):
+        run_domains(config, ["own"], 1, 1, lambda _: None)
+    assert len(started) == 2 + 4  # a checkpoint begins a new count
+    (fault,) = [domain.fault for domain in read_status(config)]
+    assert fault is not None and fault.ended and "worker 0 of domain 'own' died" in fault.message
 
 
 @pytest.fixture

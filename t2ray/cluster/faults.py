@@ -1,35 +1,20 @@
 """What died, where, with how much memory, why most likely, and which knob: a worker's end in one line.
 
-Ray's own account of a dead process is a page that begins with the process's number. Called by `cluster.train`: the
-callback runs in Ray Train's controller, whenever a worker fails, also when it is started again afterwards.
+Ray's own account of a dead process is a page that begins with the process's number. Called by `cluster.domains`
+whenever a worker fails, also when it is started again afterwards.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
-from ray.train import UserCallback
-
-from t2ray.rl.status import Beat, beats, note_fault
-from t2ray.store import Store
+from t2ray.rl.status import Beat
 
 _NEARLY_FULL = 0.9  # of a machine's memory at the last sign of life
 _DIED = re.compile(r"died|is dead|low on memory|OutOfMemory|preempt")
+_PID = r"pid[=:] ?(\d+)"
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Gg]loo|NCCL")
-
-
-class FaultLog(UserCallback):
-    """Notes a worker's failure in the domain's folder, where `t2ray status` finds it."""
-
-    def __init__(self, domain: str, uri: str) -> None:
-        self.domain, self.uri = domain, uri
-
-    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
-        """Called by Ray Train with the exception of each rank that failed."""
-        store = Store(self.uri)
-        note_fault(store, diagnosis(self.domain, worker_exceptions, beats(store)), ended=False)
 
 
 def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat, ...]) -> str:
@@ -48,10 +33,11 @@ def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat
         )
     if not _DIED.search(text):
         return f"worker {rank} of domain {domain!r} failed: {_short(lines[-1])}"
-    # Ray's account of a lack of memory lists many processes, the worker's own among them
-    pids = re.findall(r"RayTrainWorker\.__init__.*pid=(\d+)", text) or re.findall(r"pid[=:] ?(\d+)", text)
+    # Ray's account of a lack of memory lists many processes, the worker's own among them: a group's, or a task
+    own = re.escape(domain)
+    pids = re.findall(rf"(?:RayTrainWorker\.__init__|name={own}),.*pid=(\d+)", text) or re.findall(_PID, text)
     pid = pids[0] if pids else None
-    # a worker that died before its heart began has left its predecessor's sign of life
+    # of another process: what its predecessor left
     seen = next((beat for beat in last if beat.rank == rank and pid in (None, str(beat.pid))), None)
     node = next(iter(re.findall(r"(?:node_ip='|ip: |IP: )([\w.:-]+)", text)), seen.host if seen else "unknown")
     after = f"after step {seen.step}" if seen else "before its first step"

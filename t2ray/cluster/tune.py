@@ -21,7 +21,7 @@ from ray.tune import FailureConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
-from t2ray.cluster.session import check_shared, session, slots
+from t2ray.cluster.session import session, slots
 from t2ray.core import ConfigError, T2RayError
 from t2ray.store import Store
 from t2ray.sweep.results import Trial, finalists, open_sweep, save, start
@@ -65,7 +65,6 @@ def sweep(
     count = len(tried) or config.trials
     with session() as have:
         at_once = min(slots(needs, have, f"a trial of sweep {config.run!r}"), config.at_once or count)
-        check_shared([config.out])
         start(config)
         state = _State(config, known, count + min(config.finalists, count) * config.seeds, tick)
         go = partial(state.run, run, steps=steps, holds=holds, at_once=at_once)

@@ -16,7 +16,7 @@ from typing import Any
 from rich.live import Live
 from rich.text import Text
 
-from t2ray.cluster.session import session, slots
+from t2ray.cluster.session import check_shared, session, slots
 from t2ray.cluster.tune import sweep as run_sweep
 from t2ray.commands.terminal import console
 from t2ray.commands.trials import search_trial, train_trial, training_job
@@ -34,9 +34,12 @@ def sweep(args: argparse.Namespace) -> None:
     """Runs or resumes a sweep, shows it as it goes, and writes its table, its pictures and best.yaml."""
     config = load(args.config, args.overrides)
     config = config.model_copy(update={"out": _absolute(config.out)})
+    # Checked here, once, rather than by every trial: all matrices that the space asks for.
+    jobs = [prepare(job, resume=True) for job in _choices_of_matrices(config)] if config.kind == "rl" else []
     with session() as have:
+        check_shared([config.out, *(str(job.factors) for job in jobs)])
         if config.kind == "rl":
-            config, holds, needs, steps = _training(config, have)
+            config, holds, needs, steps = _training(config, jobs, have)
         else:
             paths = {key: _absolute(config.job[key]) for key in ("run", "factors", "experts") if config.job.get(key)}
             config = config.model_copy(update={"job": config.job | paths})
@@ -59,7 +62,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 
 def _training(
-    config: SweepConfig, have: dict[str, float]
+    config: SweepConfig, jobs: Sequence[TrainConfig], have: dict[str, float]
 ) -> tuple[SweepConfig, dict[str, float], dict[str, float], int]:
     """The sweep with what every trial would otherwise do again, and a trial's resources and steps.
 
@@ -74,8 +77,6 @@ def _training(
     one = {key: amount * max(1, workers) for key, amount in worker.items()}
     slots(one, have, f"a trial of sweep {config.run!r}")  # one domain must fit; more than that may wait for each other
     needs = {key: min(amount, have.get(key, 0.0)) for key, amount in needs.items()}
-    # Checked and decomposed here, once, rather than by every trial: all matrices that the space asks for.
-    jobs = [prepare(job, resume=True) for job in _choices_of_matrices(config)]
     factors = {str(job.factors): job for job in jobs}
     for folder, job in factors.items():
         decompose(job.model, folder, targets=job.targets, layers=job.layers)

@@ -69,6 +69,7 @@ class Trainer:
         self.rank = distributed.get_rank() if distributed.is_initialized() else 0
         self.world = distributed.get_world_size() if distributed.is_initialized() else 1
         self.shares = max(shares, self.world)
+        self.own = range(self.rank, self.shares, self.world)
         self.train = task.examples("train")
         self.validation = task.examples("validation", rl.eval_prompts)
         self.policy = Mixture.of({task.name: 1.0})
@@ -122,8 +123,8 @@ class Trainer:
     async def step(self, step: int) -> tuple[dict[str, Any], list[Rollout]]:
         """Rolls out, rewards, and moves z along the gradient once."""
         start = time.perf_counter()
-        parts = [await self._roll_out(step, share) for share in self._own()]
-        rewards = [_rewards(part) for part in parts]
+        parts = [await self._roll_out(step, share) for share in self.own]
+        rewards = [torch.tensor([r.reward for r in part], dtype=torch.float64) for part in parts]
         total = self._sum([torch.stack([r_B.sum(), (r_B > 0).sum(), torch.tensor(len(r_B))]) for r_B in rewards])
         reward_mean, batch = float(total[0] / total[2]), int(total[2])
         advantage = [advantages(r_B, self.rl.samples, self.rl.baseline, reward_mean).tolist() for r_B in rewards]
@@ -159,10 +160,6 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------------ its parts
 
-    def _own(self) -> range:
-        """The shares of a batch that are this worker's."""
-        return range(self.rank, self.shares, self.world)
-
     async def _roll_out(self, step: int, share: int) -> list[Rollout]:
         """A share of the step's rollouts."""
         places = range(share, self.rl.prompts, self.shares)
@@ -192,7 +189,7 @@ class Trainer:
     def _sum(self, own: list[Tensor]) -> Tensor:
         """The sum over all shares, of which this worker has `own`: zeros added in between change no bit of it."""
         all_SX = own[0].new_zeros(self.shares, *own[0].shape)
-        all_SX[self.rank :: self.world] = torch.stack(own)
+        all_SX[list(self.own)] = torch.stack(own)
         if self.world > 1:
             distributed.all_reduce(all_SX)
         return all_SX.sum(0)
@@ -202,10 +199,10 @@ class Trainer:
         greedy = replace(self.sampling, temperature=0.0)
         mixture = self.policy if self.progress.step else Mixture.base()
         sums = []
-        for share in self._own():
+        for share in self.own:
             chosen = self.validation[share :: self.shares]
             rollouts = await roll_out(self.engine.generate, self.verify, chosen, mixture, greedy, [[0]] * len(chosen))
-            rewards_B = _rewards(rollouts)
+            rewards_B = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
             sums.append(torch.stack([(rewards_B > 0).sum(), rewards_B.sum()]))
         accuracy, reward = (self._sum(sums) / len(self.validation)).tolist()
         p = self.progress
@@ -254,7 +251,3 @@ class Trainer:
 
 def _length(rollout: Rollout) -> int:
     return len(rollout.completion.prompt_ids) + len(rollout.completion.token_ids)
-
-
-def _rewards(rollouts: list[Rollout]) -> Tensor:
-    return torch.tensor([r.reward for r in rollouts], dtype=torch.float64)

@@ -1,0 +1,58 @@
+"""The cluster's nodes: how large the largest is, whether the head lives, and waiting until Ray knows who has died.
+
+Not here: what died and why, for people (`faults`). Called by `cluster.train`, `cluster.domains` and `cluster.group`.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray._private.state import state
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+
+_NOTICED_S = 60.0  # Ray's own health checks take about 15 s
+_POLL_S = 0.5
+_KNOCK_S = 2.0
+
+
+def largest(key: str) -> float:
+    """The most that one node has of a resource, or will have where nodes come on demand."""
+    groups = getattr(state.get_cluster_config(), "node_group_configs", ())
+    nodes = [*(node["Resources"] for node in ray.nodes() if node["Alive"]), *(group.resources for group in groups)]
+    return max(float(dict(resources).get(key, 0.0)) for resources in nodes)
+
+
+def head_answers() -> bool:
+    """Whether the cluster's head takes a connection."""
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return _listens(host, int(port))
+
+
+def know_the_dead() -> None:
+    """Waits until Ray knows of the nodes that are gone.
+
+    A worker whose peer died with its node fails at once, but Ray counts the node for another 15 s. Workers that are
+    started meanwhile may be put there, and those wait for ever where the nodes that are left cannot take them instead.
+    """
+    start = time.monotonic()
+    while time.monotonic() - start < _NOTICED_S and not all(map(_answers, ray.nodes())):
+        time.sleep(_POLL_S)
+    # What a range of workers may have is looked at every 20 s, or now.
+    ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True))
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    """Whether a node that counts as alive takes a connection."""
+    return not node["Alive"] or _listens(node["NodeManagerAddress"], node["NodeManagerPort"])
+
+
+def _listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host.strip("[]"), port), _KNOCK_S).close()
+    except OSError:
+        return False
+    return True
