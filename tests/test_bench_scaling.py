@@ -6,6 +6,7 @@ Runs on Ray and private endpoints are the bench's own business; here is what is 
 from __future__ import annotations
 
 import json
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,19 @@ from types import SimpleNamespace
 import pytest
 
 from t2ray.bench import engines, queues, runs, scaling, steps
+from t2ray.bench import fleet as fleets
 from t2ray.bench.engines import Batch
 from t2ray.bench.fit import Fit, Point, fitted
+from t2ray.bench.fleet import Costs, Demand, Device, token_flops
 from t2ray.bench.shape import Shape
 from t2ray.bench.simulate import Fleet, Load, Simulation
 from t2ray.bench.steps import Bench, Work
 from t2ray.cli import main
 from t2ray.commands.bench_options import SCALING
+from t2ray.plan import shape_of
 from t2ray.svd import decompose
 
+ROOT = Path(__file__).parents[1]
 SMALL = Shape(layers=2, width=16, inner=32, heads=2, vocabulary=32, experts=1)
 
 # -------------------------------------------------------------------------------------------------------------- fit
@@ -185,15 +190,31 @@ def test_a_seed_is_a_run() -> None:
 
 
 def test_the_simulated_endpoint_reaches_what_the_real_one_showed() -> None:
-    prices = {"step": 2e-3, "row": 1e-4, "request": 1e-3}
-    step = Fit(prices=prices, points=())
+    """Steps of 2 ms and 0.1 ms a row, made half as fast by their neighbours, and 20 ms elsewhere."""
+    step = Fit(prices={"step": 2e-3, "row": 1e-4}, points=())
     score = Fit(prices={"turn": 5e-3, "prompt": 1e-3}, points=())
-    alone_s = 64 * 2.1e-3 + 1e-3 + 0.02
-    times = queues.Times(alone_s=alone_s, capacity=40.0, cpu_s={})
+    full_s = 2 * 64 * (2e-3 + 32 * 1e-4) + 0.02
+    times = queues.Times(alone_s=2 * 64 * 2.1e-3 + 0.02, capacity=32 / full_s, cpu_s={})
     made = queues.fleet(step, score, times)
-    full = Simulation(made, Load(rate=400, seconds=20, tokens=64, prompt=engines.PROMPT)).run()
-    assert made.ingress_s == pytest.approx(0.02)
-    assert full["requests_per_s"] > 40  # 64 rows at a time are more than the 32 that it was measured with
+    assert (made.step_s(1), made.step_s(32)) == pytest.approx((2 * 2.1e-3, 2 * 5.2e-3))
+    assert made.ingress_s == pytest.approx(0.02) and made.score_s == pytest.approx((1e-2, 2e-3))
+    alone = Simulation(made, Load(rate=0.1, seconds=500, tokens=64)).run()
+    assert alone["latency_ms"]["p50"] == pytest.approx(1000 * times.alone_s)
+
+
+# --------------------------------------------------------------------------------------------------------------- fleet
+
+
+def test_a_fleet_carries_what_it_was_made_for() -> None:
+    shape = shape_of(str(ROOT / "docs" / "configs" / "llama-3-8b.json"))
+    demand = Demand(rate=200.0, answer=16)
+    made = fleets.fleet(shape, demand, Costs(), Device(), rows=64)
+    assert token_flops(shape) == pytest.approx(20.5e9, rel=0.01)  # 1.39 times the dense layers', and the vocabulary's
+    report = Simulation(made, Load(rate=200.0, seconds=10, tokens=16, prompt=200, scored=1.0)).run()
+    steps_s, prompts_s = 16 * 0.025 / 64, (200 + 300) * token_flops(shape) / (0.4 * 989e12)
+    assert made.replicas == math.ceil(200 * (steps_s + prompts_s) / 0.7) == 10
+    assert report["requests_per_s"] == pytest.approx(200, rel=0.1)
+    assert report["refused"] == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

@@ -6,7 +6,7 @@ dispatcher is what the bench of the endpoint measured on a CPU. Not here: the si
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -44,12 +44,16 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Processor seconds of a request at an ingress and at a dispatcher, and how many replicas of each there are."""
+    """Processor seconds of a request at an ingress and at a dispatcher, as the part `endpoint` has measured them; and
+    how busy their processes shall be."""
 
-    ingress_s: float
-    dispatch_s: float
-    ingresses: int
-    dispatchers: int
+    ingress_s: float = 0.009
+    dispatch_s: float = 0.003
+    full: float = 0.7
+
+    def processes(self, rate: float, seconds: float) -> int:
+        """As many as `rate` requests a second of `seconds` each keep as busy as they shall be."""
+        return ceil(rate * seconds / self.full)
 
 
 def token_flops(shape: Shape) -> float:
@@ -80,20 +84,42 @@ def fleet(shape: Shape, demand: Demand, costs: Costs, device: Device, rows: int)
         queued=1_000_000,
         prompt_s=prompt_s,
         score_s=(score_s, score_s),
-        ingresses=costs.ingresses,
+        ingresses=costs.processes(demand.rate, costs.ingress_s),
         ingress_s=costs.ingress_s,
-        dispatchers=costs.dispatchers,
+        dispatchers=costs.processes(demand.rate, costs.dispatch_s),
         dispatch_s=costs.dispatch_s,
     )
 
 
-def simulated(made: Fleet, demand: Demand, seconds: float = 4.0) -> Figures:
-    """The fleet under Poisson arrivals; `requests_per_s` counts until the last answer."""
+def figures(shape: Shape, rate: float = 10_000.0) -> Figures:
+    """Fleets for `rate` requests a second: batches of 64 and of 256 rows; pass 1 for every request, or for one in ten;
+    what becomes of one when three tenths more come than it was made for, or when a tenth of the ingresses that all
+    the requests keep busy are missing."""
+    demand, remembered = Demand(rate=rate), Demand(rate=rate, scored=0.1)
+    costs, device = Costs(), Device()
+    made = fleet(shape, demand, costs, device, rows=256)
+    cases = {
+        "rows_64": (fleet(shape, demand, costs, device, rows=64), demand),
+        "rows_256": (made, demand),
+        "remembered": (fleet(shape, remembered, costs, device, rows=256), remembered),
+        "burst": (made, replace(demand, rate=1.3 * rate)),
+        "ingresses_90_percent": (replace(made, ingresses=int(0.9 * rate * costs.ingress_s)), demand),
+    }
+    found: Figures = {}
+    for name, (each, asked) in cases.items():
+        found |= {f"{name}_{key}": value for key, value in simulated(each, asked).items()}
+    return found
+
+
+def simulated(made: Fleet, demand: Demand, seconds: float = 8.0) -> Figures:
+    """The fleet under Poisson arrivals for some seconds, from when it is empty."""
     load = Load(rate=demand.rate, seconds=seconds, tokens=demand.answer, prompt=demand.prompt, scored=demand.scored)
     report: dict[str, Any] = Simulation(made, load).run()
     return {
         "gpus": measure([made.replicas]),
+        "ingresses": measure([made.ingresses]),
+        "dispatchers": measure([made.dispatchers]),
         "rows_a_step": measure([report["rows_a_step"]]),
-        **{f"latency_{name}_ms": measure([value]) for name, value in report["latency_ms"].items()},
-        **{f"first_token_{name}_ms": measure([value]) for name, value in report["ttft_ms"].items()},
+        **{f"latency_{name}_ms": measure([value]) for name, value in report["latency_ms"].items() if name != "p90"},
+        **{f"first_token_{name}_ms": measure([value]) for name, value in report["ttft_ms"].items() if name != "p90"},
     }

@@ -1,8 +1,8 @@
 """An endpoint under random arrivals beside its simulation; and the processor time that each of its processes takes.
 
 The endpoint is a private one on the tiny model, with one replica, on a machine that its client shares. The simulation's
-times are measured apart from it: an engine's by itself (`engines`), the rest's from one request at a time and from the
-processor time that they take. Not here: the simulation (`simulate`), and the load generator (`load`).
+times are the engine's by itself (`engines`), brought to the endpoint by two figures of its own; what it says of random
+arrivals is held against what came of them. Not here: the simulation (`simulate`), and the load generator (`load`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import psutil
 from t2ray.bench.alone import sums
 from t2ray.bench.endpoint import private
 from t2ray.bench.engines import PROMPT, Batch
-from t2ray.bench.fit import HELD_OUT, Fit
+from t2ray.bench.fit import HELD_OUT, Fit, Point, fitted
 from t2ray.bench.harness import Figures, measure
 from t2ray.bench.load import Client, Outcome, chat, closed_loop, open_loop, summary
 from t2ray.bench.processes import family
@@ -33,14 +33,17 @@ MODELS = ("t2ray:math", "t2ray:code", "t2ray:pick", "t2ray:math:0.7,code:0.3")
 ROWS = 32
 """Requests at a time that fill the endpoint, when its processes' time is taken."""
 
-SHARES = (0.3, 0.5, 0.7)
-"""Of what it can do at most, so many requests a second arrive."""
+DISPATCHED = ("t2ray:cls",)
+"""Requests that pass 1 decides about."""
+
+LOADS = ((0.3, MODELS), (0.5, MODELS), (0.7, MODELS), (0.5, DISPATCHED))
+"""Of what the endpoint can do at most, so many requests a second arrive, for these models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
     """What the endpoint itself shows: seconds of a request that comes alone, requests a second with `ROWS` at a time,
-    and the processor time of each process for one of these."""
+    and the processor time of each process for one of these with pass 1."""
 
     alone_s: float
     capacity: float
@@ -48,10 +51,10 @@ class Times:
 
 
 def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
-    """One replica with the engine's prices, stretched to what the endpoint reaches with `ROWS` at a time.
+    """One replica with the engine's prices, stretched, and a time that each request spends elsewhere.
 
-    The stretch is the processor that the replica shares: with its own event loop, with the ingress and the client. What
-    a lone request takes beyond the engine's time is the ingress's, and in no queue but its own.
+    The stretch is the processor that the engine shares with its own event loop, the ingress and the client. Both are
+    fitted to two figures of the endpoint: one request alone, and `ROWS` at a time.
     """
 
     def step_s(rows: int) -> float:
@@ -59,60 +62,65 @@ def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
         return steps.seconds(batch.terms() | {"request": 0.0}) / TOKENS
 
     each = steps.prices.get("request", 0.0)
-    full = (TOKENS * step_s(ROWS) + each * ROWS) / ROWS
-    stretch = 1 / times.capacity / full
-    ingress_s = max(times.alone_s - TOKENS * step_s(1) - each, 0.0)
-    turn = scores.seconds({"turn": 1.0, "prompt": 1.0})
+    seen = {1: times.alone_s, ROWS: ROWS / times.capacity}
+    prices = fitted(
+        [
+            Point(name=f"{rows}", terms={"engine": TOKENS * step_s(rows) + each * rows, "rest": 1.0}, seconds=seconds)
+            for rows, seconds in seen.items()
+        ]
+    ).prices
+    stretch = prices.get("engine", 1.0)
     return Fleet(
         step_s=lambda rows: stretch * step_s(rows),
         prompt_s=stretch * each / PROMPT,
-        score_s=(stretch * turn, stretch * scores.prices.get("prompt", 0.0)),
-        ingress_s=ingress_s,
-        ingresses=ROWS,  # it waits for the network and for Ray most of that time
+        score_s=(stretch * scores.prices.get("turn", 0.0), stretch * scores.prices.get("prompt", 0.0)),
+        ingress_s=prices.get("rest", 0.0),
+        ingresses=1000,  # most of that time is waiting, which others do at the same time
     )
 
 
-def endpoint(
-    folder: Path, steps: Fit, scores: Fit, *, seconds: float = 25.0, shares: Sequence[float] = SHARES
-) -> tuple[Figures, dict[str, Any]]:
-    """Latency and throughput as measured and as simulated, at each share of what the endpoint can do."""
+def endpoint(folder: Path, steps: Fit, scores: Fit, seconds: float = 20.0) -> tuple[Figures, dict[str, Any]]:
+    """Latencies as simulated over those measured, at each of `LOADS`; and what the endpoint can do."""
     figures, rows, errors = Figures(), [], []
     with private(folder, folder / "factors", {"num_replicas": 1}) as place, asyncio.Runner() as runner:
         asked = _Asked(place.url)
         times = _times(asked, runner, place.pid)
-        simulated = fleet(steps, scores, times)
-        for share in shares:
-            rate = share * times.capacity
-            real = runner.run(asked.arrivals(rate, seconds))
-            load = Load(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT)
+        made = fleet(steps, scores, times)
+        for share, models in LOADS:
+            scored = float(models == DISPATCHED)
+            rate, name = share * times.capacity, f"{share:g}" + "_pass1" * bool(scored)
+            real = runner.run(asked.arrivals(rate, seconds, models))
+            load = Load(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
             # Of one short run chance makes much: the median of many is what the model says.
-            runs = [Simulation(simulated, replace(load, seed=seed)).run() for seed in range(15)]
-            row: dict[str, Any] = {"share": share, "rate": rate, "errors": real["errors"]}
-            for name in ("p50", "p90"):
-                said = statistics.median(run["latency_ms"][name] for run in runs)
-                row[name] = {"measured_ms": real["latency_ms"][name], "simulated_ms": said}
-                figures[f"simulated_{name}_at_{share:g}"] = measure([said / real["latency_ms"][name]])
+            runs = [Simulation(made, replace(load, seed=seed)).run() for seed in range(15)]
+            row = {"load": name, "rate": rate, "requests": real["requests"], "errors": real["errors"]}
+            for key in ("p50", "p90"):
+                said = statistics.median(run["latency_ms"][key] for run in runs)
+                row[key] = {"measured_ms": real["latency_ms"][key], "simulated_ms": said}
+                figures[f"{key}_at_{name}"] = measure([said / real["latency_ms"][key]])
             errors.append(abs(row["p50"]["simulated_ms"] / row["p50"]["measured_ms"] - 1))
-            rows.append(row | {"requests": real["requests"]})
-    figures["simulated_p50_error"] = measure([max(errors)], HELD_OUT, at_most=True)
+            rows.append(row)
+    figures["p50_error"] = measure([max(errors)], HELD_OUT, at_most=True)
     figures["capacity_per_s"] = measure([times.capacity])
     figures["alone_ms"] = measure([1000 * times.alone_s])
-    figures |= {f"cpu_ms_a_request_{name}": measure([1000 * value]) for name, value in times.cpu_s.items()}
+    figures |= {f"cpu_ms_{name}": measure([1000 * value]) for name, value in times.cpu_s.items()}
     return figures, {"loads": rows, "cpu_s": dict(times.cpu_s)}
 
 
 def _times(asked: _Asked, runner: asyncio.Runner, root: int) -> Times:
     runner.run(asked.closed(ROWS, 2))  # warm
     alone = [outcome.seconds for outcome in runner.run(asked.closed(1, 12))]
-    before, start = _cpu(root), time.perf_counter()
-    count = len(runner.run(asked.closed(ROWS, 8)))
-    took, after = time.perf_counter() - start, _cpu(root)
+    start = time.perf_counter()
+    count = len(runner.run(asked.closed(ROWS, 6)))
+    capacity = count / (time.perf_counter() - start)
+    before = _cpu(root)
+    count = len(runner.run(asked.closed(ROWS, 6, DISPATCHED)))
     cpu_s: dict[str, float] = {}
-    for (pid, title), seconds in after.items():
+    for (pid, title), spent in _cpu(root).items():
         name = title.rpartition(":")[2].lower()
-        cpu_s[name] = cpu_s.get(name, 0.0) + (seconds - before.get((pid, title), 0.0)) / count
+        cpu_s[name] = cpu_s.get(name, 0.0) + (spent - before.get((pid, title), 0.0)) / count
     most = sorted(cpu_s.items(), key=lambda item: -item[1])[:6]
-    return Times(alone_s=statistics.median(alone), capacity=count / took, cpu_s=dict(most))
+    return Times(alone_s=statistics.median(alone), capacity=capacity, cpu_s=dict(most))
 
 
 def _cpu(root: int) -> dict[tuple[int, str], float]:
@@ -128,29 +136,34 @@ def _cpu(root: int) -> dict[tuple[int, str], float]:
 
 
 class _Asked:
-    """Requests for the models in turn, each prompt once."""
+    """Requests for some models in turn, each prompt once."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.prompts, self.models = url, sums(), itertools.cycle(MODELS)
+        self.url, self.prompts = url, sums()
 
-    async def _ask(self, client: Client, due: float | None = None) -> Outcome:
-        body = chat(next(self.prompts), next(self.models), max_tokens=TOKENS, ignore_eos=True)
-        return await client.ask(body, due=due)
-
-    async def closed(self, rows: int, each: int) -> list[Outcome]:
+    async def closed(self, rows: int, each: int, models: Sequence[str] = MODELS) -> list[Outcome]:
         """So many at a time.
 
         Raises:
             ResourceError: one was not answered.
         """
+        turns = itertools.cycle(models)
         async with Client(self.url) as client:
-            outcomes = await closed_loop(lambda _: self._ask(client), rows, each)
+            outcomes = await closed_loop(lambda _: client.ask(self._body(next(turns))), rows, each)
         for outcome in outcomes:
             if outcome.error is not None:
                 raise ResourceError(f"the private endpoint failed: {outcome.error}")
         return outcomes
 
-    async def arrivals(self, rate: float, seconds: float) -> dict[str, Any]:
-        """At random times."""
+    async def arrivals(self, rate: float, seconds: float, models: Sequence[str]) -> dict[str, Any]:
+        """At random times; what was refused is among the errors."""
+        turns = itertools.cycle(models)
         async with Client(self.url) as client:
-            return summary(await open_loop(lambda _, due: self._ask(client, due), rate, seconds))
+
+            async def send(_: int, due: float) -> Outcome:
+                return await client.ask(self._body(next(turns)), due=due)
+
+            return summary(await open_loop(send, rate, seconds))
+
+    def _body(self, model: str) -> dict[str, Any]:
+        return chat(next(self.prompts), model, max_tokens=TOKENS, ignore_eos=True)

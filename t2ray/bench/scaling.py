@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t2ray.bench import engines, queues, runs, steps
+from t2ray.bench import engines, fleet, queues, runs, steps
 from t2ray.bench.harness import Figures
 from t2ray.bench.suite import as_json
+from t2ray.plan import shape_of
 from t2ray.svd import decompose
 
 Part = tuple[Figures, Mapping[str, Any]]
@@ -52,10 +53,21 @@ PARTS: dict[str, Callable[[Path], Part]] = {
 }
 
 
-def run(names: Sequence[str], progress: Callable[[str, Figures], None] = lambda name, figures: None) -> dict[str, Any]:
-    """The report of the named parts; `progress` gets each part's figures as it ends."""
+def run(
+    names: Sequence[str],
+    model: str | None = None,
+    progress: Callable[[str, Figures], None] = lambda name, figures: None,
+) -> dict[str, Any]:
+    """The report of the named parts, and of a fleet that serves `model`; `progress` gets each part's figures.
+
+    Raises:
+        ModelError: no such model.
+    """
     results: dict[str, Figures] = {}
     models: dict[str, Any] = {}
+    if model is not None:
+        results["fleet"] = fleet.figures(shape_of(model))
+        progress("fleet", results["fleet"])
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             results[name], found = PARTS[name](Path(folder))

@@ -45,4 +45,7 @@ def add(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
 
     p = command("bench scaling", "bench_scaling:scaling", "what more cores and workers give, and cost models of both")
     p.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(SCALING)} (default: all)")
+    p.add_argument(
+        "--fleet", metavar="MODEL", help="simulates 10,000 requests a second of a model on GPUs, from its config.json"
+    )
     p.add_argument("--json", metavar="FILE", help="writes the figures, the fitted prices and their points there too")

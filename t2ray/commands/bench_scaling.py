@@ -16,7 +16,7 @@ from t2ray.core import ConfigError
 
 def scaling(args: argparse.Namespace) -> None:
     """Runs the named parts, all of them when none is; writes figures, fitted prices and their points."""
-    names = args.parts or list(SCALING)
+    names = args.parts or ([] if args.fleet else list(SCALING))
     for name in names:
         if name not in SCALING:
             raise ConfigError(f"unknown part {name!r} of the bench{nearest(name, SCALING)}")
@@ -26,7 +26,8 @@ def scaling(args: argparse.Namespace) -> None:
         raise ConfigError("bench scaling needs simpy; pip install 't2ray[bench]'")
     from t2ray.bench.scaling import run
 
-    console.print(f"{', '.join(names)}: two to four minutes each, on an otherwise idle machine")
-    report = run(names, progress=print_figures)
+    if names:
+        console.print(f"{', '.join(names)}: one to four minutes each, on an otherwise idle machine")
+    report = run(names, args.fleet, progress=print_figures)
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
