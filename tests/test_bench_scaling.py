@@ -194,10 +194,10 @@ def test_the_simulated_endpoint_reaches_what_the_real_one_showed() -> None:
     step = Fit(prices={"step": 2e-3, "row": 1e-4}, points=())
     score = Fit(prices={"turn": 5e-3, "prompt": 1e-3}, points=())
     full_s = 2 * 64 * (2e-3 + 32 * 1e-4) + 0.02
-    times = queues.Times(alone_s=2 * 64 * 2.1e-3 + 0.02, capacity=32 / full_s, cpu_s={})
+    times = queues.Times(alone_s=2 * 64 * 2.1e-3 + 0.02, capacity=32 / full_s)
     made = queues.fleet(step, score, times)
     assert (made.step_s(1), made.step_s(32)) == pytest.approx((2 * 2.1e-3, 2 * 5.2e-3))
-    assert made.ingress_s == pytest.approx(0.02) and made.score_s == pytest.approx((1e-2, 2e-3))
+    assert made.ingress_s == pytest.approx(0.02) and made.score_s == pytest.approx((1.2e-2, 2e-3))
     alone = Simulation(made, Load(rate=0.1, seconds=500, tokens=64)).run()
     assert alone["latency_ms"]["p50"] == pytest.approx(1000 * times.alone_s)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from t2ray.bench.load import closed_loop
 from t2ray.core import Mixture, SamplingParams, user
@@ -34,7 +35,13 @@ class Size:
 
 
 class _Forgetful(Loop):
-    """Forgets at each step for how long the rows have had one mixture."""
+    """Forgets at each step for how long the rows have had one mixture; counts the turns that score."""
+
+    scored = 0
+
+    def before_step(self) -> None:
+        self.scored += not self.scorings.empty()
+        super().before_step()
 
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
         self._alone = (None, 0)
@@ -42,12 +49,17 @@ class _Forgetful(Loop):
 
 
 class Unfolded(ContinuousEngine):
-    """An engine that never folds.
+    """An engine that never folds for its rows; scorings of many prompts do, and rows of their mixture then profit.
 
     All else is as in the engine, also the shorter way of a step whose rows share one mixture.
     """
 
     loop = _Forgetful
+
+    @property
+    def turns(self) -> int:
+        """How often it has scored, all that waited at a time."""
+        return cast(_Forgetful, self._loop).scored
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from t2ray.bench.fit import Fit, Point, fitted
 from t2ray.bench.harness import Figures, measure
 from t2ray.core import Mixture, user
 from t2ray.engine.continuous import ContinuousEngine
+from t2ray.prompts import OTHERS, dispatch_prompt
 
 PROMPT = 6
 """Tokens of a sum as the tiny model reads it, about."""
@@ -66,9 +67,11 @@ GRID = (
     Batch(rows=56, mixtures=56, tokens=80, held=True),
 )
 
-LABELS = ("math", "code", "pick", "others")
-SCORED = (1, 2, 4, 8, 16)
-SCORED_HELD = (3, 12)
+LABELS = ("math", "code", "pick", OTHERS)
+SCORED = (1, 2, 4, 8)
+SCORED_HELD = (3, 6)
+"""Prompts at a time, few enough not to be folded for."""
+
 BESIDE = 16
 """Rows of each engine when several run at a time."""
 
@@ -77,17 +80,19 @@ def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tupl
     """The prices of a step and of a scoring, from the least times of interleaved rounds."""
     torch.set_num_threads(1)
     with started(factors, Unfolded) as subject, asyncio.Runner() as runner:
-        mixtures = fill(subject, max(batch.mixtures for batch in grid))
+        assert isinstance(subject, Unfolded)
+        *mixtures, other = fill(subject, max(batch.mixtures for batch in grid) + 1)
         times: dict[Batch, list[float]] = {batch: [] for batch in grid}
-        scored: dict[int, list[float]] = {count: [] for count in (*SCORED, *SCORED_HELD)}
+        scored: dict[int, list[tuple[float, int]]] = {count: [] for count in (*SCORED, *SCORED_HELD)}
         prompts = sums()
         for number in range(rounds + 1):
             for batch, taken in times.items():
                 seconds = _burst(runner, subject, batch, mixtures, prompts)
                 taken += [seconds] * bool(number)  # the first round warms up
-            for count, taken in [*scored.items()] * 4:  # they are short
-                seconds = runner.run(_score(subject, mixtures[0], count, prompts))
-                taken += [seconds] * bool(number)
+            for count, found in [*scored.items()] * 4:  # they are short
+                before = subject.turns
+                seconds = runner.run(_score(subject, other, count, prompts))
+                found += [(seconds, subject.turns - before)] * bool(number)
     steps = fitted(
         [
             Point(name=str(batch), terms=batch.terms(), seconds=min(taken), held=batch.held)
@@ -97,12 +102,13 @@ def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tupl
     scores = fitted(
         [
             Point(
-                name=f"{count} prompts",
-                terms={"turn": 1.0, "prompt": float(count)},
-                seconds=min(taken),
+                name=f"{count} prompts in {turns} turns",  # the first may go ahead while the others are being tokenized
+                terms={"turn": float(turns), "prompt": float(count)},
+                seconds=seconds,
                 held=count in SCORED_HELD,
             )
-            for count, taken in scored.items()
+            for count, found in scored.items()
+            for seconds, turns in [min(found)]
         ]
     )
     return steps.figures() | scores.figures("score_"), steps, scores
@@ -127,7 +133,8 @@ def _burst(
 
 async def _score(subject: ContinuousEngine, mixture: Mixture, count: int, prompts: Iterator[str]) -> float:
     start = time.perf_counter()
-    await asyncio.gather(*(subject.score(user(next(prompts)), LABELS, mixture) for _ in range(count)))
+    questions = [dispatch_prompt(user(next(prompts)), LABELS) for _ in range(count)]
+    await asyncio.gather(*(subject.score(question, LABELS, mixture) for question in questions))
     return time.perf_counter() - start
 
 

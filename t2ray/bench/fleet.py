@@ -47,8 +47,8 @@ class Costs:
     """Processor seconds of a request at an ingress and at a dispatcher, as the part `endpoint` has measured them; and
     how busy their processes shall be."""
 
-    ingress_s: float = 0.009
-    dispatch_s: float = 0.003
+    ingress_s: float = 0.008
+    dispatch_s: float = 0.004
     full: float = 0.7
 
     def processes(self, rate: float, seconds: float) -> int:

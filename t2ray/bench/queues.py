@@ -11,14 +11,13 @@ import asyncio
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from t2ray.bench.alone import sums
 from t2ray.bench.endpoint import private
 from t2ray.bench.engines import PROMPT, Batch
 from t2ray.bench.fit import HELD_OUT, Fit, Point, fitted
@@ -27,6 +26,7 @@ from t2ray.bench.load import Client, Outcome, chat, closed_loop, open_loop, summ
 from t2ray.bench.processes import family
 from t2ray.bench.simulate import Fleet, Load, Simulation
 from t2ray.core import ResourceError
+from t2ray.tasks import builtin
 
 TOKENS = 64
 MODELS = ("t2ray:math", "t2ray:code", "t2ray:pick", "t2ray:math:0.7,code:0.3")
@@ -36,18 +36,16 @@ ROWS = 32
 DISPATCHED = ("t2ray:cls",)
 """Requests that pass 1 decides about."""
 
-LOADS = ((0.3, MODELS), (0.5, MODELS), (0.7, MODELS), (0.5, DISPATCHED))
+LOADS: tuple[tuple[float, tuple[str, ...]], ...] = ((0.3, MODELS), (0.5, MODELS), (0.7, MODELS), (0.5, DISPATCHED))
 """Of what the endpoint can do at most, so many requests a second arrive, for these models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Times:
-    """What the endpoint itself shows: seconds of a request that comes alone, requests a second with `ROWS` at a time,
-    and the processor time of each process for one of these with pass 1."""
+    """What the endpoint shows: seconds of a request that comes alone, and requests a second with `ROWS` at a time."""
 
     alone_s: float
     capacity: float
-    cpu_s: Mapping[str, float]
 
 
 def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
@@ -70,10 +68,11 @@ def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
         ]
     ).prices
     stretch = prices.get("engine", 1.0)
+    further = stretch * scores.prices.get("prompt", 0.0)
     return Fleet(
         step_s=lambda rows: stretch * step_s(rows),
         prompt_s=stretch * each / PROMPT,
-        score_s=(stretch * scores.prices.get("turn", 0.0), stretch * scores.prices.get("prompt", 0.0)),
+        score_s=(stretch * scores.prices.get("turn", 0.0) + further, further),
         ingress_s=prices.get("rest", 0.0),
         ingresses=1000,  # most of that time is waiting, which others do at the same time
     )
@@ -84,43 +83,46 @@ def endpoint(folder: Path, steps: Fit, scores: Fit, seconds: float = 20.0) -> tu
     figures, rows, errors = Figures(), [], []
     with private(folder, folder / "factors", {"num_replicas": 1}) as place, asyncio.Runner() as runner:
         asked = _Asked(place.url)
-        times = _times(asked, runner, place.pid)
-        made = fleet(steps, scores, times)
+        runner.run(asked.closed(ROWS, 2))  # warm
+        alone_s, capacities, real = [], [], []
         for share, models in LOADS:
-            scored = float(models == DISPATCHED)
-            rate, name = share * times.capacity, f"{share:g}" + "_pass1" * bool(scored)
-            real = runner.run(asked.arrivals(rate, seconds, models))
-            load = Load(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
-            # Of one short run chance makes much: the median of many is what the model says.
-            runs = [Simulation(made, replace(load, seed=seed)).run() for seed in range(15)]
-            row = {"load": name, "rate": rate, "requests": real["requests"], "errors": real["errors"]}
-            for key in ("p50", "p90"):
-                said = statistics.median(run["latency_ms"][key] for run in runs)
-                row[key] = {"measured_ms": real["latency_ms"][key], "simulated_ms": said}
-                figures[f"{key}_at_{name}"] = measure([said / real["latency_ms"][key]])
-            errors.append(abs(row["p50"]["simulated_ms"] / row["p50"]["measured_ms"] - 1))
-            rows.append(row)
+            alone_s += [outcome.seconds for outcome in runner.run(asked.closed(1, 8))]
+            start = time.perf_counter()
+            count = len(runner.run(asked.closed(ROWS, 6)))
+            capacities.append(count / (time.perf_counter() - start))
+            real.append(runner.run(asked.arrivals(share * capacities[0], seconds, models)))
+        cpu_s = _spent(asked, runner, place.pid)
+    times = Times(alone_s=statistics.median(alone_s), capacity=statistics.median(capacities))
+    made = fleet(steps, scores, times)
+    for (share, models), seen in zip(LOADS, real, strict=True):
+        scored = float(models == DISPATCHED)
+        rate, name = share * capacities[0], f"{share:g}" + "_pass1" * bool(scored)
+        load = Load(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
+        # Of one short run chance makes much: the median of many is what the model says.
+        runs = [Simulation(made, replace(load, seed=seed)).run() for seed in range(15)]
+        row = {"load": name, "rate": rate, "requests": seen["requests"], "errors": seen["errors"]}
+        for key in ("p50", "p90"):
+            said = statistics.median(run["latency_ms"][key] for run in runs)
+            row[key] = {"measured_ms": seen["latency_ms"][key], "simulated_ms": said}
+            figures[f"{key}_at_{name}"] = measure([said / seen["latency_ms"][key]])
+        errors.append(abs(row["p50"]["simulated_ms"] / row["p50"]["measured_ms"] - 1))
+        rows.append(row)
     figures["p50_error"] = measure([max(errors)], HELD_OUT, at_most=True)
-    figures["capacity_per_s"] = measure([times.capacity])
-    figures["alone_ms"] = measure([1000 * times.alone_s])
-    figures |= {f"cpu_ms_{name}": measure([1000 * value]) for name, value in times.cpu_s.items()}
-    return figures, {"loads": rows, "cpu_s": dict(times.cpu_s)}
+    figures["capacity_per_s"] = measure(capacities)
+    figures["alone_ms"] = measure([1000 * each for each in alone_s])
+    figures |= {f"cpu_ms_{name}": measure([1000 * value]) for name, value in cpu_s.items()}
+    return figures, {"loads": rows, "cpu_s": cpu_s}
 
 
-def _times(asked: _Asked, runner: asyncio.Runner, root: int) -> Times:
-    runner.run(asked.closed(ROWS, 2))  # warm
-    alone = [outcome.seconds for outcome in runner.run(asked.closed(1, 12))]
-    start = time.perf_counter()
-    count = len(runner.run(asked.closed(ROWS, 6)))
-    capacity = count / (time.perf_counter() - start)
+def _spent(asked: _Asked, runner: asyncio.Runner, root: int) -> dict[str, float]:
+    """Processor seconds of a request with pass 1, of the processes that have most of it."""
     before = _cpu(root)
     count = len(runner.run(asked.closed(ROWS, 6, DISPATCHED)))
     cpu_s: dict[str, float] = {}
     for (pid, title), spent in _cpu(root).items():
         name = title.rpartition(":")[2].lower()
         cpu_s[name] = cpu_s.get(name, 0.0) + (spent - before.get((pid, title), 0.0)) / count
-    most = sorted(cpu_s.items(), key=lambda item: -item[1])[:6]
-    return Times(alone_s=statistics.median(alone), capacity=capacity, cpu_s=dict(most))
+    return dict(sorted(cpu_s.items(), key=lambda item: -item[1])[:6])
 
 
 def _cpu(root: int) -> dict[tuple[int, str], float]:
@@ -136,10 +138,12 @@ def _cpu(root: int) -> dict[tuple[int, str], float]:
 
 
 class _Asked:
-    """Requests for some models in turn, each prompt once."""
+    """Requests for some models in turn, each prompt once: of the tiny model's tasks in turn, so that pass 1 sends those
+    that come together to different experts, and no expert is folded."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.prompts = url, sums()
+        kinds = zip(*(builtin(name).examples("train") for name in ("math", "code", "pick")), strict=False)
+        self.url, self.examples = url, itertools.chain.from_iterable(kinds)
 
     async def closed(self, rows: int, each: int, models: Sequence[str] = MODELS) -> list[Outcome]:
         """So many at a time.
@@ -166,4 +170,5 @@ class _Asked:
             return summary(await open_loop(send, rate, seconds))
 
     def _body(self, model: str) -> dict[str, Any]:
-        return chat(next(self.prompts), model, max_tokens=TOKENS, ignore_eos=True)
+        (turn,) = next(self.examples).messages
+        return chat(turn.content, model, max_tokens=TOKENS, ignore_eos=True)

@@ -31,14 +31,14 @@ MATRICES = Shape(layers=8, width=768, inner=768, heads=12, experts=1)
 """A model to decompose: all matrices of one size, so that counting them measures the work."""
 
 STAGES = {
-    "launcher_s": "called",
+    "parent_s": "called",
     "controller_s": "controller",
     "resources_s": "resources",
     "processes_s": "workers",
     "group_s": "started",
     "model_s": "loop",
 }
-"""Of a job of Ray Train, one after the other, and the stamp that each ends with: the launcher's process, the domain's
+"""Of a job of Ray Train, one after the other, and the stamp that each ends with: the process that holds it, Ray Train's
 controller, a placement group, the workers' processes, torch's process group, and model, factors and task."""
 
 

@@ -71,12 +71,12 @@ TOGETHER = (
 )
 """Steps that two workers share: all held out, for their price is that of half the rows and of the sums."""
 
-SUMS = (1 << 17, 1 << 18, 1 << 20, 1 << 22)
-SUMS_HELD = (1 << 19, 1 << 21)
+SUMS = tuple(1 << power for power in range(17, 23))
+SUMS_HELD = (3 << 16, 3 << 18, 3 << 20)
 """Numbers that two workers sum: as many as a large model's z has, times the shares of a batch. Fewer take no less."""
 
-NEAR = 1 << 20
-"""Bytes that stay in a core's own cache, which sums of a small z do."""
+NEAR, FAR = 1 << 20, 8 << 20
+"""Bytes that stay in a core's own cache, and in the one that cores share, which sums of a small z do."""
 
 
 def terms(work: Work, shape: Shape, factors: Factors) -> dict[str, float]:
@@ -189,30 +189,32 @@ def _in_group(rank: int, world: int, file: str, work: Any) -> Any:
 
 
 def summed(sizes: Sequence[int], rounds: int) -> list[float]:
-    """Seconds of an all-reduce of so many float32."""
-    times = []
-    for size in sizes:
-        numbers, took = torch.ones(size), []
-        for _ in range(rounds):
+    """Seconds of an all-reduce of so many float32: the least of interleaved rounds."""
+    numbers = [torch.ones(size) for size in sizes]
+    rows = []
+    for _ in range(rounds):
+        row = []
+        for each in numbers:
             distributed.barrier()
             start = time.perf_counter()
-            distributed.all_reduce(numbers)
-            took.append(time.perf_counter() - start)
-        times.append(min(took))
-    return times
+            distributed.all_reduce(each)
+            row.append(time.perf_counter() - start)
+        rows.append(row)
+    return [min(column) for column in zip(*rows, strict=True)]
 
 
 def sum_terms(world: int, numbers: float) -> dict[str, float]:
     """A ring's: the messages that one worker waits for, one after the other, and the bytes that it sends; those of
-    them that its cache does not hold cost more."""
+    them that a cache does not hold cost more."""
     each = 2 * (world - 1) / world * 4 * numbers
-    return {"message": 2.0 * (world - 1), "byte": each, "far_byte": max(each - NEAR, 0.0)}
+    further = {"far_byte": max(each - NEAR, 0.0), "memory_byte": max(each - FAR, 0.0)}
+    return {"message": 2.0 * (world - 1), "byte": each, **further}
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def sums(rounds: int = 60) -> tuple[Figures, Fit]:
+def sums(rounds: int = 200) -> tuple[Figures, Fit]:
     """The price of summing a z over two workers of one machine."""
     sizes = [*SUMS, *SUMS_HELD]
     fit = fitted(
