@@ -24,7 +24,10 @@ PACKED_FOR_ROWS = 16
 
 
 class Bound(threading.local):
-    """What the next forward of this thread uses: nothing (the base), gains by row, or the folded weights."""
+    """What the next forward of this thread uses: nothing (the base), gains by row, or the folded weights.
+
+    Without `row_index`, row (or packed token) i has gain i, or all have the only one.
+    """
 
     gain_RK: Tensor | None = None
     row_index: Tensor | None = None
@@ -61,8 +64,8 @@ class SVFLinear(nn.Module):
         gain = bound.gain_RK[:, self.span]
         if bound.row_index is not None:
             gain = gain[bound.row_index]
-            # One index a row of (B, T, N), or one a token of a packed (1, T, N).
-            gain = gain[:, None] if x.shape[0] == gain.shape[0] else gain[None]
+        if len(gain) > 1:  # one for each row of (B, T, N), or for each token of a packed (1, T, N)
+            gain = gain[:, None] if x.shape[0] == len(gain) else gain[None]
         gain = gain.to(x.device)  # a base that is divided over GPUs has its layers on several
         # The product is taken in the gain's float32: bfloat16 has no number between 1 and 1.0078 for a z.
         if torch.is_grad_enabled():
@@ -151,7 +154,11 @@ class SVF:
         """
         assert not self._busy(), "rows are bound already: bindings do not nest"
         assert z_RK.shape[-1] == self.K and (row_index is not None or len(z_RK) == 1), (z_RK.shape, self.K)
-        self.bound.gain_RK, self.bound.row_index = z_RK * self.s_K, row_index
+        gain_RK = z_RK * self.s_K
+        if row_index is not None and len(row_index) <= 2 * len(z_RK):
+            # Decoding: gathered once rather than by every matrix. Of many tokens this would be too large.
+            gain_RK, row_index = gain_RK[row_index], None
+        self.bound.gain_RK, self.bound.row_index = gain_RK, row_index
         try:
             yield
         finally:
