@@ -28,7 +28,8 @@ class Load:
     """The bytes on one GPU.
 
     `folded`: the weight of the mixture that rollouts run with. `activations`: what a micro-batch keeps for a gradient.
-    `kv`: keys and values. `z`: the experts, in training with AdamW's moments. `working`: logits and the like.
+    `kv`: keys and values. `z`: the experts, and in training AdamW's moments, in serving each row's own. `working`: logits
+    and the like.
     """
 
     weights: int
@@ -129,7 +130,8 @@ def serving(shape: Shape, gpus: int, *, kv_tokens: int, rows: int, experts: int)
         return _layer(shape, layer, mine, kv=shape.kv_token_layer * kv_tokens, activations=0, folded=False)
 
     working = rows * 4 * (shape.vocabulary + 4 * shape.intermediate)
-    return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=working, z=shape.K * 4 * experts)
+    z = shape.K * 4 * (experts + 2 * rows)  # each row's, and what becomes of it in a step
+    return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=working, z=z)
 
 
 def least_gpus(loads: Any, memory: int, what: str) -> int:

@@ -116,6 +116,7 @@ class SVF:
         self.layers: list[SVFLinear] = []
         self.bank: dict[str, Tensor] = {}
         self._folded_K: Tensor | None = None
+        self._each: tuple[tuple[Tensor | None, ...], Tensor | None] = (), None
         modules = dict(model.named_modules())
         singular: list[Tensor] = []
         start = 0
@@ -163,6 +164,23 @@ class SVF:
             yield
         finally:
             self.bound.gain_RK = self.bound.row_index = None
+
+    @contextmanager
+    def each(self, z: Sequence[Tensor | None]) -> Iterator[None]:
+        """As `rows`, row (or packed token) i with `z[i]`; None is the base. Not differentiable.
+
+        The last gains are kept: decoding binds the same rows for many steps.
+        """
+        assert not self._busy(), "rows are bound already: bindings do not nest"
+        before, gain_BK = self._each
+        if len(before) != len(z) or any(a is not b for a, b in zip(before, z, strict=True)):
+            gain_BK = self.table(z) * self.s_K
+            self._each = tuple(z), gain_BK
+        self.bound.gain_RK = gain_BK
+        try:
+            yield
+        finally:
+            self.bound.gain_RK = None
 
     @contextmanager
     def folded(self, z_K: Tensor) -> Iterator[None]:

@@ -109,6 +109,19 @@ def test_folded_equals_factored(model: Model, text: str) -> None:
         close(model, forward(model, ids), factored)
 
 
+def test_rows_with_a_z_each_are_those_of_a_table_bit_for_bit_whatever_was_bound_before(model: Model) -> None:
+    a, b, _ = model.svf.bank.values()
+    ids, same = token_rows(model, 3, 9), b.clone()
+    for z in ([a, None, b], [a, None, b], [b, None, a], [a, None, same], [a, a, a]):
+        with model.svf.rows(model.svf.table(z), torch.arange(3)):
+            expected = forward(model, ids)
+        with model.svf.each(z):
+            assert torch.equal(forward(model, ids), expected)
+    with model.svf.each([a]):
+        alone = forward(model, ids[:1])
+    close(model, alone, expected[:1])
+
+
 def test_an_index_by_token_equals_an_index_by_row(model: Model) -> None:
     z_RK = torch.stack(list(model.svf.bank.values()))
     for layer in model.svf.layers[:7]:

@@ -96,12 +96,11 @@ class Loop:
         self.count["rows"], self.count["mixtures"] = len(requests), len(distinct)
         if len(distinct) > 1:
             self._alone = (None, 0)
+            if tokens == len(requests):
+                return svf.each(z)
             place = {key: i for i, key in enumerate(distinct)}
-            index_B = torch.tensor([place[id(z_K)] for z_K in z], device=svf.s_K.device)
-            if tokens > len(requests):
-                lengths_B = torch.tensor([length for _, length in requests], device=svf.s_K.device)
-                index_B = index_B.repeat_interleave(lengths_B)
-            return svf.rows(svf.table(list(distinct.values())), index_B)
+            index = [place[id(z_K)] for z_K, (_, length) in zip(z, requests, strict=True) for _ in range(length)]
+            return svf.rows(svf.table(list(distinct.values())), torch.tensor(index, device=svf.s_K.device))
         (only,) = distinct.values()
         if only is None:
             return nullcontext()
