@@ -28,8 +28,8 @@ class Load:
     """The bytes on one GPU.
 
     `folded`: the weight of the mixture that rollouts run with. `activations`: what a micro-batch keeps for a gradient.
-    `kv`: keys and values. `z`: the experts, and in training AdamW's moments, in serving each row's own. `working`: logits
-    and the like.
+    `kv`: keys and values. `z`: the experts, and in training AdamW's moments, in serving each row's own. `working`:
+    logits and the like.
     """
 
     weights: int
