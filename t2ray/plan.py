@@ -130,7 +130,7 @@ def serving(shape: Shape, gpus: int, *, kv_tokens: int, rows: int, experts: int)
         return _layer(shape, layer, mine, kv=shape.kv_token_layer * kv_tokens, activations=0, folded=False)
 
     working = rows * 4 * (shape.vocabulary + 4 * shape.intermediate)
-    z = shape.K * 4 * (experts + 2 * rows)  # each row's, and what becomes of it in a step
+    z = shape.K * 4 * (experts + 3 * rows)  # each row's, and what becomes of it in a step, twice
     return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=working, z=z)
 
 

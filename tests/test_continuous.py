@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,9 +42,11 @@ def started(model: Model, config: EngineConfig) -> Iterator[ContinuousEngine]:
     bank = dict(model.svf.bank)
     engine = ContinuousEngine(model, config)
     engine.start()
-    yield engine
-    engine.stop()
-    model.svf.bank = bank
+    try:
+        yield engine
+    finally:
+        engine.stop()
+        model.svf.bank = bank
 
 
 def run(call: Callable[[], Awaitable[T]], timeout_s: float = 60) -> T:
@@ -326,3 +331,27 @@ def test_experts_can_be_replaced_and_scored_under_load(engine: ContinuousEngine)
                 assert answer.token_ids == expected[mixture].token_ids
 
     run(load)
+
+
+def test_mixtures_that_nobody_asks_for_any_more_are_let_go(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    mix = model.svf.mix
+
+    def noted(mixture: Mixture) -> Tensor:
+        z_K = mix(mixture)
+        made.append(weakref.ref(z_K))
+        return z_K
+
+    monkeypatch.setattr(model.svf, "mix", noted)
+    again = Mixture.parse("math:0.5")
+    with contextmanager(started)(model, EngineConfig(kv_tokens=2048, batch_rows=4)) as engine:
+
+        async def ask() -> None:
+            for i in range(20):
+                for mixture in (Mixture.parse(f"math:{i + 1},code:0.5"), again):
+                    await engine.generate(user("a"), mixture, SamplingParams(max_tokens=2))
+
+        run(ask)
+        gc.collect()
+        assert len(made) == 21  # the one that is asked for again and again was made once
+        assert sum(z() is not None for z in made) <= 4 + 1  # and one that the loop was bound to last

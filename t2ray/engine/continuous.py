@@ -200,10 +200,10 @@ class ContinuousEngine:
             raise GenerationError("the engine has stopped") from self._manager.background_thread_status.fatal_error
 
     def _mixed(self, mixture: Mixture) -> Tensor | None:
-        """One tensor for all requests of a mixture, until the experts change."""
+        """One tensor for all requests of a mixture, until the experts change; as many as a batch has rows are kept."""
         z = self._z
-        if mixture not in z:
-            if len(z) >= 4096:
-                z.clear()
-            z[mixture] = self.model.svf.mix(mixture) if mixture.weights else None
-        return z[mixture]
+        z_K = z.pop(mixture) if mixture in z else self.model.svf.mix(mixture) if mixture.weights else None
+        if len(z) >= self.config.batch_rows:
+            del z[next(iter(z))]  # the one that was asked for longest ago
+        z[mixture] = z_K
+        return z_K
