@@ -161,7 +161,6 @@ def test_a_killed_sweep_goes_on_and_runs_no_finished_trial_again(tmp_path: Path)
 
 
 def test_optuna_proposes_points_within_the_space(tmp_path: Path) -> None:
-    pytest.importorskip("optuna")
     space = {"rl.lr": {"log": [0.001, 0.03]}, "rl.baseline": ["mean", "loo"]}
     config = made(tmp_path, sampler="optuna", space=space, trials=4, stop_early=False, finalists=1)
     trials = sweep(config, rising, steps=9, holds=CPU, needs=CPU)
