@@ -171,6 +171,31 @@ def test_a_dead_workers_end_names_the_place_the_memory_and_the_knob() -> None:
     assert "\n" not in said + full
 
 
+def test_of_a_dead_task_ray_says_nothing_and_its_last_sign_of_life_does() -> None:
+    text = "The worker died unexpectedly while executing this task. Check python-core-worker-*.log files for more."
+    said = diagnosis("math", {0: RuntimeError(text)}, (BEAT,))
+    assert said.startswith(
+        "worker 0 of domain 'math' died: node node3, pid 1169, after step 12; at its last sign of life"
+    )
+    assert "the worker held 9.1 GiB, the machine 30.0 of 64.0 GiB; the machine had memory left" in said
+    assert "node unknown, pid unknown, before its first step" in diagnosis("math", {0: RuntimeError(text)}, ())
+
+
+# What Ray 2.60's memory monitor says of a task, shortened at the dots.
+FULL_TASK = """Task was killed due to the node running low on memory. Memory on the node (IP: 10.0.0.7, ID: b364) was \
+60.87GB used / 64.00GB limit (0.951)
+Selected to kill: (Task: job ID=01000000, lease ID=00, task name=code, required resources={CPU: 1}, pid=4, actual \
+memory used=0.10GB)
+Selected to kill: (Task: job ID=01000000, lease ID=00, task name=math, required resources={CPU: 1}, pid=1169, actual \
+memory used=44.39GB)
+..."""
+
+
+def test_of_the_tasks_that_ray_ended_for_their_memory_the_domains_own_is_told() -> None:
+    said = diagnosis("math", {0: RuntimeError(FULL_TASK)}, (BEAT,))
+    assert "node 10.0.0.7, pid 1169, after step 12; at its end the worker held 44.39 GiB, the machine 60.87 of" in said
+
+
 # What Ray 2.60's memory monitor says, shortened at the dots.
 FULL = """A worker health check failed.
 Worker info: Worker(

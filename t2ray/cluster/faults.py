@@ -41,7 +41,8 @@ def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat
     seen = next((beat for beat in last if beat.rank == rank and pid in (None, str(beat.pid))), None)
     node = next(iter(re.findall(r"(?:node_ip='|ip: |IP: )([\w.:-]+)", text)), seen.host if seen else "unknown")
     after = f"after step {seen.step}" if seen else "before its first step"
-    what = f"worker {rank} of domain {domain!r} died: node {node}, pid {pid or 'unknown'}, {after}"
+    which = pid or (seen.pid if seen else "unknown")  # of a task Ray says no more than that it died
+    what = f"worker {rank} of domain {domain!r} died: node {node}, pid {which}, {after}"
     return "; ".join(part for part in (what, _memory(text, pid, seen), _likely(text, seen)) if part)
 
 
