@@ -246,23 +246,13 @@ def killer(cluster: Nodes, folder: Path, killed: list[str]) -> Callable[[TrainCo
 
 @pytest.mark.cluster
 @pytest.mark.nodes
-def test_a_killed_node_changes_no_z(shared_by_two: Undisturbed, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("workers", "count"), [(2, 3), ("1-2", 2)])  # as many again; with the nodes that are left
+def test_a_killed_node_changes_no_z(shared_by_two: Undisturbed, tmp_path: Path, workers: int | str, count: int) -> None:
     killed: list[str] = []
-    config = job(tmp_path, "killed", reward="slow", workers=2, rl=LONG)
-    with nodes(3) as cluster:
+    config = job(tmp_path, "killed", reward="slow", workers=workers, rl=LONG)
+    with nodes(count) as cluster:
         train(config, tick=killer(cluster, tmp_path, killed))
-    assert killed and len(places(tmp_path)) == 3
-    assert same(expert(config), shared_by_two[0])
-
-
-@pytest.mark.cluster
-@pytest.mark.nodes
-def test_elastic_workers_go_on_with_the_nodes_that_are_left(shared_by_two: Undisturbed, tmp_path: Path) -> None:
-    killed: list[str] = []
-    config = job(tmp_path, "elastic", reward="slow", workers="1-2", rl=LONG)
-    with nodes(2) as cluster:
-        train(config, tick=killer(cluster, tmp_path, killed))
-    assert killed and len(places(tmp_path)) == 2
+    assert killed and len(places(tmp_path)) == count
     assert same(expert(config), shared_by_two[0])
 
 

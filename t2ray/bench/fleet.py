@@ -91,19 +91,19 @@ def fleet(shape: Shape, demand: Demand, costs: Costs, device: Device, rows: int)
     )
 
 
-def figures(shape: Shape, rate: float = 10_000.0) -> Figures:
-    """Fleets for `rate` requests a second: batches of 64 and of 256 rows; pass 1 for every request, or for one in ten;
+def figures(shape: Shape) -> Figures:
+    """Fleets for 10,000 requests a second: batches of 64 and of 256 rows; pass 1 for every request, or for one in ten;
     what becomes of one when three tenths more come than it was made for, or when a tenth of the ingresses that all
     the requests keep busy are missing."""
-    demand, remembered = Demand(rate=rate), Demand(rate=rate, scored=0.1)
+    demand, remembered = Demand(), Demand(scored=0.1)
     costs, device = Costs(), Device()
     made = fleet(shape, demand, costs, device, rows=256)
     cases = {
         "rows_64": (fleet(shape, demand, costs, device, rows=64), demand),
         "rows_256": (made, demand),
         "remembered": (fleet(shape, remembered, costs, device, rows=256), remembered),
-        "burst": (made, replace(demand, rate=1.3 * rate)),
-        "ingresses_90_percent": (replace(made, ingresses=int(0.9 * rate * costs.ingress_s)), demand),
+        "burst": (made, replace(demand, rate=1.3 * demand.rate)),
+        "ingresses_90_percent": (replace(made, ingresses=int(0.9 * demand.rate * costs.ingress_s)), demand),
     }
     found: Figures = {}
     for name, (each, asked) in cases.items():

@@ -43,12 +43,12 @@ class WorkersDied(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Try:
-    """A start of a domain: its number since the newest checkpoint that there was, and when it was."""
+    """A start of a domain: its number since the newest checkpoint that there was, and when earlier hearts began."""
 
     domain: str
     number: int
     checkpoint: list[str]
-    at: float
+    earlier: frozenset[float]
 
 
 def run_domains(config: TrainConfig, domains: Sequence[str], at_once: int, most: int, tick: Tick) -> None:
@@ -63,8 +63,7 @@ def run_domains(config: TrainConfig, domains: Sequence[str], at_once: int, most:
         while waiting or running:
             while waiting and len(running) < at_once:
                 domain = waiting.pop()
-                newest = domain_store(config, domain).names(CHECKPOINTS)[-1:]
-                first = _Try(domain=domain, number=1, checkpoint=newest, at=time.time())
+                first = _try(config, domain)
                 running[_start(config, domain, most)] = first
             ended, _ = ray.wait(list(running), timeout=_POLL_S)
             tick(config)
@@ -81,6 +80,15 @@ def run_domains(config: TrainConfig, domains: Sequence[str], at_once: int, most:
     finally:
         for task in running:
             ray.cancel(task, force=True)
+
+
+def _try(config: TrainConfig, domain: str, last: _Try | None = None) -> _Try:
+    """The domain's next start. Over days, many nodes may go: one that got to another checkpoint has a new count."""
+    store = domain_store(config, domain)
+    newest = store.names(CHECKPOINTS)[-1:]
+    number = last.number + 1 if last is not None and newest == last.checkpoint else 1
+    earlier = frozenset(beat.began for beat in beats(store))
+    return _Try(domain=domain, number=number, checkpoint=newest, earlier=earlier)
 
 
 def _start(config: TrainConfig, domain: str, most: int) -> ray.ObjectRef:
@@ -111,10 +119,7 @@ def _group(job: dict[str, Any], most: int) -> None:
 
 
 def _after(config: TrainConfig, task: ray.ObjectRef, last: _Try) -> _Try | None:
-    """The next start of a domain whose workers died; None for one that is done.
-
-    Over days, many nodes may go: a domain that got to another checkpoint has a new count.
-    """
+    """The next start of a domain whose workers died; None for one that is done."""
     store = domain_store(config, last.domain)
     try:
         ray.get(task)
@@ -125,15 +130,14 @@ def _after(config: TrainConfig, task: ray.ObjectRef, last: _Try) -> _Try | None:
             note_fault(store, str(mistake), ended=True)
             raise mistake from None
         # a worker that died before its heart began has left its predecessor's sign of life
-        what = diagnosis(last.domain, causes, tuple(beat for beat in beats(store) if beat.began >= last.at))
-        newest = store.names(CHECKPOINTS)[-1:]
-        number = last.number + 1 if newest == last.checkpoint else 1
-        if number > _STARTS:
+        seen = tuple(beat for beat in beats(store) if beat.began not in last.earlier)
+        what, again = diagnosis(last.domain, causes, seen), _try(config, last.domain, last)
+        if again.number > _STARTS:
             what += f"; started {_STARTS} times, it came to no new checkpoint; {_GOES_ON}"
             note_fault(store, what, ended=True)
             raise ResourceError(what) from failure
         note_fault(store, what, ended=False)
-        return _Try(domain=last.domain, number=number, checkpoint=newest, at=time.time())
+        return again
     return None
 
 
