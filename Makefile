@@ -44,7 +44,7 @@ lint: setup  ## ruff and mypy
 	$(BIN)/mypy
 
 bench: setup  ## the core's speed beside its peers; figures in runs/bench.json
-	$(BIN)/t2ray bench rows folded update rollout cem dispatch --json runs/bench.json
+	$(BIN)/python -m benchmarks rows folded update rollout cem dispatch --json runs/bench.json
 
 clean:  ## removes what was built and run, .venv included
 	rm -rf $(VENV) runs build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from t2ray.cli import main
+from t2ray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["sweep", *sys.argv[1:]]))

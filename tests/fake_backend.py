@@ -23,8 +23,8 @@ from safetensors.numpy import load
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.app import create_api
 from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, ExpertInfo, Heat, Load
+from t2ray.config.serve import ApiConfig
 from t2ray.core import ConfigError, Delta, ExpertError, Message, Mixture, Prompt, SamplingParams, Token, UnknownExpert
-from t2ray.serving import ApiConfig
 
 MADE = "2026-11-21T10:00:00+00:00"
 CONTEXT = 4096

@@ -14,14 +14,14 @@ from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from t2ray.config import RLConfig
+from t2ray.adapters.factors import decompose
+from t2ray.adapters.model import Model, load_model
+from t2ray.config.train import RLConfig
 from t2ray.core import Completion, Example, Mixture, Rollout, user
-from t2ray.engine import Engine
-from t2ray.model import Model, load_model
-from t2ray.rl.trainer import Trainer
+from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
-from t2ray.svd import decompose
 from t2ray.tasks.task import Task
+from t2ray.training.trainer import Trainer
 
 torch.set_num_threads(1)
 
@@ -112,7 +112,7 @@ def train_in_parallel(rank: int, world: int, folder: Path, rl: RLConfig, shares:
     distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=60))
     rows: list[dict[str, Any]] = []
     trainer = Trainer(
-        Engine(load_model(str(folder / "model"), folder / "factors", device="cpu")),
+        OfflineEngine(load_model(str(folder / "model"), folder / "factors", device="cpu")),
         letter_task(), verify_letters, rl, Store(folder / "run"), seed=0, digest="x", shares=shares,
     )  # fmt: skip
     asyncio.run(trainer.run(rows.append))

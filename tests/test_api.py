@@ -16,8 +16,8 @@ from safetensors.numpy import save
 
 from t2ray.api.names import names
 from t2ray.api.replies import model_reply
+from t2ray.config.serve import ApiConfig
 from t2ray.core import Busy, ConfigError, GenerationError, Mixture, ResourceError, UnknownExpert
-from t2ray.serving import ApiConfig
 
 ASK = [{"role": "user", "content": "what is 17+25"}]
 Work = Callable[[openai.AsyncOpenAI, FakeBackend], Coroutine[Any, Any, None]]

@@ -12,8 +12,8 @@ from fake_backend import FakeBackend
 
 from t2ray.api.app import create_api
 from t2ray.api.keys import ANYONE, Keys, new_key
+from t2ray.config.serve import ApiConfig
 from t2ray.core import ConfigError
-from t2ray.serving import ApiConfig
 
 
 def test_a_new_key_is_random_and_its_line_holds_no_secret(tmp_path: Path) -> None:

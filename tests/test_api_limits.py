@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from t2ray.api.app import create_api
-from t2ray.serving import ApiConfig
+from t2ray.config.serve import ApiConfig
 
 CHAT = {"model": "t2ray:base", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "t2ray:base", "prompt": "hi"}

@@ -30,7 +30,7 @@ from schemathesis.checks import (
 
 from t2ray.api.app import create_api
 from t2ray.api.backend import Adaptation
-from t2ray.serving import ApiConfig
+from t2ray.config.serve import ApiConfig
 
 DEFAULT = 300
 EXAMPLES = int(os.environ.get("T2RAY_SCHEMATHESIS_EXAMPLES", DEFAULT))

@@ -18,37 +18,33 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
-# Top to bottom. A module imports the rows below its own and its own column, never another column of its row. A column
-# is a module, or a package with all that is in it but what another entry names more closely.
+# Row by row from the top: a package imports rows below its own and itself, never another package of its row. A name is
+# a package with all that is in it, or a module by itself. docs/architecture.md draws this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("jobs",),
-    ("t2ray.cli",),
-    ("t2ray.commands", "t2ray.tiny.pretrain", "t2ray.jobfile"),
-    ("t2ray.demo",),
-    ("t2ray.cluster", "t2ray.bench", "t2ray.tiny.corpus"),
-    ("t2ray.api", "t2ray.sweep", "t2ray.plan", "t2ray.rl.status"),
-    ("t2ray.rl.job", "t2ray.rl.run"),
-    ("t2ray.rl.trainer", "t2ray.evaluate", "t2ray.report"),
-    ("t2ray.rl", "t2ray.adapt", "t2ray.tasks", "t2ray.plots"),
-    ("t2ray.engine",),
-    ("t2ray.model",),
-    ("t2ray.chat", "t2ray.svf", "t2ray.exchange", "t2ray.bank"),
-    ("t2ray.svd", "t2ray.experts"),
-    ("t2ray.targets", "t2ray.weights"),
-    ("t2ray.serving",),
-    ("t2ray.store", "t2ray.config", "t2ray.prompts", "t2ray.testing", "t2ray.tiny"),
+    ("jobs", "benchmarks"),
+    ("t2ray.cli", "t2ray.__main__"),
+    ("t2ray.cluster", "t2ray.tiny"),
+    ("t2ray.workbench",),
+    ("t2ray.sweep", "t2ray.runs"),
+    ("t2ray.training", "t2ray.api"),
+    ("t2ray.evals", "t2ray.tasks"),
+    ("t2ray.adapt", "t2ray.sandbox", "t2ray.engine"),
+    ("t2ray.experts",),
+    ("t2ray.adapters",),
+    ("t2ray.models",),
+    ("t2ray.config", "t2ray.store", "t2ray.prompts", "t2ray.testing"),
     ("t2ray.core", "t2ray"),
 )
 
 # Library -> who may import it. Programs (jobs, the tiny model's pretraining) may use transformers as any user would.
 RIMS = {
-    "ray": ("t2ray.cluster",),
-    "fastapi": ("t2ray.api", "t2ray.cluster.ingress"),
-    "transformers": ("t2ray.model", "t2ray.chat", "t2ray.engine", "t2ray.tiny.pretrain", "jobs"),
+    "ray": ("t2ray.cluster", "benchmarks.capacity.stamps"),
+    "fastapi": ("t2ray.api", "t2ray.cluster.serve.ingress"),
+    "transformers": ("t2ray.models", "t2ray.engine", "t2ray.tiny.pretrain", "jobs", "benchmarks"),
 }
 
 # Where an error of any kind is not a fault but the answer: model-written code runs there.
-CATCH_ALL = {"t2ray.tasks.sandbox_child"}
+CATCH_ALL = {"t2ray.sandbox.child"}
 
 TORCH_FREE = (
     "t2ray.core",
@@ -57,16 +53,15 @@ TORCH_FREE = (
     "t2ray.testing",
     "t2ray.adapt",
     "t2ray.tasks",
-    "t2ray.rl.rollout",
-    "t2ray.evaluate",
-    "t2ray.report",
-    "t2ray.plots",
+    "t2ray.sandbox",
+    "t2ray.training.rollout",
+    "t2ray.evals",
 )
 HEAVY = {"torch", "transformers", "ray", "fastapi"}
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted((*ROOT.glob("t2ray/**/*.py"), *ROOT.glob("jobs/*.py")))
+    for path in sorted((*ROOT.glob("t2ray/**/*.py"), *ROOT.glob("jobs/*.py"), *ROOT.glob("benchmarks/**/*.py")))
 }
 Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -109,7 +104,7 @@ def test_a_module_imports_only_rows_below_its_own(module: str) -> None:
     row, name = column(module)
     wrong = []
     for line, imported in imports(module):
-        if not under(imported, ("t2ray", "jobs")):
+        if not under(imported, ("t2ray", "jobs", "benchmarks")):
             continue
         other_row, other = column(imported)
         if other != name and other_row <= row:
@@ -138,7 +133,7 @@ def loaded_by(code: str) -> set[str]:
 
 def test_help_loads_no_heavy_library() -> None:
     assert (
-        loaded_by("from t2ray.cli import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code")
+        loaded_by("from t2ray.cli.main import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code")
         == set()
     )
 
@@ -179,7 +174,9 @@ def test_what_is_public_has_a_docstring(module: str) -> None:
     nodes = [
         node
         for node in tree(module).body
-        if isinstance(node, (*Function, ast.ClassDef)) and under(module, ("t2ray",)) and not node.name.startswith("_")
+        if isinstance(node, (*Function, ast.ClassDef))
+        and under(module, ("t2ray", "benchmarks"))
+        and not node.name.startswith("_")
     ]
     missing = [f"{module}:{node.lineno} {node.name}" for node in nodes if not ast.get_docstring(node)]
     if tree(module).body and not ast.get_docstring(tree(module)):
@@ -206,7 +203,7 @@ def pinned() -> dict[str, Requirement]:
 def test_what_the_package_imports_is_declared() -> None:
     distributions = packages_distributions()
     roots = {name.partition(".")[0] for module in FILES for _, name in imports(module)}
-    own = {"t2ray", "jobs", *(module.rpartition(".")[2] for module in FILES)}  # a script imports its neighbours by name
+    own = {"t2ray", "jobs", "benchmarks", *(module.rpartition(".")[2] for module in FILES)}  # scripts name neighbours
     third_party = roots - sys.stdlib_module_names - own
     undeclared = [
         root

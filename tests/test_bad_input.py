@@ -27,13 +27,13 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
-from t2ray.cli import main
-from t2ray.cluster import train as cluster_train
-from t2ray.commands import adapt, evaluate
+from t2ray.adapters.factors import Factors, decompose
+from t2ray.cli import adapt, evaluate
+from t2ray.cli.main import main
+from t2ray.cluster.train import launch as cluster_train
 from t2ray.core import Mixture
-from t2ray.experts import Registry
-from t2ray.svd import Factors, decompose
-from t2ray.weights import Weights
+from t2ray.experts.registry import Registry
+from t2ray.models.weights import Weights
 
 REWARDS = """
 def good(completion, row):
@@ -468,7 +468,7 @@ def test_a_cluster_of_another_ray_or_python(attached: str, refused: Refused) -> 
 @pytest.mark.cluster
 def test_a_token_that_is_missing_or_wrong(address: str, place: Path) -> None:
     """In processes of their own: Ray reads the token once."""
-    code = "import sys; from t2ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from t2ray.cli.main import main; sys.exit(main(sys.argv[1:]))"
     env = {key: value for key, value in os.environ.items() if key != "RAY_AUTH_TOKEN"}
     env |= {"HOME": str(place), "RAY_ADDRESS": address}
     start = time.monotonic()

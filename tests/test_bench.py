@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2ray.bench import generation, harness, suite
-from t2ray.bench.harness import Measure, Skipped, interleaved, measure, ratio
-from t2ray.bench.reference import Reference, greedy
-from t2ray.bench.shape import Shape, Subject, make
-from t2ray.bench.training import Allocations, random_rollouts
-from t2ray.cli import main
+from benchmarks import harness
+from benchmarks.__main__ import main
+from benchmarks.core import generation, suite
+from benchmarks.core.reference import Reference, greedy
+from benchmarks.core.shape import Shape, Subject, make
+from benchmarks.core.training import Allocations, random_rollouts
+from benchmarks.harness import Measure, Skipped, interleaved, measure, ratio
 from t2ray.core import Mixture, SamplingParams
-from t2ray.rl.loss import backward
+from t2ray.training.loss import backward
 
 SMALL = Shape(
     layers=2, width=32, inner=64, heads=4, vocabulary=64, prompt=6, new=5, sequence=12, members=3, shots=2, answer=3,
@@ -169,7 +170,7 @@ def test_a_mistaken_call_ends_with_one_line(
     arguments: list[str], text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", *arguments]) == 2
+    assert main(arguments) == 2
     error = capsys.readouterr().err
     assert text in error and error.count("\n") == 1
 
@@ -177,13 +178,13 @@ def test_a_mistaken_call_ends_with_one_line(
 def test_the_command_prints_a_table_and_writes_the_figures(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from t2ray.commands import bench
+    from benchmarks.core import command as bench
 
     monkeypatch.setattr(bench, "Shape", lambda: SMALL)
     monkeypatch.setattr(
         suite, "BENCHES", {"rows": lambda subject, n: {"x": measure([2.0], 1.0), "y": Skipped(reason="why")}}
     )
-    assert main(["bench", "rows", "--json", str(tmp_path / "bench.json")]) == 0
+    assert main(["rows", "--json", str(tmp_path / "bench.json")]) == 0
     printed = capsys.readouterr().out
     assert "met" in printed and "skipped: why" in printed
     assert (

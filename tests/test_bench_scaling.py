@@ -13,19 +13,19 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from benchmarks.options import SCALING
 
-from t2ray.bench import engines, queues, runs, scaling, steps
-from t2ray.bench import fleet as fleets
-from t2ray.bench.engines import Batch
-from t2ray.bench.fit import Fit, Point, fitted
-from t2ray.bench.fleet import Costs, Demand, Device, token_flops
-from t2ray.bench.shape import Shape
-from t2ray.bench.simulate import Fleet, Load, Simulation
-from t2ray.bench.steps import Bench, Work
-from t2ray.cli import main
-from t2ray.commands.bench_options import SCALING
-from t2ray.plan import shape_of
-from t2ray.svd import decompose
+from benchmarks.__main__ import main
+from benchmarks.capacity import engines, queues, runs, scaling, steps
+from benchmarks.capacity import fleet as fleets
+from benchmarks.capacity.engines import Batch
+from benchmarks.capacity.fit import Fit, Point, fitted
+from benchmarks.capacity.fleet import Costs, Demand, Device, token_flops
+from benchmarks.capacity.simulate import Fleet, Load, Simulation
+from benchmarks.capacity.steps import Bench, Work
+from benchmarks.core.shape import Shape
+from t2ray.adapters.factors import decompose
+from t2ray.runs.memory import shape_of
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(layers=2, width=16, inner=32, heads=2, vocabulary=32, experts=1)
@@ -257,7 +257,7 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
 
 
 def test_stamps_name_the_domain_once_the_controller_knows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from t2ray.cluster.stamps import Stamps
+    from benchmarks.capacity.stamps import Stamps
 
     monkeypatch.setenv("T2RAY_STAMPS", str(tmp_path / "stamps"))
     stamps = Stamps()
@@ -279,7 +279,7 @@ def test_the_command_runs_the_parts_and_writes_the_report(
     assert tuple(scaling.PARTS) == SCALING
     fit = fitted(points({"once": 1.0, "each": 2.0}) + points({"once": 1.0, "each": 2.1}, held=True))
     monkeypatch.setitem(scaling.PARTS, "training", lambda folder: (fit.figures(), {"step": fit.as_json()}))
-    assert main(["bench", "scaling", "training", "--json", str(tmp_path / "out.json")]) == 0
+    assert main(["scaling", "training", "--json", str(tmp_path / "out.json")]) == 0
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["training"]["held_out_error"]["met"] is True
     assert written["models"]["training_step"]["prices_s"] == pytest.approx({"once": 1.0, "each": 2.0})
@@ -291,5 +291,5 @@ def test_the_command_runs_the_parts_and_writes_the_report(
     [(["trainning"], "did you mean 'training'"), (["--json", "/nowhere/out.json"], "make it first")],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "scaling", *words]) == 2
+    assert main(["scaling", *words]) == 2
     assert message in capsys.readouterr().err

@@ -20,16 +20,18 @@ import torch
 from fake_backend import FakeBackend, served
 from safetensors.torch import save
 
-from t2ray.bench import many, processes, serving, soak, suite
-from t2ray.bench.alone import Size, Unfolded, by_round, started
-from t2ray.bench.harness import Measure
-from t2ray.bench.load import Client, Outcome, chat, closed_loop, open_loop, percentile, summary
-from t2ray.bench.serving import move
-from t2ray.bench.soak import Soak, growth, least_squares
-from t2ray.cli import main
+from benchmarks.__main__ import main as benchmarks
+from benchmarks.core import suite
+from benchmarks.endpoint import many, processes, serving, soak
+from benchmarks.endpoint.alone import Size, Unfolded, by_round, started
+from benchmarks.endpoint.serving import move
+from benchmarks.endpoint.soak import Soak, growth, least_squares
+from benchmarks.harness import Measure
+from t2ray.adapters.factors import decompose
+from t2ray.adapters.svf import SVF
+from t2ray.cli.main import main
 from t2ray.core import Busy, GenerationError, ResourceError
-from t2ray.svd import decompose
-from t2ray.svf import SVF
+from t2ray.evals.load import Client, Outcome, chat, closed_loop, open_loop, percentile, summary
 
 
 @asynccontextmanager
@@ -246,11 +248,11 @@ def url(tmp_path: Path) -> Any:
         yield address
 
 
-def test_bench_load_asks_with_a_key_prints_and_writes(
+def test_load_asks_with_a_key_prints_and_writes(
     url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MY_KEY", "sesame-sesame-sesame-sesame")
-    command = ["bench", "load", f"{url}/v1", "--rate", "40", "--seconds", "0.5", "--stream", "--max-tokens", "6"]
+    command = ["load", f"{url}/v1", "--rate", "40", "--seconds", "0.5", "--stream", "--max-tokens", "6"]
     path = tmp_path / "load.json"
     assert main([*command, "--key", "MY_KEY", "--ignore-eos", "--json", str(path)]) == 0
     report, printed = json.loads(path.read_text()), capsys.readouterr().out
@@ -277,7 +279,8 @@ def test_a_mistaken_call_ends_with_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        assert main(["bench", *arguments]) == 2
+        program = main if arguments[0] == "load" else benchmarks
+        assert program(arguments) == 2
     except SystemExit as end:
         assert end.code == 2
     error = capsys.readouterr().err
@@ -452,7 +455,7 @@ def test_figures_by_round_are_medians_of_equal_parts() -> None:
 @pytest.mark.long
 def test_a_short_soak_of_a_real_endpoint_has_no_error_and_leaves_no_process(tmp_path: Path, capfd: Any) -> None:
     path = tmp_path / "soak.json"
-    assert main(["bench", "soak", "--minutes", "0.2", "--rate", "2", "--json", str(path)]) == 0, capfd.readouterr().out
+    assert benchmarks(["soak", "--minutes", "0.2", "--rate", "2", "--json", str(path)]) == 0, capfd.readouterr().out
     report = json.loads(path.read_text())
     assert report["answers"]["answered"] > 5
     titles = {row["title"] for row in report["processes"]}

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from t2ray.chat import Chat
 from t2ray.core import Message, user
+from t2ray.models.chat import Chat
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ import torch
 from pyarrow import fs
 
 from t2ray.core import ResourceError, RunError
-from t2ray.rl.checkpoint import FOLDER, Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.store import Store
+from t2ray.training.checkpoint import FOLDER, Checkpoint, Progress, latest, moments, restore_moments
 
 K = 500
 

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2ray.cli import build_parser, main
-from t2ray.commands import adapt, evaluate
-from t2ray.commands.chat import Talk
-from t2ray.commands.terminal import weight_bars
-from t2ray.commands.workbench import Place, Workbench, locate, open_factors, open_workbench
-from t2ray.config import TrainConfig
+from t2ray.cli import adapt, evaluate
+from t2ray.cli.chat import Talk
+from t2ray.cli.main import build_parser, main
+from t2ray.cli.output import weight_bars
+from t2ray.config.train import TrainConfig
 from t2ray.core import Message, Mixture, SamplingParams, user
-from t2ray.experts import Registry
-from t2ray.rl.run import prepare, read_run
+from t2ray.experts.registry import Registry
+from t2ray.runs.folder import prepare, read_run
 from t2ray.tasks.verifier import Verifier
+from t2ray.workbench import Place, Workbench, locate, open_factors, open_workbench
 
 REWARDS = """
 def vowel(completion, row):

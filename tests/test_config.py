@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from t2ray.config import PRESETS, DomainConfig, RLConfig, TrainConfig, load, nearest, override, resolve
+from t2ray.config.files import nearest, override
+from t2ray.config.train import PRESETS, DomainConfig, RLConfig, TrainConfig, load, resolve
 from t2ray.core import ConfigError
 
 MINIMAL: dict[str, Any] = {"domains": {"math": {"task": "math"}}}

@@ -15,11 +15,12 @@ import torch
 from small import load_as, random_z
 from torch import Tensor
 
+from t2ray.adapters.model import Model
+from t2ray.config.serve import EngineConfig
 from t2ray.core import Completion, ConfigError, Delta, GenerationError, Mixture, SamplingParams, UnknownExpert, user
-from t2ray.engine import Engine, loop
-from t2ray.engine.continuous import ContinuousEngine
-from t2ray.model import Model
-from t2ray.serving import EngineConfig
+from t2ray.engine import loop
+from t2ray.engine.offline import OfflineEngine
+from t2ray.engine.online import OnlineEngine
 
 T = TypeVar("T")
 MIXTURES = [Mixture.parse(text) for text in ("math", "code", "math:0.5,code:0.5", "base", "math:-0.3,code:1.2")]
@@ -34,13 +35,13 @@ def model(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 @pytest.fixture
-def engine(model: Model) -> Iterator[ContinuousEngine]:
+def engine(model: Model) -> Iterator[OnlineEngine]:
     yield from started(model, EngineConfig(kv_tokens=2048, batch_tokens=64, batch_rows=16))
 
 
-def started(model: Model, config: EngineConfig) -> Iterator[ContinuousEngine]:
+def started(model: Model, config: EngineConfig) -> Iterator[OnlineEngine]:
     bank = dict(model.svf.bank)
-    engine = ContinuousEngine(model, config)
+    engine = OnlineEngine(model, config)
     engine.start()
     try:
         yield engine
@@ -53,17 +54,17 @@ def run(call: Callable[[], Awaitable[T]], timeout_s: float = 60) -> T:
     return asyncio.run(asyncio.wait_for(call(), timeout_s))
 
 
-async def all_of(engine: ContinuousEngine, sampling: SamplingParams) -> list[Completion]:
+async def all_of(engine: OnlineEngine, sampling: SamplingParams) -> list[Completion]:
     jobs = [(prompt, mixture) for prompt in PROMPTS for mixture in MIXTURES]
     return list(await asyncio.gather(*(engine.generate(user(p), mixture, sampling) for p, mixture in jobs)))
 
 
-async def idle(engine: ContinuousEngine) -> None:
+async def idle(engine: OnlineEngine) -> None:
     while (stats := engine.stats).running or stats.waiting or stats.kv_free != stats.kv_total:
         await asyncio.sleep(0.005)
 
 
-def test_a_row_of_a_mixed_batch_equals_the_row_alone_and_the_static_engine(engine: ContinuousEngine) -> None:
+def test_a_row_of_a_mixed_batch_equals_the_row_alone_and_the_static_engine(engine: OnlineEngine) -> None:
     sampling = SamplingParams(max_tokens=12)
 
     async def both() -> tuple[list[Completion], list[Completion]]:
@@ -73,7 +74,7 @@ def test_a_row_of_a_mixed_batch_equals_the_row_alone_and_the_static_engine(engin
 
     mixed, alone = run(both)
     assert [done.token_ids for done in mixed] == [done.token_ids for done in alone]
-    static = Engine(engine.model)
+    static = OfflineEngine(engine.model)
     for done, prompt in zip(mixed, [p for p in PROMPTS for _ in MIXTURES], strict=True):
         expected = run(lambda prompt=prompt, done=done: static.generate(user(prompt), done.mixture, sampling))
         assert (done.token_ids, done.text, done.prompt_ids) == (expected.token_ids, expected.text, expected.prompt_ids)
@@ -82,7 +83,7 @@ def test_a_row_of_a_mixed_batch_equals_the_row_alone_and_the_static_engine(engin
     assert len({done.token_ids for done in mixed}) > len(PROMPTS)  # the mixtures do differ
 
 
-def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(engine: ContinuousEngine) -> None:
+def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(engine: OnlineEngine) -> None:
     sampling = SamplingParams(max_tokens=16, temperature=1.3, top_p=0.9, seed=11)
 
     async def draws() -> tuple[Completion, Completion, Completion]:
@@ -101,7 +102,7 @@ def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(engine: Contin
     assert alone.token_ids == among.token_ids != other.token_ids
 
 
-def test_a_stream_adds_up_to_the_whole_answer(engine: ContinuousEngine) -> None:
+def test_a_stream_adds_up_to_the_whole_answer(engine: OnlineEngine) -> None:
     async def compare() -> None:
         for seed in range(6):
             sampling = SamplingParams(max_tokens=40, temperature=1.5, seed=seed, stop=("q", "ab"))
@@ -117,7 +118,7 @@ def test_a_stream_adds_up_to_the_whole_answer(engine: ContinuousEngine) -> None:
 
 @pytest.mark.parametrize(("deltas_per_s", "expected"), [(1e-9, 2), (1e9, 10)])
 def test_a_streams_first_token_comes_at_once_and_later_ones_by_the_rate(
-    engine: ContinuousEngine, monkeypatch: pytest.MonkeyPatch, deltas_per_s: float, expected: int
+    engine: OnlineEngine, monkeypatch: pytest.MonkeyPatch, deltas_per_s: float, expected: int
 ) -> None:
     monkeypatch.setattr(loop, "DELTAS_PER_S", deltas_per_s)
     monkeypatch.setattr(loop, "LONGEST_GAP_S", 1 / deltas_per_s)
@@ -132,7 +133,7 @@ def test_a_streams_first_token_comes_at_once_and_later_ones_by_the_rate(
     assert len(wakes) == expected
 
 
-def test_a_stop_string_is_never_shown_and_ends_the_answer(engine: ContinuousEngine) -> None:
+def test_a_stop_string_is_never_shown_and_ends_the_answer(engine: OnlineEngine) -> None:
     async def stopped() -> tuple[Completion, list[Delta], str]:
         free = await engine.generate(user("go"), MIXTURES[0], SamplingParams(max_tokens=40, ignore_eos=True))
         stop = free.text[4:6]
@@ -146,7 +147,7 @@ def test_a_stop_string_is_never_shown_and_ends_the_answer(engine: ContinuousEngi
     assert cut.finish_reason == "stop"
 
 
-def test_top_logprobs_are_the_likeliest_tokens_with_the_chosen_one_on_top_when_greedy(engine: ContinuousEngine) -> None:
+def test_top_logprobs_are_the_likeliest_tokens_with_the_chosen_one_on_top_when_greedy(engine: OnlineEngine) -> None:
     async def answer() -> list[Delta]:
         return [d async for d in engine.stream(user("x"), MIXTURES[0], SamplingParams(max_tokens=5, top_logprobs=3))]
 
@@ -157,14 +158,14 @@ def test_top_logprobs_are_the_likeliest_tokens_with_the_chosen_one_on_top_when_g
             assert token.top[0] == (token.text, pytest.approx(token.logprob))
 
 
-def test_scores_equal_the_static_engine_s_also_between_steps(engine: ContinuousEngine) -> None:
+def test_scores_equal_the_static_engine_s_also_between_steps(engine: OnlineEngine) -> None:
     labels = ("math", "code", "others")
 
     async def both() -> tuple[list[tuple[float, ...]], list[tuple[float, ...]]]:
         busy = asyncio.gather(*(engine.generate(user("z"), m, SamplingParams(max_tokens=40)) for m in MIXTURES))
         scores = await asyncio.gather(*(engine.score(user(p), labels, m) for p in PROMPTS for m in MIXTURES))
         await busy
-        static = Engine(engine.model)
+        static = OfflineEngine(engine.model)
         return list(scores), [await static.score(user(p), labels, m) for p in PROMPTS for m in MIXTURES]
 
     scores, expected = run(both)
@@ -175,7 +176,7 @@ def test_scores_equal_the_static_engine_s_also_between_steps(engine: ContinuousE
 
 
 @pytest.mark.parametrize("way", ["abort", "cancel", "close"])
-def test_a_request_that_is_given_up_frees_its_pages(engine: ContinuousEngine, way: str) -> None:
+def test_a_request_that_is_given_up_frees_its_pages(engine: OnlineEngine, way: str) -> None:
     long = SamplingParams(max_tokens=180, ignore_eos=True)
 
     async def give_up() -> None:
@@ -201,7 +202,7 @@ def test_a_request_that_is_given_up_frees_its_pages(engine: ContinuousEngine, wa
     run(give_up)
 
 
-def test_a_row_whose_numbers_overflow_fails_alone(engine: ContinuousEngine) -> None:
+def test_a_row_whose_numbers_overflow_fails_alone(engine: OnlineEngine) -> None:
     engine.set_experts({**engine.model.svf.bank, "broken": torch.full((engine.model.svf.K,), 1e38)})
 
     async def mixed() -> list[Any]:
@@ -222,7 +223,7 @@ def test_a_row_whose_numbers_overflow_fails_alone(engine: ContinuousEngine) -> N
 def test_a_prompt_that_cannot_fit_and_an_unknown_expert_are_refused_before_anything_runs(model: Model) -> None:
     for engine in started(model, EngineConfig(kv_tokens=64, batch_tokens=64, batch_rows=4)):
 
-        async def refused(engine: ContinuousEngine = engine) -> None:
+        async def refused(engine: OnlineEngine = engine) -> None:
             with pytest.raises(ConfigError, match="cache of 64 tokens"):
                 await engine.generate(user("x"), Mixture.base(), SamplingParams(max_tokens=63))
             with pytest.raises(ConfigError, match="model's context of"):
@@ -241,7 +242,7 @@ def test_a_cache_too_small_for_all_serves_all_in_turn(model: Model) -> None:
     for kv_tokens in (4096, 160):
         for engine in started(model, EngineConfig(kv_tokens=kv_tokens, batch_tokens=64, batch_rows=16)):
 
-            async def load(engine: ContinuousEngine = engine) -> list[Completion]:
+            async def load(engine: OnlineEngine = engine) -> list[Completion]:
                 done = await asyncio.gather(
                     *(engine.generate(user(f"p{i}"), MIXTURES[i % 5], sampling) for i in range(12))
                 )
@@ -254,7 +255,7 @@ def test_a_cache_too_small_for_all_serves_all_in_turn(model: Model) -> None:
 
 
 def test_what_waits_fails_when_the_engine_stops(model: Model) -> None:
-    engine = ContinuousEngine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=4))
+    engine = OnlineEngine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=4))
     engine.start()
 
     async def stop() -> None:
@@ -274,7 +275,7 @@ def test_what_waits_fails_when_the_engine_stops(model: Model) -> None:
 # ------------------------------------------------------------------------------------------------------ folds, experts
 
 
-def test_one_mixture_alone_is_folded_once_and_alternating_mixtures_never(engine: ContinuousEngine) -> None:
+def test_one_mixture_alone_is_folded_once_and_alternating_mixtures_never(engine: OnlineEngine) -> None:
     svf = engine.model.svf
     engine.set_experts({"math": random_z(svf.K, 7), "code": random_z(svf.K, 8)})
     need, sampling = svf.tokens_to_fold(), SamplingParams(max_tokens=64, ignore_eos=True)
@@ -297,7 +298,7 @@ def test_one_mixture_alone_is_folded_once_and_alternating_mixtures_never(engine:
     assert engine.stats.folds == 1
 
 
-def test_a_request_keeps_the_expert_that_it_began_with(engine: ContinuousEngine) -> None:
+def test_a_request_keeps_the_expert_that_it_began_with(engine: OnlineEngine) -> None:
     sampling = SamplingParams(max_tokens=120, ignore_eos=True)
 
     async def replace_meanwhile() -> tuple[Completion, Completion, Completion]:
@@ -313,7 +314,7 @@ def test_a_request_keeps_the_expert_that_it_began_with(engine: ContinuousEngine)
     assert before.token_ids == kept.token_ids != after.token_ids
 
 
-def test_experts_can_be_replaced_and_scored_under_load(engine: ContinuousEngine) -> None:
+def test_experts_can_be_replaced_and_scored_under_load(engine: OnlineEngine) -> None:
     """Everything that touches the model goes through its loop: a load with folds, scorings and new experts is exact."""
     bank: dict[str, Tensor] = dict(engine.model.svf.bank)
     sampling = SamplingParams(max_tokens=24, ignore_eos=True)

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from t2ray.config import DomainConfig
+from t2ray.config.train import DomainConfig
 from t2ray.core import ConfigError, DataError, Message, user
 from t2ray.tasks import own
 from t2ray.tasks.data import read

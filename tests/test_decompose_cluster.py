@@ -10,9 +10,9 @@ import ray
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2ray.cluster.decompose import decompose_on_ray
+from t2ray.adapters.factors import decompose
+from t2ray.cluster.train.decompose import decompose_on_ray
 from t2ray.core import ModelError
-from t2ray.svd import decompose
 
 pytestmark = pytest.mark.cluster
 

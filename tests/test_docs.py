@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t2ray import config
+from t2ray.config import train as config
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "CHANGELOG.md")
@@ -54,7 +54,7 @@ def complaint(command: list[str]) -> str | None:
         script = arguments[0] if arguments else "-"
         return f"there is no {script}" if script.startswith("jobs/") and not (ROOT / script).is_file() else None
 
-    from t2ray.cli import build_parser
+    from t2ray.cli.main import build_parser
 
     said = io.StringIO()
     try:

@@ -14,10 +14,10 @@ import torch
 from small import load_as, random_z, together
 from torch import Tensor
 
+from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, Mixture, SamplingParams, UnknownExpert, user
-from t2ray.engine import Engine
+from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.sampling import RowSampler
-from t2ray.model import Model
 
 MIXTURES = [Mixture.parse(text) for text in ("base", "math", "code", "math:0.6,code:0.4", "base", "math")]
 PROMPTS = ["2+2", "tell me something long about nothing", "a", "why?", "b b b", "return n"]
@@ -39,7 +39,7 @@ def model(loaded: Model) -> Iterator[Model]:
 
 
 def generate(model: Model, jobs: Any, **limits: int) -> list[Completion]:
-    engine = Engine(model, **limits)
+    engine = OfflineEngine(model, **limits)
     return together(*(engine.generate(user(prompt), mixture, sampling) for prompt, mixture, sampling in jobs))
 
 
@@ -197,7 +197,7 @@ def test_a_stop_adds_no_token_where_padding_is_the_end_token(model: Model, monke
 
 
 def test_what_does_not_fit_is_refused_and_fails_its_own_caller_alone(model: Model) -> None:
-    engine = Engine(model)
+    engine = OfflineEngine(model)
 
     async def all_of_them() -> list[Any]:
         return await asyncio.gather(
@@ -277,7 +277,7 @@ def score(
     model: Model, prompts: list[str], labels: tuple[str, ...], mixtures: list[Mixture], **limits: int
 ) -> list[float]:
     """All scores, flat."""
-    engine = Engine(model, **limits)
+    engine = OfflineEngine(model, **limits)
     rows = together(*(engine.score(user(p), labels, m) for p, m in zip(prompts, mixtures, strict=True)))
     return [value for row in rows for value in row]
 
@@ -330,7 +330,7 @@ def test_a_label_scores_the_same_beside_others_and_alone(model: Model) -> None:
 
 
 def test_generations_and_scorings_may_be_awaited_together(model: Model) -> None:
-    engine = Engine(model)
+    engine = OfflineEngine(model)
     done, scores, more = together(
         engine.generate(user("why?"), MIXTURES[1], GREEDY[0]),
         engine.score(user("why?"), LABELS, MIXTURES[2]),

@@ -16,11 +16,11 @@ import torch
 from pyarrow import fs
 from safetensors.torch import save_file
 
+from t2ray.adapters.factors import Factors, Target, decompose
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
-from t2ray.exchange import export_expert, histogram, import_expert
-from t2ray.experts import Expert, Registry
+from t2ray.experts.exchange import export_expert, histogram, import_expert
+from t2ray.experts.registry import Expert, Registry
 from t2ray.store import Store
-from t2ray.svd import Factors, Target, decompose
 
 BASE = "ab" * 16
 LAYOUT = (
@@ -237,7 +237,7 @@ def test_what_could_not_be_loaded_is_not_saved(z: dict[str, torch.Tensor], local
 FULL_DISK = """
 import resource, sys, torch
 from t2ray.core import ResourceError
-from t2ray.experts import Registry
+from t2ray.experts.registry import Registry
 registry = Registry(sys.argv[1])
 registry.save("math", {"a": torch.ones(4)}, base_digest="0")
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

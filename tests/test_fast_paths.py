@@ -10,12 +10,13 @@ import torch
 from small import load_as, random_z, together, token_rows
 from torch import Tensor, nn
 
+from t2ray.adapters.model import Model
+from t2ray.adapters.svf import Bound, SVFLinear, linear, packed
 from t2ray.core import Mixture, user
-from t2ray.engine import Engine, static
+from t2ray.engine import batches as static
 from t2ray.engine.cache import RoomyLayer, roomy_cache
-from t2ray.model import Model
+from t2ray.engine.offline import OfflineEngine
 from t2ray.prompts import dispatch_prompt
-from t2ray.svf import Bound, SVFLinear, linear, packed
 
 EPS = torch.finfo(torch.float32).eps
 SIZES = [(16, 16), (64, 24), (24, 64), (129, 77), (1, 5)]
@@ -132,7 +133,7 @@ def scores(model: Model, mixtures: list[Mixture]) -> tuple[Tensor, int]:
     """The labels' scores, (B, L), and how many token positions the model was given."""
     given: list[int] = []
     hook = model.hf.get_input_embeddings().register_forward_hook(lambda _, args, out: given.append(args[0].numel()))
-    runner = Engine(model)
+    runner = OfflineEngine(model)
     prompts = [dispatch_prompt(user(question), LABELS) for question in QUESTIONS]
     rows = together(*(runner.score(p, LABELS, m) for p, m in zip(prompts, mixtures, strict=True)))
     hook.remove()
@@ -159,7 +160,7 @@ def test_prompts_of_several_mixtures_share_no_prefix(model: Model, monkeypatch: 
 
 
 def test_equal_prompts_keep_a_token_of_their_own(model: Model) -> None:
-    runner = Engine(model)
+    runner = OfflineEngine(model)
     prompt = user("the very same prompt, which is long enough to be worth a pass of its own")
     rows = together(*(runner.score(prompt, LABELS, Mixture.parse("math")) for _ in range(4)))
     alone = together(runner.score(prompt, LABELS, Mixture.parse("math")))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t2ray import jobfile
-from t2ray.cli import build_parser, main
+from t2ray.cli import jobfile
+from t2ray.cli.main import build_parser, main
 from t2ray.core import ConfigError
 
 ROOT = Path(__file__).parents[1]

@@ -22,10 +22,10 @@ import psutil
 import pytest
 from endpoint import Endpoint, wait_until
 
-from t2ray.experts import Registry
-from t2ray.rl.records import read_metrics
+from t2ray.adapters.factors import Factors
+from t2ray.experts.registry import Registry
 from t2ray.store import Store
-from t2ray.svd import Factors
+from t2ray.training.records import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from t2ray import config
-from t2ray.serving import ServeConfig
+from t2ray.config import train as config
+from t2ray.config.serve import ServeConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "kubernetes.md").read_text(encoding="utf-8")

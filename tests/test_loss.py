@@ -14,10 +14,10 @@ from small import load_as, plain, random_z, rollout
 from torch import Tensor
 from torch.func import functional_call
 
+from t2ray.adapters.model import Model
 from t2ray.core import Rollout
-from t2ray.model import Model
-from t2ray.rl import loss
-from t2ray.rl.loss import LossTerms, advantages, backward, token_losses
+from t2ray.training import loss
+from t2ray.training.loss import LossTerms, advantages, backward, token_losses
 
 A, B = (0.9, 0.1), (0.5, 0.5)
 KL_AB = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)

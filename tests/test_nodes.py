@@ -28,18 +28,18 @@ from small import letter_task, train_in_parallel, verify_letters
 from test_train_cluster import wait_for
 from torch import Tensor
 
-from t2ray.bench.processes import pss
-from t2ray.bench.shape import Shape, _write_model
-from t2ray.cluster.train import train
-from t2ray.config import RLConfig, TrainConfig, resolve
+from benchmarks.core.shape import Shape, _write_model
+from benchmarks.endpoint.processes import pss
+from t2ray.adapters.factors import decompose, prepare
+from t2ray.adapters.model import load_model
+from t2ray.cluster.train.launch import train
+from t2ray.config.train import RLConfig, TrainConfig, resolve
 from t2ray.core import ConfigError, ResourceError
-from t2ray.engine import Engine
-from t2ray.model import load_model
-from t2ray.rl.job import EXPERT, domain_store, finished
-from t2ray.rl.records import read_metrics
-from t2ray.rl.trainer import Trainer
+from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
-from t2ray.svd import decompose, prepare
+from t2ray.training.domain import EXPERT, domain_store, finished
+from t2ray.training.records import read_metrics
+from t2ray.training.trainer import Trainer
 
 # Rewards that note which node they run on: the worker's, since these jobs have no verifier processes.
 REWARDS = """
@@ -161,7 +161,7 @@ def test_three_workers_make_the_z_that_one_makes_of_as_many_shares_bit_for_bit(
         model.svf.bank.clear()
         store, rows = Store(tmp_path / f"alone{shares}"), list[dict[str, Any]]()
         trainer = Trainer(
-            Engine(model), letter_task(), verify_letters, rl, store, seed=0, digest="x", shares=shares
+            OfflineEngine(model), letter_task(), verify_letters, rl, store, seed=0, digest="x", shares=shares
         )  # fmt: skip
         asyncio.run(trainer.run(rows.append))
         return trainer, rows
@@ -261,7 +261,7 @@ def test_a_killed_node_changes_no_z(shared_by_two: Undisturbed, tmp_path: Path, 
 def test_a_killed_driver_and_then_a_killed_head_change_no_z(shared_by_two: Undisturbed, tmp_path: Path) -> None:
     config = job(tmp_path, "run", reward="slow", workers=2, rl=LONG, out=f"file://{tmp_path}/runs")
     (tmp_path / "job.yaml").write_text(config.model_dump_json())
-    code = "import sys; from t2ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from t2ray.cli.main import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "train", str(tmp_path / "job.yaml")]
 
     with nodes(2, attached=False) as cluster:
@@ -292,8 +292,8 @@ import sys
 import torch
 import transformers.models.llama.modeling_llama
 from small import rollout
-from t2ray.model import load_model
-from t2ray.rl.loss import backward
+from t2ray.adapters.model import load_model
+from t2ray.training.loss import backward
 
 model, factors = sys.argv[1:]
 print("imported", flush=True), input()
@@ -363,6 +363,6 @@ def test_a_divided_model_is_the_same_model(tiny_llama: Path, tmp_path: Path, mon
     z_1K = torch.full((1, whole.svf.K), 1.1)
     with whole.svf.rows(z_1K), divided.svf.rows(z_1K):
         assert torch.equal(whole.hidden(ids, torch.ones_like(ids)), divided.hidden(ids, torch.ones_like(ids)))
-    monkeypatch.setattr("t2ray.model.find_spec", lambda name: None)
+    monkeypatch.setattr("t2ray.models.load.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="pip install accelerate, on every node"):
         load_model(str(tiny_llama), tmp_path, device="auto")

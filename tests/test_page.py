@@ -29,8 +29,8 @@ from fake_backend import FakeBackend, expert
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
 from t2ray.api.app import create_api
+from t2ray.config.serve import ApiConfig
 from t2ray.core import Busy, GenerationError, Message, Mixture
-from t2ray.serving import ApiConfig
 
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium")

@@ -10,14 +10,14 @@ import torch
 from small import rollout
 from torch.autograd.graph import saved_tensors_hooks
 
-from t2ray.cli import main
+from t2ray.adapters.factors import decompose
+from t2ray.adapters.model import load_model
+from t2ray.cli.main import main
 from t2ray.core import ConfigError, ModelError, ResourceError
 from t2ray.engine.cache import roomy_cache
-from t2ray.model import load_model
-from t2ray.plan import GIB, Load, least_gpus, serving, shape_of, training
-from t2ray.rl.loss import backward
-from t2ray.svd import decompose
-from t2ray.weights import Weights
+from t2ray.models.weights import Weights
+from t2ray.runs.memory import GIB, Load, least_gpus, serving, shape_of, training
+from t2ray.training.loss import backward
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B, LLAMA_70B = (str(ROOT / "docs" / "configs" / f"llama-3-{size}.json") for size in ("8b", "70b"))

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 
 from t2ray.core import Mixture
-from t2ray.evaluate import Cell, build_report
-from t2ray.report import html_page, text_tables, write_report
+from t2ray.evals.evaluate import Cell, build_report
+from t2ray.evals.report import html_page, text_tables, write_report
 
 LABELS = ("math", "code", "others")
 CURVES = {"math": [{"step": 0, "accuracy": 0.1, "kl": 0.0, "validation": 0.2}, {"step": 1, "accuracy": 0.5, "kl": 0.1}]}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from t2ray.core import Example, Mixture, RewardError, SamplingParams, user
-from t2ray.rl.rollout import prompts_of_step, roll_out, rollout_seed
 from t2ray.testing import FakeGenerate
+from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 
 EXAMPLES = [Example(id=f"t/train/{i}", messages=user(f"prompt {i}"), row={"i": i}) for i in range(10)]
 
@@ -43,7 +43,7 @@ def test_seeds_are_the_same_in_every_process_and_differ_in_every_place() -> None
     seeds = [rollout_seed(*place) for place in places]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**62 for seed in seeds)
-    code = "from t2ray.rl.rollout import rollout_seed; print(rollout_seed(1, 2, 11, 1))"
+    code = "from t2ray.training.rollout import rollout_seed; print(rollout_seed(1, 2, 11, 1))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert int(other) == rollout_seed(1, 2, 11, 1)
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from t2ray.core import ResourceError
-from t2ray.tasks import sandbox, sandbox_child
-from t2ray.tasks.sandbox import check
+from t2ray.sandbox import check as sandbox
+from t2ray.sandbox import child
+from t2ray.sandbox.check import check
 
 SQUARE = ["assert f(3) == 9", "assert f(-2) == 4"]
 
@@ -43,9 +44,9 @@ def passes(code: str, *tests: str, mode: str | None = None, **limits: int) -> bo
      "[1, (2, {3: [4]})]", "{1, 2.5, 'x'}", "frozenset({(1,)})", "{'a': {'b': ()}}", "''", "[]", "int", "[str, None]"],
 )  # fmt: skip
 def test_plain_values_cross_both_ways_unchanged(value: str) -> None:
-    data = sandbox_child.encode(eval(value), int)
-    assert sandbox_child.decode(data, int) == eval(value)
-    assert type(sandbox_child.decode(data, int)) is type(eval(value))
+    data = child.encode(eval(value), int)
+    assert child.decode(data, int) == eval(value)
+    assert type(child.decode(data, int)) is type(eval(value))
 
 
 def test_answers_are_compared_as_the_plain_values_they_are(mode: str) -> None:
@@ -188,17 +189,17 @@ def test_an_object_is_never_taken_for_true_false_equal_or_unequal(test: str) -> 
 
 
 def test_bytes_that_no_encoder_wrote_never_become_a_value() -> None:
-    good = sandbox_child.encode([1, "x", {2: (3.0,)}], int)
+    good = child.encode([1, "x", {2: (3.0,)}], int)
     for at in range(len(good)):
         for byte in (0, 255, ord("l"), ord("q")):
             broken = good[:at] + bytes([byte]) + good[at + 1 :]
             try:
-                value = sandbox_child.decode(broken, int)
+                value = child.decode(broken, int)
             except (ValueError, KeyError, TypeError, OverflowError):
                 continue
             assert type(value) in (list, tuple, set, frozenset, dict, int)
     with pytest.raises(ValueError, match="malformed"):
-        sandbox_child.decode(good + b"x", int)
+        child.decode(good + b"x", int)
 
 
 # ---------------------------------------------------------------------------------------------------------- containment
@@ -369,7 +370,7 @@ def _running() -> list[str]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"sandbox_child.py" in (folder / "cmdline").read_bytes():
+            if b"child.py" in (folder / "cmdline").read_bytes():
                 found.append(folder.name)
         except OSError:  # it has just ended
             continue

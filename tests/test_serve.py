@@ -16,7 +16,7 @@ import pytest
 import yaml
 from endpoint import ROOT, Endpoint, body, serving, wait_until
 
-from t2ray.experts import Registry
+from t2ray.experts.registry import Registry
 from t2ray.tasks import tiny
 from t2ray.tasks.tiny import gold
 

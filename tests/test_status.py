@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from t2ray.cli import main
-from t2ray.cluster.faults import diagnosis
-from t2ray.cluster.train import train
-from t2ray.config import TrainConfig, resolve
+from t2ray.cli.main import main
+from t2ray.cluster.train.faults import diagnosis
+from t2ray.cluster.train.launch import train
+from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import RewardError
-from t2ray.rl import status
-from t2ray.rl.job import domain_store
-from t2ray.rl.status import Beat, DomainStatus, beats, heart, note_fault, read_status
+from t2ray.runs import status
+from t2ray.runs.status import Beat, DomainStatus, beats, heart, note_fault, read_status
 from t2ray.store import Store
+from t2ray.training.domain import domain_store
 
 SMALL = {"steps": 4, "prompts": 2, "samples": 2, "eval_every": 2, "eval_prompts": 2}
 REWARDS = """

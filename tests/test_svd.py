@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from t2ray import svd
+from t2ray.adapters import factors as svd
+from t2ray.adapters.factors import Factors, Target, decompose, decompose_matrix, select_targets
 from t2ray.core import ConfigError, ModelError
-from t2ray.svd import Factors, Target, decompose, decompose_matrix, select_targets
-from t2ray.targets import parse_layers
-from t2ray.weights import Weights
+from t2ray.models.targets import parse_layers
+from t2ray.models.weights import Weights
 
 KINDS = {
     "self_attn.q_proj": (16, 16),
@@ -293,7 +293,7 @@ def test_damaged_factors_are_refused_by_file(model: str, tmp_path: Path) -> None
 
 SHARE = """
 import sys
-from t2ray.svd import Factors
+from t2ray.adapters.factors import Factors
 factors = Factors.open(sys.argv[1])
 kept = [factors.load(target.name) for target in factors.layout]
 total = sum(float(tensor.sum()) for tensors in kept for tensor in tensors)  # touch every page

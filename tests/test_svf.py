@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from t2ray.adapters.factors import Factors
+from t2ray.adapters.model import Model
+from t2ray.adapters.svf import SVF, by_target, parametrise
 from t2ray.core import ExpertError, Mixture, UnknownExpert
-from t2ray.model import Model
-from t2ray.svd import Factors
-from t2ray.svf import SVF, by_target, parametrise
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
 

@@ -14,8 +14,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from t2ray import config as training
-from t2ray.config import TrainConfig
+from t2ray.config import train as training
+from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, RunError
 from t2ray.sweep.pictures import draw
 from t2ray.sweep.results import Trial, finalists, open_sweep, save, standings, start, write_results

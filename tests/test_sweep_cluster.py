@@ -17,8 +17,8 @@ import ray
 import yaml
 from ray import cloudpickle
 
-from t2ray.cli import main
-from t2ray.cluster.tune import Report, sweep
+from t2ray.cli.main import main
+from t2ray.cluster.train.tune import Report, sweep
 from t2ray.core import DataError, ResourceError, RunError
 from t2ray.sweep.results import TRIALS, Trial, write_results
 from t2ray.sweep.space import SweepConfig, load

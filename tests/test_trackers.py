@@ -15,13 +15,13 @@ from typing import Any
 
 import pytest
 
-from t2ray.cli import main
-from t2ray.cluster.train import train
-from t2ray.config import TrainConfig, resolve
+from t2ray.cli.main import main
+from t2ray.cluster.train.launch import train
+from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ConfigError, RewardError
-from t2ray.rl.job import domain_store
-from t2ray.rl.run import open_run
-from t2ray.rl.trackers import Trackers, check_trackers, tracks
+from t2ray.runs.folder import open_run
+from t2ray.training.domain import domain_store
+from t2ray.training.trackers import Trackers, check_trackers, tracks
 
 REWARDS = """
 from pathlib import Path

@@ -21,15 +21,15 @@ import ray
 import torch
 from torch import Tensor
 
-from t2ray.cluster.domains import run_domains
-from t2ray.cluster.train import train
-from t2ray.config import TrainConfig, resolve
+from t2ray.cluster.train.domains import run_domains
+from t2ray.cluster.train.launch import train
+from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ResourceError, RewardError, RunError
-from t2ray.experts import Registry
-from t2ray.rl.checkpoint import FOLDER
-from t2ray.rl.job import EXPERT, domain_store, finished
-from t2ray.rl.records import METRICS, read_metrics
-from t2ray.rl.status import read_status
+from t2ray.experts.registry import Registry
+from t2ray.runs.status import read_status
+from t2ray.training.checkpoint import FOLDER
+from t2ray.training.domain import EXPERT, domain_store, finished
+from t2ray.training.records import METRICS, read_metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -171,7 +171,7 @@ def test_a_domain_is_given_up_when_its_workers_die_without_another_checkpoint(
             store.write_bytes(f"{FOLDER}/step_{len(started):06d}.safetensors", b"")
         return ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
 
-    monkeypatch.setattr("t2ray.cluster.domains._start", start)
+    monkeypatch.setattr("t2ray.cluster.train.domains._start", start)
     with pytest.raises(ResourceError, match="died.*; started 4 times, it came to no new checkpoint; .* --resume"):
         run_domains(config, ["own"], 1, 1, lambda _: None)
     assert len(started) == 2 + 4  # a checkpoint begins a new count
@@ -183,7 +183,7 @@ def test_a_domain_is_given_up_when_its_workers_die_without_another_checkpoint(
 def driver(tmp_path: Path) -> Iterator[Driver]:
     """Starts `t2ray train` as a person does, on a cluster of its own; a failed test leaves none behind."""
     started: list[subprocess.Popen[str]] = []
-    code = "import sys; from t2ray.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from t2ray.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
     def start(config: TrainConfig, *flags: str) -> subprocess.Popen[str]:
         (tmp_path / "job.yaml").write_text(config.model_dump_json())

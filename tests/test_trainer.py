@@ -23,17 +23,17 @@ from small import letter, letter_task, load_as, train_in_parallel, verify_letter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import full_disk
 
-from t2ray.config import RLConfig, resolve
+from t2ray.adapters.factors import decompose
+from t2ray.adapters.model import Model
+from t2ray.config.train import RLConfig, resolve
 from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
-from t2ray.engine import Engine
-from t2ray.model import Model
-from t2ray.rl.checkpoint import FOLDER, latest
-from t2ray.rl.job import EXPERT, domain_store, finished, train_domain
-from t2ray.rl.records import METRICS, Records, read_metrics
-from t2ray.rl.run import open_run, prepare, read_run
-from t2ray.rl.trainer import Trained, Trainer
+from t2ray.engine.offline import OfflineEngine
+from t2ray.runs.folder import open_run, prepare, read_run
 from t2ray.store import Store
-from t2ray.svd import decompose
+from t2ray.training.checkpoint import FOLDER, latest
+from t2ray.training.domain import EXPERT, domain_store, finished, train_domain
+from t2ray.training.records import METRICS, Records, read_metrics
+from t2ray.training.trainer import Trained, Trainer
 
 KEYS = {"step", "reward_mean", "accuracy", "kl", "loss", "grad_norm", "z_min", "z_max", "tokens_per_s", "seconds"}
 
@@ -57,7 +57,7 @@ def trainer_of(model: Model, folder: Path | Store, rl: RLConfig, **changes: Any)
     values = {"task": letter_task(), "verify": verify_letters, "seed": 0, "digest": "abc"} | changes
     store = folder if isinstance(folder, Store) else Store(folder)
     return Trainer(
-        Engine(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"]
+        OfflineEngine(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"]
     )
 
 
@@ -349,8 +349,8 @@ def test_a_prompt_that_does_not_fit_the_model_is_a_clear_mistake(model: Model, t
 
 JOB = """
 import json, sys
-from t2ray.config import TrainConfig
-from t2ray.rl.job import train_domain
+from t2ray.config.train import TrainConfig
+from t2ray.training.domain import train_domain
 train_domain(TrainConfig.model_validate_json(open(sys.argv[1]).read()), "letters", lambda row: None)
 """
 

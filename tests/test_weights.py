@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from t2ray.core import ModelError
-from t2ray.weights import INDEX, Weights, resolve
+from t2ray.models.weights import INDEX, Weights, resolve
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:

@@ -25,8 +25,8 @@ from t2ray.api.names import Route, resolve, usable
 from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.api.shapes import Extension, Shape, Usage, event, weights
 from t2ray.api.stream import EventStream, merged, together, unless_gone
+from t2ray.config.serve import ApiConfig
 from t2ray.core import Delta, Prompt, SamplingParams, T2RayError, user
-from t2ray.serving import ApiConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,8 +29,8 @@ from t2ray.api.guard import Guard
 from t2ray.api.keys import Keys
 from t2ray.api.routes import backend_of, refused, reply
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
+from t2ray.config.serve import ApiConfig
 from t2ray.core import T2RayError
-from t2ray.serving import ApiConfig
 
 HEALTH_S = 10.0  # a generation of one token that takes longer counts as none
 FRESH_S = 1.0  # a good answer is given again for so long: the check is open to everyone, and a generation costs

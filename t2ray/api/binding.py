@@ -5,8 +5,8 @@ from __future__ import annotations
 import ipaddress
 
 from t2ray.api.keys import Keys
+from t2ray.config.serve import ApiConfig
 from t2ray.core import ConfigError
-from t2ray.serving import ApiConfig
 
 
 def check_host(host: str, config: ApiConfig) -> None:

@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from t2ray.api.errors import Refusal
 from t2ray.api.keys import Key, Keys
-from t2ray.serving import ApiConfig
+from t2ray.config.serve import ApiConfig
 
 LOG = logging.getLogger("t2ray.api")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")

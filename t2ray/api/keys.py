@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from t2ray.config.serve import ApiConfig
 from t2ray.core import ConfigError, check_name
-from t2ray.serving import ApiConfig
 
 Role = Literal["user", "admin"]
 SHORTEST = 16  # characters of a secret in the environment, which a person may have made up

@@ -14,8 +14,8 @@ from starlette.requests import Request
 
 from t2ray.api.errors import Refusal
 from t2ray.api.schema import ChatRequest, CompletionRequest
+from t2ray.config.serve import ApiConfig
 from t2ray.core import Prompt, SamplingParams
-from t2ray.serving import ApiConfig
 
 M = TypeVar("M", bound=BaseModel)
 

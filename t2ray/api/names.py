@@ -20,7 +20,7 @@ from typing import Literal
 
 from t2ray.api.backend import Catalog, ExpertInfo
 from t2ray.api.errors import SERVER, Refusal
-from t2ray.config import nearest
+from t2ray.config.files import nearest
 from t2ray.core import ConfigError, Mixture
 
 STRATEGIES = ("prompt", "cls")

@@ -30,9 +30,9 @@ from t2ray.api.replies import (
 )
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
 from t2ray.api.shapes import Chat, ChatReply, Text, TextReply
-from t2ray.config import nearest
+from t2ray.config.files import nearest
+from t2ray.config.serve import ApiConfig
 from t2ray.core import check_name
-from t2ray.serving import ApiConfig
 
 router = APIRouter(prefix="/v1")
 

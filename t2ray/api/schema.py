@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from t2ray.config import nearest
+from t2ray.config.files import nearest
 from t2ray.core import Message, user
 
 MOST = 2**31 - 1  # of any number; what is configured lies far below

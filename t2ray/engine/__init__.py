@@ -1,5 +1,1 @@
-"""Generate and score with a mixture a row."""
-
-from t2ray.engine.engine import Engine
-
-__all__ = ["Engine"]
+"""Generating and scoring with a mixture per row."""

@@ -19,11 +19,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from t2ray.adapters.model import Model
 from t2ray.core import Delta, GenerationError, SamplingParams, Token
+from t2ray.engine.batches import Request, StaticBatches
 from t2ray.engine.sampling import sample
-from t2ray.engine.static import Request, StaticBatches
 from t2ray.engine.text import TextStream
-from t2ray.model import Model
 
 DELTAS_PER_S, LONGEST_GAP_S = 50.0, 0.5
 """Of all streams together, and of one. A delta costs the engine's process, the ingress and the proxy a millisecond

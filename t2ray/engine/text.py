@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
-from t2ray.chat import Chat
+from t2ray.models.chat import Chat
 
 
 class TextStream:

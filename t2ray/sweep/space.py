@@ -18,7 +18,8 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from t2ray.adapt.cem import CEMConfig
-from t2ray.config import FREE, Strict, TrainConfig, nearest, override, read_yaml, resolve, validate
+from t2ray.config.files import Strict, nearest, override, read_yaml, validate
+from t2ray.config.train import FREE, TrainConfig, resolve
 from t2ray.core import ConfigError, check_name
 
 Point = dict[str, Any]

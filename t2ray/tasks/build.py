@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from t2ray.config import TrainConfig
+from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
 from t2ray.tasks import builtin, dispatch, own
 from t2ray.tasks.data import FORMATS

@@ -20,7 +20,7 @@ from t2ray.core import ConfigError, DataError, Message, user
 from t2ray.tasks.task import Row, Task, load_reward
 
 if TYPE_CHECKING:
-    from t2ray.config import DomainConfig
+    from t2ray.config.train import DomainConfig
 
 FORMATS = (".jsonl", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2ray.core import DataError, Message, user
-from t2ray.tasks import sandbox
+from t2ray.sandbox import check as sandbox
 from t2ray.tasks.data import Table, read
 from t2ray.tasks.task import Row, Task
 

@@ -1,8 +1,8 @@
 """What a task is: rows, a prompt, and a verifier that says how good an answer is. Standard library only.
 
 Not here: any data (each data set has its module), any process (`verifier` runs the reward functions), and the model's
-chat template (`t2ray.chat` applies it to the messages). Training, adaptation, evaluation and `t2ray verify` all take a
-`Task` and ask nothing else about where its rows come from.
+chat template (`t2ray.models.chat` applies it to the messages). Training, adaptation, evaluation and `t2ray verify`
+all take a `Task` and ask nothing else about where its rows come from.
 """
 
 from __future__ import annotations

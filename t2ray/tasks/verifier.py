@@ -1,7 +1,7 @@
 """Runs reward functions in processes of their own, each call with a time limit. For rollouts, evaluation, `verify`.
 
 Not a sandbox: a reward function is the user's own code and may do anything; model-written code goes from there through
-`t2ray.tasks.sandbox`. A pool of spawned workers lives as long as the `Verifier`. Items travel in chunks, which keeps
+`t2ray.sandbox.check`. A pool of spawned workers lives as long as the `Verifier`. Items travel in chunks, which keeps
 the cost of a call of 128 trivial rewards at a few milliseconds, and yet each item has its own limit: an alarm inside
 the worker; code that an alarm cannot interrupt is ended with its worker, and its chunk is graded again item by item.
 """
@@ -24,7 +24,8 @@ from typing import Any
 import pebble
 
 from t2ray.core import ConfigError, RewardError, T2RayError
-from t2ray.tasks import sandbox, sandbox_jail
+from t2ray.sandbox import check as sandbox
+from t2ray.sandbox import jail
 from t2ray.tasks.task import Reward, Task, load_reward
 
 TIMED_OUT = -1.0
@@ -147,7 +148,7 @@ def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | N
 
 def _start() -> None:
     """Ties a new worker to its owner: it ends when the owner does, however that ends, and at once when told to."""
-    sandbox_jail.die_with_parent()
+    jail.die_with_parent()
     owner = multiprocessing.parent_process()
     if owner is None or owner.pid != os.getppid():  # it ended before it could be tied to
         os._exit(1)

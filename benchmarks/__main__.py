@@ -1,0 +1,83 @@
+"""`python -m benchmarks [NAME ...]`: how fast t2ray is, beside its peers, as tables and as JSON.
+
+| command | what is measured |
+| --- | --- |
+| `python -m benchmarks [rows folded ...]` | the core beside the plain model, PEFT and the reference |
+| `python -m benchmarks serve` | a private endpoint beside its engine alone |
+| `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
+| `python -m benchmarks scaling [PART ...]` | what more cores and workers give, and cost models of both |
+
+They need the `bench` extra and a checkout of the repository. A running endpoint is measured by `t2ray load`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from benchmarks.capacity import PARTS
+from t2ray.core import T2RayError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 2 for a mistake in the call, 130 for an interrupt."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    kind = words.pop(0) if words and words[0] in _KINDS else "core"
+    args = _KINDS[kind]().parse_args(words)
+    try:
+        command = importlib.import_module(args.module)
+        return int(getattr(command, args.function)(args) or 0)
+    except T2RayError as error:
+        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(name: str, module: str, function: str, text: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks{name}", description=text)
+    parser.set_defaults(module=f"benchmarks.{module}.command", function=function)
+    parser.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
+    return parser
+
+
+def _core() -> argparse.ArgumentParser:
+    p = _parser("", "core", "core", "Measures the core beside the plain model, PEFT and the reference's algorithm.")
+    p.epilog = "Other commands: serve, soak, scaling; each has its own --help."
+    p.add_argument(
+        "benches", nargs="*", metavar="BENCH", help="Of rows, folded, update, rollout, cem, dispatch (default: all)."
+    )
+    p.add_argument("--repeats", type=int, default=5, metavar="N", help="Interleaved repeats, at least 5 (default: 5).")
+    p.add_argument("--threads", type=int, default=1, metavar="N", help="Threads of torch (default: 1).")
+    return p
+
+
+def _serve() -> argparse.ArgumentParser:
+    return _parser(" serve", "endpoint", "serve", "Measures a private endpoint beside its engine alone.")
+
+
+def _soak() -> argparse.ArgumentParser:
+    p = _parser(" soak", "endpoint", "soak", "Puts a mixed load on a private endpoint: no error, no growth of memory.")
+    p.add_argument("--minutes", type=float, default=10.0, metavar="M", help="How long (default: 10).")
+    p.add_argument("--rate", type=float, default=4.0, metavar="R", help="Requests per second, on average (default: 4).")
+    return p
+
+
+def _scaling() -> argparse.ArgumentParser:
+    p = _parser(" scaling", "capacity", "scaling", "Measures what more cores and workers give, and fits cost models.")
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"Of {', '.join(PARTS)} (default: all).")
+    p.add_argument(
+        "--fleet",
+        metavar="MODEL",
+        help="Simulate 10,000 requests per second of this model on GPUs, from its config.json.",
+    )
+    return p
+
+
+_KINDS = {"core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The endpoint: its speed beside its engine, and hours of mixed load."""

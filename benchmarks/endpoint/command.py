@@ -1,0 +1,77 @@
+"""`python -m benchmarks serve` and `soak`: how fast the endpoint is, and how long it lasts.
+
+Both start an endpoint of their own. Not here: what is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.core.command import print_figures
+from t2ray.cli.load import print_answers
+from t2ray.cli.output import check_json_folder, console, write_json
+from t2ray.core import ConfigError
+from t2ray.evals.load import Client
+
+SEARCH_S = 45.0
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The figures of a private endpoint on the tiny model, beside those of the engine alone."""
+    check_json_folder(args.json)
+    from benchmarks.core.suite import as_json
+    from benchmarks.core.suite import serve as measured
+
+    console.print("the tiny model, one thread; a private endpoint and the engine alone; about five minutes")
+    results = measured(progress=print_figures)
+    write_json(args.json, as_json(results, threads=1))
+
+
+def soak(args: argparse.Namespace) -> int:
+    """A mixed load on a private endpoint; 1 when anything failed."""
+    check_json_folder(args.json)
+    for name in ("minutes", "rate"):
+        if getattr(args, name) <= 0:
+            raise ConfigError(f"--{name} is {getattr(args, name):g}; it must be above 0")
+    from benchmarks.endpoint.many import expert_file
+    from benchmarks.endpoint.private import private
+    from t2ray.adapters.factors import decompose
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        factors = folder / "factors"
+        decompose("tiny", factors)
+        with private(folder, factors) as endpoint:
+            console.print(f"{args.minutes:g} minutes of {args.rate:g} requests a second on {endpoint.url}")
+            report = asyncio.run(_soaked(endpoint.url, endpoint.pid, expert_file(factors), args))
+    _print_soak(report)
+    write_json(args.json, report)
+    return 1 if report["errors"] else 0
+
+
+async def _soaked(url: str, pid: int, upload: bytes, args: argparse.Namespace) -> dict[str, Any]:
+    from benchmarks.endpoint.soak import Soak
+
+    async with Client(url) as client:
+        return await Soak(client=client, upload=upload).run(
+            rate=args.rate, seconds=60 * args.minutes, search_s=SEARCH_S, root=pid, tell=console.print
+        )
+
+
+def _print_soak(report: dict[str, Any]) -> None:
+    visits = ", ".join(f"{count} {kind}" for kind, count in report["visits"].items())
+    console.print(f"{visits}; {report['errors']} errors")
+    for text, count in report["error_texts"]:
+        console.print(f"{count} times: {text}", markup=False)
+    print_answers(report["answers"])
+    table = Table("process", "pid", "MB", "MB a minute")
+    for row in report["processes"]:
+        slope = "came or went" if row["mb_a_minute"] is None else f"{row['mb_a_minute']:+.2f}"
+        table.add_row(row["title"], str(row["pid"]), f"{row['mb']:.0f}", slope)
+    console.print(table)

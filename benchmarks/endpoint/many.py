@@ -1,0 +1,167 @@
+"""A thousand experts in one engine: speed, memory, and what the fold gives and costs. The engine alone, no HTTP.
+
+Not here: the endpoint that serves them (`serving`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import multiprocessing
+import random
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save, save_file
+
+from benchmarks.endpoint.alone import Size, burst, sums
+from benchmarks.endpoint.processes import pss
+from benchmarks.harness import Figures, interleaved, measure, ratio
+from t2ray.adapters.factors import Factors
+from t2ray.adapters.model import load_model
+from t2ray.core import Mixture
+from t2ray.engine.online import OnlineEngine
+from t2ray.experts.follow import Bank
+from t2ray.experts.registry import MANIFEST, TENSORS, ExpertManifest, Registry
+
+SHORT = 8
+"""Tokens of the answers of an alternating load."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engines:
+    """Two engines of the same model and experts: as it is, and one that never folds."""
+
+    folding: OnlineEngine
+    unfolded: OnlineEngine
+    runner: asyncio.Runner
+    size: Size
+
+    def fill(self) -> list[Mixture]:
+        """Gives both so many random experts, z = 1 + 0.1 N(0, 1); one mixture of each alone."""
+        draw = torch.Generator().manual_seed(0)
+        K = self.folding.model.svf.K
+        bank = {f"e{i:04}": 1 + 0.1 * torch.randn(K, generator=draw) for i in range(self.size.experts)}
+        for engine in (self.folding, self.unfolded):
+            engine.set_experts(bank)
+        return [Mixture.parse(name) for name in bank]
+
+    def work(
+        self, engine: OnlineEngine, mixtures: list[Mixture], rows: int, each: int, tokens: int | None = None
+    ) -> Callable[[], None]:
+        """A side to time: `rows` workers that ask `each` times, for `mixtures` in turn, from round to round."""
+        turns, prompts = itertools.cycle(mixtures), sums()
+
+        def go() -> None:
+            self.runner.run(burst(engine, turns, prompts, rows=rows, each=each, tokens=tokens or self.size.tokens))
+
+        return go
+
+
+def spread(engines: Engines) -> Figures:
+    """Requests over all experts at random, each with its own, over requests that all ask for one unfolded expert."""
+    size, figures = engines.size, Figures()
+    experts = engines.fill()
+    random.Random(0).shuffle(experts)
+    for rows, each in ((size.rows, size.each), (4 * size.rows, 1)):
+        times = interleaved(
+            {
+                "one": engines.work(engines.unfolded, experts[:1], rows, each),
+                "many": engines.work(engines.folding, experts, rows, each),
+                "folded": engines.work(engines.folding, experts[:1], rows, each),
+            },
+            size.rounds,
+        )
+        figures[f"over_one_{rows}_rows"] = measure(ratio(times, "one", "many"), 0.95)
+        figures[f"over_one_folded_{rows}_rows"] = measure(ratio(times, "folded", "many"))
+        answered = rows * each * size.tokens
+        figures[f"tokens_per_s_{rows}_rows"] = measure([answered / seconds for seconds in times["many"]])
+    return figures
+
+
+def fold(engines: Engines) -> Figures:
+    """Tokens a second of an engine that may fold over one that may not.
+
+    `one_...`: all requests have one mixture. `alternating`: two mixtures in turn, short answers: folding would thrash.
+    `worst`: two mixtures in turn, each for just as long as makes the engine fold, and no longer.
+    """
+    size, figures = engines.size, Figures()
+    one, other = engines.fill()[:2]
+    svf = engines.folding.model.svf
+    enough = svf.tokens_to_fold() + SHORT
+    loads = {
+        "one_1_row": ([one], 1, size.each, size.tokens),
+        f"one_{size.rows}_rows": ([one], size.rows, size.each, size.tokens),
+        "alternating": ([one, other], 1, 4 * size.each, SHORT),
+        "worst": ([one, other], 1, size.each, enough),
+    }
+    for name, load in loads.items():
+        before, requests = engines.folding.stats.folds, (size.rounds + 1) * load[1] * load[2]
+        sides = {"folding": engines.work(engines.folding, *load), "never": engines.work(engines.unfolded, *load)}
+        figures[name] = measure(ratio(interleaved(sides, size.rounds), "never", "folding"))
+        figures[f"{name}_folds_a_request"] = measure([(engines.folding.stats.folds - before) / requests])
+    return figures
+
+
+def memory(factors: Path, folder: Path, size: Size) -> Figures:
+    """What the experts of a registry add to a process that holds a replica's model, in steps; in MB of 2^20 bytes."""
+    shelf, registry = folder / "memory-shelf", folder / "memory-experts"
+    write_experts(shelf, factors, size.experts)
+    registry.mkdir()
+    steps = [size.experts // 4, size.experts // 2, size.experts]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        held = process.submit(_held, factors, shelf, registry, steps).result()
+    first, *rest = held
+    added = [(bytes_ - first) / 2**20 for bytes_ in rest]
+    of_z = 4 * Factors.open(factors).K * size.experts / 2**20
+    counts = [steps[0], steps[1] - steps[0], steps[2] - steps[1]]
+    slopes = [1024 * (b - a) / n for (a, b), n in zip(itertools.pairwise([0.0, *added]), counts, strict=True)]
+    return {
+        **{f"experts_{count}_mb": measure([mb]) for count, mb in zip(steps, added, strict=True)},
+        f"z_of_{size.experts}_mb": measure([of_z]),
+        "over_z": measure([added[-1] / of_z]),
+        "kb_an_expert": measure(slopes),
+    }
+
+
+def write_experts(folder: Path, factors: Path, count: int) -> None:
+    """So many random experts as a registry has them, without its care for a disk that fails: a thousand in a second."""
+    opened, draw = Factors.open(factors), torch.Generator().manual_seed(1)
+    for i in range(count):
+        place = folder / f"e{i:04}" / "v0001"
+        place.mkdir(parents=True)
+        z = {target.name: 1 + 0.1 * torch.randn(target.rank, generator=draw) for target in opened.layout}
+        save_file(z, place / TENSORS, {"format": "pt"})
+        manifest = ExpertManifest(
+            name=place.parent.name, version=1, base_digest=opened.base_digest, domain=place.parent.name,
+            targets=tuple((target.name, target.rank) for target in opened.layout), metrics={"accuracy": 0.5},
+        )  # fmt: skip
+        (place / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+
+
+def expert_file(factors: Path) -> bytes:
+    """A random expert as a file to upload."""
+    layout = Factors.open(factors).layout
+    file: bytes = save({target.name: 1 + 0.1 * torch.randn(target.rank) for target in layout})
+    return file
+
+
+def _held(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[int]:
+    """In a process of its own: its bytes before there are experts, and after each step, as a replica takes them in."""
+    model = load_model("tiny", factors, device="cpu")
+    bank = Bank(Registry(registry), model.base_digest, model.svf.layout)
+    engine = OnlineEngine(model)
+    names, held = sorted(path.name for path in shelf.iterdir()), []
+    for count in [0, *steps]:
+        for name in names[len(bank.held.tensors) : count]:
+            (shelf / name).rename(registry / name)
+        bank.sync()
+        engine.set_experts(dict(bank.held.tensors))
+        assert len(bank.held.tensors) == count, bank.held.problems
+        gc.collect()
+        held.append(pss())
+    return held

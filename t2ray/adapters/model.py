@@ -1,0 +1,62 @@
+"""A model with an adapter in its layers, and the few passes that t2ray asks of it.
+
+Not here: generation (`t2ray.engine`) and the loss (`t2ray.training.loss`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from t2ray.adapters.factors import Factors
+from t2ray.adapters.svf import SVF
+from t2ray.models.chat import Chat
+from t2ray.models.load import load_base
+from t2ray.models.weights import Weights, resolve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), its `svf` layers and `chat`."""
+
+    hf: Any
+    svf: SVF
+    chat: Chat
+    base_digest: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.svf.s_K.device
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return int(self.hf.config.max_position_embeddings)
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
+        states: Tensor = self.hf.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        return states.to(self.device)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Float32 logits, (..., V), of hidden states."""
+        scores: Tensor = self.hf.get_output_embeddings()(hidden)
+        return scores.to(self.device).float()
+
+
+def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> Model:
+    """The model at `ref` with its decomposed matrices replaced by SVF layers.
+
+    `device` and what is raised are as in `load_base`.
+
+    Raises:
+        ExpertError: the decomposition was made from another model.
+    """
+    folder = resolve(ref)
+    opened = Factors.open(factors, base_digest=Weights(folder).digest)  # before the model is read, which takes longer
+    hf, chat = load_base(folder, device)
+    return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)

@@ -1,0 +1,210 @@
+"""`t2ray demo`: the main job on the tiny model, from its weights to the report. The stages read from top to bottom.
+
+Each trained task's expert is trained on Ray; the unseen siblings meet the experts only through dispatch and few-shot
+search. Every accuracy is measured on the test split, which neither pretraining nor training has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import time
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+
+from t2ray.adapt.cem import CEMConfig, Round
+from t2ray.adapt.fewshot import fewshot
+from t2ray.adapt.strategies import Strategy, classify, fixed
+from t2ray.adapters.factors import Progress, decompose
+from t2ray.cli.display import TrainingDisplay
+from t2ray.cli.output import bar, console
+from t2ray.cluster.train.launch import train
+from t2ray.config.train import TrainConfig, resolve
+from t2ray.core import Mixture, SamplingParams
+from t2ray.engine.offline import OfflineEngine
+from t2ray.evals.evaluate import Cell, build_report, dispatch_counts, evaluate
+from t2ray.evals.report import text_tables, write_report
+from t2ray.models.chat import Chat
+from t2ray.runs.folder import prepare
+from t2ray.tasks import builtin
+from t2ray.tasks.build import build_task
+from t2ray.tasks.task import Task
+from t2ray.tasks.verifier import Verifier
+from t2ray.training.domain import domain_store
+from t2ray.training.records import read_metrics
+from t2ray.workbench import Place, open_workbench
+
+OWN = {"math": "math", "code": "code", "pick": "pick", "math_long": "math", "code_long": "code", "pick_more": "pick"}
+TRAINED, CLASSIFIER = ("math", "code", "pick"), "dispatch"
+LABELS = (*TRAINED, "others")
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Runs the stages, prints the tables, writes the report."""
+    values = yaml.safe_load(resources.files("t2ray.tiny").joinpath("demo.yaml").read_text(encoding="utf-8"))
+    config = resolve(values | {"out": args.out, "seed": args.seed}, where="demo.yaml")
+    finished = Path(args.out, config.run, "report.json")
+    if finished.exists():
+        console.print(text_tables(json.loads(finished.read_text(encoding="utf-8"))), markup=False)
+        console.print(f"\nfinished before; to run it again, delete {finished.parent} or choose another folder by --out")
+        return
+    timing: dict[str, float] = {}
+    start = time.perf_counter()
+    with _stage("decompose", timing), bar("decompose") as progress:
+        config = prepare(config, resume=True)
+        assert config.factors is not None
+        decompose(config.model, config.factors, progress=progress)
+    with _stage("train", timing), TrainingDisplay() as display:
+        train(config, resume=True, tick=display.show)
+    torch.set_num_threads(1)  # passes of this size gain little from a second, and lose much where a core is busy
+    bench = Bench(config, args.limit)
+    with _stage("adapt", timing):
+        mixtures = asyncio.run(bench.adapt(args.seed))
+    with _stage("evaluate", timing):
+        measured = asyncio.run(bench.evaluate(mixtures))
+    timing["total"] = time.perf_counter() - start
+    report = build_report(
+        trained=TRAINED, own=OWN, labels=LABELS, experts=TRAINED, mixtures=mixtures, timing_s=timing, seed=args.seed,
+        machine=f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}",
+        **measured,
+    )  # fmt: skip
+    folder = Path(config.out, config.run)
+    curves = {domain: read_metrics(domain_store(config, domain)) for domain in config.domains}
+    write_report(folder, report, curves, {name: bench.heat(name) for name in (*TRAINED, CLASSIFIER)})
+    console.print(text_tables(report), markup=False)
+    console.print(f"\nreport: {folder}/report.html (also .md, .json)")
+
+
+@contextmanager
+def _stage(name: str, timing: dict[str, float]) -> Iterator[None]:
+    console.print(f"== {name}", style="bold")
+    start = time.perf_counter()
+    yield
+    timing[name] = time.perf_counter() - start
+    console.print(f"   {name}: {timing[name]:.1f} s")
+
+
+class Bench:
+    """The trained model with its experts, and the six tasks."""
+
+    def __init__(self, config: TrainConfig, limit: int) -> None:
+        self.config, self.limit = config, limit
+        place = Place(model=config.model, factors=config.factors, experts=config.experts, run=config)
+        self.engine, self.registry = open_workbench(place).engine, place.registry()
+        self.tasks = {name: builtin(name) for name in OWN}
+
+    async def adapt(self, seed: int) -> dict[str, Mixture]:
+        """The few-shot search for every task, on labelled prompts of its training split; saved by the task's name."""
+        settings = CEMConfig(seed=seed, iterations=ROUNDS)
+        found = {}
+        for name, task in self.tasks.items():
+            with _verifier(task) as verify, bar(f"few-shot {name}") as progress:
+
+                def show(r: Round, progress: Progress = progress) -> None:
+                    progress(r.iteration, ROUNDS, f"accuracy {r.best.accuracy:.2f}")
+
+                result = await fewshot(
+                    self.engine.generate, self.engine.score, verify, task.examples("train", SHOTS), TRAINED,
+                    settings=settings, sampling=SamplingParams(max_tokens=task.max_tokens), gold=task.gold,
+                    progress=show,
+                )  # fmt: skip
+            found[name] = result.mixture
+            self.registry.save_mixture(
+                name, result.mixture, {"task": name, "shots": SHOTS, "accuracy": result.accuracy}
+            )
+        return found
+
+    async def evaluate(self, mixtures: Mapping[str, Mixture]) -> dict[str, Any]:
+        """Every task under every method: the arguments of `build_report` that are measured."""
+        classifiers = {
+            "prompt": classify(self.engine.score, LABELS, Mixture.base()),
+            "cls": classify(self.engine.score, LABELS, Mixture.of({CLASSIFIER: 1.0}), name="cls"),
+        }
+        singles: dict[str, dict[str, Cell]] = {}
+        adaptive: dict[str, dict[str, Cell]] = {}
+        with bar("evaluate") as progress:
+            for done, (name, task) in enumerate(self.tasks.items()):
+                alone = {"base": Mixture.base()} | {expert: Mixture.of({expert: 1.0}) for expert in TRAINED}
+                strategies = {key: fixed(mixture) for key, mixture in alone.items()}
+                adapting = classifiers | {"fewshot": fixed(mixtures[name], name="fewshot")}
+                with _verifier(task) as verify:
+                    cells = {key: await self._cell(task, s, verify) for key, s in (strategies | adapting).items()}
+                singles[name] = {key: cells[key] for key in strategies}
+                adaptive[name] = {key: cells[key] for key in adapting}
+                progress(done + 1, len(self.tasks), name)
+        others = builtin("others").examples("test", self.limit)
+        return {
+            "singles": singles,
+            "adaptive": adaptive,
+            "others": {name: await dispatch_counts(others, strategy) for name, strategy in classifiers.items()},
+            "classifier": await self._classifier(),
+            "pass1_share": await self._pass1_share(classifiers["cls"]),
+        }
+
+    async def _cell(self, task: Task, strategy: Strategy, verify: Verifier) -> Cell:
+        sampling = SamplingParams(max_tokens=task.max_tokens)
+        return await evaluate(
+            task.name, task.examples("test", self.limit), strategy, self.engine.generate, verify, sampling
+        )
+
+    async def _classifier(self) -> dict[str, Cell]:
+        """The classification expert on its own task's test split: it writes the label."""
+        task = build_task(self.config, CLASSIFIER)
+        with _verifier(task) as verify:
+            return {
+                "base": await self._cell(task, fixed(Mixture.base()), verify),
+                "expert": await self._cell(task, fixed(Mixture.of({CLASSIFIER: 1.0})), verify),
+            }
+
+    async def _pass1_share(self, strategy: Strategy) -> float:
+        """Time of pass 1 over that of pass 2 at 64 new tokens: 16 requests of all tasks in a batch, median of 5."""
+        model = self.engine.model
+        endless = OfflineEngine(replace(model, chat=Chat(model.chat.tokenizer, [model.hf.config.vocab_size])))
+        prompts = [x.messages for task in self.tasks.values() for x in task.examples("test", 3)][:16]
+        shares = []
+        for _ in range(5):
+            dispatches, pass1 = await _timed([strategy(messages) for messages in prompts])
+            sampling = SamplingParams(max_tokens=64)
+            jobs = [endless.generate(m, d.mixture, sampling) for m, d in zip(prompts, dispatches, strict=True)]
+            completions, pass2 = await _timed(jobs)
+            assert all(len(c.token_ids) == 64 for c in completions)
+            shares.append(pass1 / pass2)
+        return median(shares)
+
+    def heat(self, name: str) -> dict[str, Any]:
+        """An expert's mean z - 1 by kind of matrix and layer."""
+        svf = self.engine.model.svf
+        parts = zip(svf.layout, svf.bank[name].split([t.rank for t in svf.layout]), strict=True)
+        mean = {(t.name.rpartition(".")[2], t.layer): float((z - 1).mean()) for t, z in parts}
+        kinds, layers = list(dict.fromkeys(k for k, _ in mean)), sorted({layer for _, layer in mean})
+        return {
+            "rows": kinds,
+            "layers": layers,
+            "values": [[mean.get((k, layer), 0.0) for layer in layers] for k in kinds],
+        }
+
+
+SHOTS, ROUNDS = 40, 6
+"""Labelled prompts of a few-shot search, and its rounds: the search ends by itself at about the fifth."""
+
+
+def _verifier(task: Task) -> Verifier:
+    return Verifier(task.reward, workers=1)
+
+
+async def _timed(jobs: Sequence[Awaitable[Any]]) -> tuple[list[Any], float]:
+    start = time.perf_counter()
+    results = await asyncio.gather(*jobs)
+    return results, time.perf_counter() - start

@@ -1,0 +1,108 @@
+"""`t2ray experts list | show | delete | import | export`.
+
+Not here: the files of a registry (`t2ray.experts.registry`) and those of other programs (`t2ray.experts.exchange`).
+A mixture goes by the name `fewshot/NAME`, as it does among the strategies of chat and eval, since an expert may have the same NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from t2ray.cli.output import bar, console, weight_bars
+from t2ray.core import UnknownExpert, check_name
+from t2ray.experts.registry import MIXTURES, Registry, exchange
+from t2ray.workbench import FEWSHOT, locate, open_factors
+
+
+def list_experts(args: argparse.Namespace) -> None:
+    """A line for each expert and each mixture."""
+    registry = locate(args).registry()
+    experts, mixtures = registry.list(), [registry.mixture_record(name) for name in registry.mixtures()]
+    if not experts and not mixtures:
+        console.print(f"no experts in {registry.store.uri}", markup=False)
+    if experts:
+        rows = [
+            [m.name, f"v{m.version}", m.domain or "-", str(sum(r for _, r in m.targets)), m.base_digest[:12], m.created,
+             ", ".join(f"{key} {value:.3g}" for key, value in m.metrics.items() if isinstance(value, int | float))]
+            for m in experts
+        ]  # fmt: skip
+        head = ["expert", "version", "domain", "numbers", "base", "created", "metrics"]
+        console.print(_aligned([head, *rows]), markup=False)
+    if mixtures:
+        rows = [[FEWSHOT + m.name, str(m.mixture), m.created] for m in mixtures]
+        console.print(("\n" if experts else "") + _aligned([["mixture", "weights", "created"], *rows]), markup=False)
+
+
+def show_expert(args: argparse.Namespace) -> None:
+    """An expert's manifest with a histogram of z for each kind of matrix; or a mixture, and how it was found."""
+    registry = locate(args).registry()
+    if args.name.startswith(FEWSHOT):
+        record = registry.mixture_record(args.name.removeprefix(FEWSHOT))
+        console.print(f"{args.name}: {record.mixture}, created {record.created}", markup=False)
+        console.print(weight_bars(record.mixture, record.mixture.names), markup=False)
+        console.print(json.dumps(record.meta, indent=1), markup=False)
+        return
+    _known(registry, args.name)
+    expert = registry.load(args.name)
+    manifest = expert.manifest.model_dump(exclude={"targets"})
+    targets = expert.manifest.targets
+    manifest["targets"] = f"{len(targets)} matrices, {sum(rank for _, rank in targets)} numbers"
+    manifest["versions"] = ", ".join(map(str, registry.versions(args.name)))
+    width = max(map(len, manifest))
+    for key, value in manifest.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        console.print(f"{key:<{width}}  {text}", markup=False)
+    console.print("\n" + exchange.histogram(expert), markup=False)
+
+
+def delete_expert(args: argparse.Namespace) -> None:
+    """Deletes an expert with all its versions, or a mixture; says which mixtures are left without an expert."""
+    registry = locate(args).registry()
+    if args.name.startswith(FEWSHOT):
+        name = registry.mixture_record(args.name.removeprefix(FEWSHOT)).name
+        registry.store.delete(f"{MIXTURES}/{name}.json")
+        console.print(f"deleted the mixture {args.name} from {registry.store.uri}", markup=False)
+        return
+    _known(registry, args.name)
+    versions = registry.versions(args.name)
+    registry.delete(args.name)
+    console.print(
+        f"deleted the expert {args.name} (versions {', '.join(map(str, versions))}) from {registry.store.uri}",
+        markup=False,
+    )
+    orphans = [FEWSHOT + name for name in registry.mixtures() if args.name in registry.load_mixture(name).names]
+    if orphans:
+        console.print(f"these mixtures name it and can no longer be used: {', '.join(orphans)}", markup=False)
+
+
+def import_expert(args: argparse.Namespace) -> None:
+    """Adds an expert as the next version of its name."""
+    check_name(args.name)
+    place = locate(args)
+    registry = place.registry()
+    version = exchange.import_expert(registry, args.name, args.path, open_factors(place, bar))
+    console.print(f"{args.path} is now expert {args.name}, version {version}, in {registry.store.uri}", markup=False)
+
+
+def export_expert(args: argparse.Namespace) -> None:
+    """Writes the latest version of an expert into a folder of its own."""
+    registry = locate(args).registry()
+    _known(registry, args.name)
+    expert = registry.load(args.name)
+    exchange.export_expert(expert, args.path)
+    console.print(f"expert {expert.name}, version {expert.version}, is in {args.path}", markup=False)
+
+
+def _known(registry: Registry, name: str) -> None:
+    """Points from a name that only a mixture has to how a mixture is named."""
+    if name in registry.mixtures() and name not in registry.names():
+        raise UnknownExpert(f"no expert {name!r} in {registry.store.uri}; the mixture goes by {FEWSHOT}{name}")
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )

@@ -1,0 +1,74 @@
+"""The terminal: its console, a progress bar with the time left, and bars of mixing weights. No torch, no ray.
+
+Every command prints through `console`, with `markup=False` where the text is not the program's own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from t2ray.core import ConfigError, Mixture
+
+console = Console(highlight=False, soft_wrap=True)
+_WIDTH, _LEVELS = 24, " ▁▂▃▄▅▆▇█"
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Yields `progress(done, total, name)` that draws a bar with the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=None)
+
+        def update(done: int, total: int, name: str = "") -> None:
+            progress.update(task, completed=done, total=total, description=f"{title} {name}".strip())
+
+        yield update
+
+
+def weight_bars(mixture: Mixture, experts: Sequence[str]) -> str:
+    """A line an expert: a bar of its weight, full at the largest (at least 1); `-` in front of one below 0.
+
+    With weights by layer the bar is their mean, followed by a level a layer.
+    """
+    weights: Mapping[str, tuple[float, ...]] = dict(mixture.weights)
+    full = max(1.0, *(abs(w) for alpha in weights.values() for w in alpha)) if weights else 1.0
+    width = max(map(len, experts), default=0)
+    lines = []
+    for name in experts:
+        alpha = weights.get(name, (0.0,))
+        mean = sum(alpha) / len(alpha)
+        filled = round(_WIDTH * abs(mean) / full)
+        levels = "".join(_LEVELS[round((len(_LEVELS) - 1) * abs(w) / full)] for w in alpha) if len(alpha) > 1 else ""
+        drawn = "█" * filled + "·" * (_WIDTH - filled)
+        lines.append(f"{name:<{width}}  {drawn} {mean:5.2f}  {levels}".rstrip())
+    return "\n".join(lines)
+
+
+def check_json_folder(path: str | None) -> None:
+    """Refuses a `--json FILE` in a folder that does not exist: before minutes of work, not after.
+
+    Raises:
+        ConfigError: with the file as it was written.
+    """
+    if path and not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--json {path}: no such folder; make it first")
+
+
+def write_json(path: str | None, report: Mapping[str, Any]) -> None:
+    """Writes `report` to the file of `--json`, where one was named."""
+    if path:
+        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

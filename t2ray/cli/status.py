@@ -1,0 +1,95 @@
+"""`t2ray status`: how a run or a sweep stands, read from its folder; no ray, and nothing is asked of the cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from dataclasses import asdict
+
+from rich.table import Table
+
+from t2ray.cli.output import console
+from t2ray.runs.folder import read_run
+from t2ray.runs.status import DomainStatus, read_status
+from t2ray.store import Store
+from t2ray.sweep.results import CONFIG as SWEEP
+from t2ray.sweep.results import TRIALS
+
+
+def status(args: argparse.Namespace) -> None:
+    """Prints a line a domain, then its workers and checkpoint or its result, its trackers and what went wrong last.
+
+    Raises:
+        RunError: there is no run in that folder.
+    """
+    store = Store(args.run)
+    if store.exists(SWEEP):
+        _sweep(store, as_json=args.json)
+        return
+    # the run may have been moved or mounted elsewhere since it was written: where it is now counts
+    whole = store.uri if store.local is None else str(store.local)
+    out, _, name = whole.rpartition("/")
+    config = read_run(whole).model_copy(update={"out": out or "/", "run": name})
+    domains = read_status(config)
+    if args.json:
+        console.print_json(json.dumps([asdict(domain) for domain in domains]))
+        return
+    table = Table("domain", "state", "step", "reward", "accuracy", "validation", "KL", "tokens/s", "left", box=None)
+    for d in domains:
+        figures = (_number(d.reward, "+.3f"), _number(d.accuracy, ".3f"), _number(d.validation, ".3f"),
+                   _number(d.kl, ".4f"), _number(d.tokens_per_s, ".0f"), _seconds(d.left_s))  # fmt: skip
+        table.add_row(d.domain, d.state, f"{d.step}/{d.steps}", *figures)
+    console.print(table)
+    for d in domains:
+        for line in _details(d):
+            console.print(f"{d.domain}: {line}", markup=False)
+
+
+def _details(d: DomainStatus) -> list[str]:
+    now, lines, r = time.time(), [], d.result
+    if r is not None:
+        lines.append(f"best: validation {r.accuracy:.3f} at step {r.best_step}; the base has {r.base_accuracy:.3f}")
+    else:
+        lines += [
+            f"worker {w.rank} on {w.host} (pid {w.pid}), heard {_seconds(now - w.at)} ago at step {w.step}; {w.memory}"
+            for w in d.workers
+        ]
+        if d.checkpoint is not None:
+            lines.append(f"last checkpoint: step {d.checkpoint}")
+    for name, track in d.trackers.items():
+        more = f", not told more: {track.problem}" if track.problem else ""
+        lines.append(f"{name}: told up to step {track.told}, run {track.id} in {track.where}{more}")
+    if d.fault is not None:
+        lines.append(f"last error, {_seconds(now - d.fault.at)} ago: {d.fault.message}")
+    return lines
+
+
+def _sweep(store: Store, *, as_json: bool) -> None:
+    """How many trials are where, the best so far, and what failed."""
+    rows = json.loads(store.read_text(TRIALS)) if store.exists(TRIALS) else []
+    if as_json:
+        console.print_json(json.dumps(rows))
+        return
+    count = Counter(row["status"] for row in rows)
+    console.print(f"{len(rows)} trials: " + (", ".join(f"{n} {state}" for state, n in count.items()) or "none began"))
+    done = [row for row in rows if row["status"] == "done"]
+    if done:
+        best = max(done, key=lambda row: row["score"])
+        console.print(f"best so far: {best['score']:.4f} with {best['point']}, seed {best['seed']}", markup=False)
+    for row in rows:
+        if row["error"]:
+            console.print(f"failed with {row['point']}: {row['error']}", markup=False)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "-"
+    if value < 120:
+        return f"{value:.0f} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

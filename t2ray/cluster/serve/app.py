@@ -1,0 +1,73 @@
+"""The endpoint as a Ray Serve application: `build_app(args)` composes the deployments.
+
+    ingress (HTTP, keys, limits) -> Dispatcher (pass 1) -> Generator (model, engine)
+            \\------------------- pass 2 ------------------/
+
+Pass 2 goes from the ingress straight to a `Generator`: its tokens would gain nothing from a stop at the dispatcher. How
+many replicas, how long the queues: `serve_config.yaml`, which names the deployments as they are named here. Called by
+`serve deploy`, `t2ray serve` and tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import serve
+
+from t2ray.adapters.factors import MANIFEST, decompose
+from t2ray.cluster.serve.dispatcher import Dispatcher
+from t2ray.cluster.serve.generator import Generator
+from t2ray.cluster.serve.ingress import Ingress
+from t2ray.cluster.serve.monitor import Monitor
+from t2ray.cluster.serve.searcher import Searcher
+from t2ray.config.files import validate
+from t2ray.config.serve import ServeConfig
+from t2ray.core import ResourceError
+from t2ray.models.weights import Weights, resolve
+from t2ray.runs.folder import factors_folder
+from t2ray.store import Store
+
+RUN_EXPERTS = "runs/demo/experts"
+SHIPPED = Path(__file__).parents[2] / "tiny" / "experts"
+
+
+def build_app(args: Mapping[str, Any]) -> Any:
+    """The bound application; `args` are the fields of `ServeConfig`, as in `serve_config.yaml`.
+
+    Raises:
+        T2RayError: a wrong key or value, a model that cannot be read, factors of another one.
+    """
+    config = resolved(validate(ServeConfig, dict(args), where="args"))
+    fields = config.model_dump()
+    monitor = serve.deployment(Monitor).bind()
+    generator = serve.deployment(Generator).bind(fields, monitor)
+    dispatcher = serve.deployment(Dispatcher).bind(fields, generator)
+    searcher = serve.deployment(Searcher).bind(fields, generator)
+    ingress = serve.deployment(serve.ingress()(Ingress), name="Ingress")
+    return ingress.bind(fields, generator, dispatcher, searcher, monitor)
+
+
+def resolved(config: ServeConfig) -> ServeConfig:
+    """Absolute paths, since replicas run in other folders; the decomposition made where it is missing.
+
+    Raises:
+        ModelError: a model that cannot be read.
+        ExpertError: factors of another model.
+    """
+    folder = resolve(config.model)
+    digest = Weights(folder).digest
+    factors = Path(config.factors or factors_folder("runs", digest, None, None)).absolute()
+    if not (factors / MANIFEST).exists():
+        decompose(config.model, factors)
+    experts = config.experts
+    if experts is None:
+        demo = config.model == "tiny" and Store(RUN_EXPERTS).names()
+        if not demo and config.model != "tiny":
+            raise ResourceError(f"no experts were named for {config.model}; add `experts: FOLDER` to the configuration")
+        experts = RUN_EXPERTS if demo else str(SHIPPED)
+    if "://" not in experts:
+        experts = str(Path(experts).absolute())
+    fixed = {"model": str(folder), "name": config.name or config.model, "factors": str(factors), "experts": experts}
+    return config.model_copy(update=fixed)

@@ -1,0 +1,66 @@
+"""The `Dispatcher`: pass 1, from a conversation to the mixture that answers it.
+
+It holds no model: pass 1 is a scoring in some `Generator`'s batch. Not here: the strategies themselves (`t2ray.adapt`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from typing import Any
+
+from t2ray.adapt.strategies import Dispatch, classify, dispatch_labels
+from t2ray.cluster.serve.catalog import Watch
+from t2ray.cluster.serve.handles import retried
+from t2ray.config.files import nearest
+from t2ray.config.serve import ServeConfig
+from t2ray.core import ConfigError, Message, Mixture
+
+CACHED = 4096
+"""Decisions kept: each is a few hundred bytes."""
+
+
+class Dispatcher:
+    """Decides, and remembers what it decided about a conversation for as long as the experts stay the same."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: dict[str, Any], generator: Any
+    ) -> None:
+        self.config = ServeConfig.model_validate(config)
+        self.generator = generator
+        self.watch = Watch(generator, self.config.poll_s)
+        self._decided: OrderedDict[tuple[object, ...], Dispatch] = OrderedDict()
+        await self.watch.start()
+
+    async def decide(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:
+        """Pass 1 by `prompt` or `cls`.
+
+        Raises:
+            ConfigError: no such strategy, or no experts to choose from.
+        """
+        if strategy not in ("prompt", "cls"):
+            raise ConfigError(f"unknown strategy {strategy!r}{nearest(strategy, ('prompt', 'cls'))}")
+        experts = self.watch.catalog.experts
+        usable = [info for info in experts.values() if info.problem is None]
+        classifiers = {info.name: info.labels for info in usable if info.classifies}
+        answering = [info.name for info in usable if not info.classifies]
+        labels = dispatch_labels(strategy, answering, classifiers, "the registry")
+        classifier = next(iter(classifiers)) if strategy == "cls" else None
+        version = experts[classifier].version if classifier else 0
+        # Pass 1 reads the last message alone (`prompts.dispatch_prompt`).
+        key = (strategy, labels, classifier, version, messages[-1].content)
+        if key in self._decided:
+            self._decided.move_to_end(key)
+            return replace(self._decided[key], seconds=0.0, cached=True)
+        mixture = Mixture.of({classifier: 1.0}) if classifier else Mixture.base()
+        decided = await classify(self._score, labels, mixture, name=strategy)(messages)
+        self._decided[key] = decided
+        if len(self._decided) > CACHED:
+            self._decided.popitem(last=False)
+        return decided
+
+    async def _score(
+        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
+    ) -> tuple[float, ...]:
+        scores: tuple[float, ...] = await retried(lambda: self.generator.score.remote(messages, labels, mixture))
+        return scores

@@ -1,0 +1,170 @@
+"""The ingress: the API's `Backend` over the handles of the other deployments. It holds no model.
+
+Not here: routes, keys and limits (`t2ray.api`). Deployed by `cluster.serve`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.request
+from collections.abc import AsyncIterator
+from typing import Any
+
+import ray
+from fastapi import FastAPI
+from ray.exceptions import RayActorError
+from ray.serve.context import _get_global_client
+from ray.util import metrics
+
+from t2ray.adapt.strategies import Dispatch
+from t2ray.api.app import create_api
+from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, Heat, Load
+from t2ray.api.binding import check_host
+from t2ray.cluster.serve.catalog import Watch
+from t2ray.cluster.serve.handles import PAUSE_S, TRIES, retried, translated
+from t2ray.config.serve import ServeConfig
+from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams, user
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Bounds of the histograms of times."""
+
+
+class Ingress:
+    """One replica of the API."""
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, config: dict[str, Any], generator: Any, dispatcher: Any, searcher: Any, monitor: Any
+    ) -> None:
+        self.config = ServeConfig.model_validate(config)
+        check_host(_get_global_client().http_config.host, self.config.api)  # `serve deploy` comes by no other check
+        self.backend = RayBackend(self.config, generator, dispatcher, searcher, monitor)
+        await self.backend.watch.start()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Ray Serve asks for the application when the replica is made."""
+        app = create_api(self.config.api)
+        app.state.backend = self.backend
+        return app
+
+
+class RayBackend:
+    """See `api.backend.Backend`."""
+
+    def __init__(self, config: ServeConfig, generator: Any, dispatcher: Any, searcher: Any, monitor: Any) -> None:
+        self._generator, self._dispatcher, self._searcher, self._monitor = generator, dispatcher, searcher, monitor
+        self._metrics: dict[str, Any] = {}
+        self.watch = Watch(generator, config.poll_s)
+
+    def catalog(self) -> Catalog:
+        """From memory."""
+        return self.watch.catalog
+
+    async def dispatch(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:
+        """Pass 1."""
+        decided: Dispatch = await retried(lambda: _called(self._dispatcher.decide, strategy, messages))
+        return decided
+
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
+        """Pass 2, whole."""
+        answer: Delta = await retried(lambda: _called(self._generator.generate, prompt, mixture, sampling, request_id))
+        return answer
+
+    async def stream(
+        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
+    ) -> AsyncIterator[Delta]:
+        """Pass 2, piece by piece. A replica that dies before the first piece is replaced unnoticed; later it cannot."""
+        handle = self._generator.options(stream=True).stream
+        for attempt in range(TRIES):
+            pieces, begun = handle.remote(prompt, mixture, sampling, request_id), False
+            try:
+                async for delta in pieces:
+                    begun = True
+                    yield delta
+                return
+            except RayActorError as error:
+                if begun or attempt == TRIES - 1:
+                    raise translated(error) from error
+                await asyncio.sleep(PAUSE_S * 2**attempt)
+            except Exception as error:
+                raise translated(error) from error
+            finally:
+                pieces.cancel()
+
+    async def heat(self, name: str) -> Heat:
+        """Of some replica's expert."""
+        heat: Heat = await retried(lambda: _called(self._generator.heat, name))
+        return heat
+
+    async def put_expert(self, name: str, data: bytes) -> int:
+        """Some replica checks and saves it; all others see it at their next look."""
+        version: int = await retried(lambda: _called(self._generator.put_expert, name, data))
+        await self.watch.refresh()
+        return version
+
+    async def delete_expert(self, name: str) -> None:
+        """From the registry."""
+        await retried(lambda: _called(self._generator.delete_expert, name))
+        await self.watch.refresh()
+
+    async def adapt(self, request: AdaptationRequest) -> Adaptation:
+        """Starts a search."""
+        started: Adaptation = await retried(lambda: _called(self._searcher.adapt, request))
+        return started
+
+    async def adaptation(self, id: str) -> Adaptation:
+        """Where a search stands; when it is done, its mixture can be asked for."""
+        search: Adaptation = await retried(lambda: _called(self._searcher.adaptation, id))
+        if search.status == "succeeded" and search.name not in self.watch.catalog.mixtures:
+            await self.watch.refresh()
+        return search
+
+    async def load(self) -> Load:
+        """As the monitor has it."""
+        load: Load = await retried(lambda: _called(self._monitor.load))
+        return load
+
+    async def ready(self) -> None:
+        """One token of the base model."""
+        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1), "health")
+
+    async def metrics(self) -> str:
+        """What the metrics agents of all nodes have of t2ray and of Serve."""
+        agents = [
+            f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+            for node in ray.nodes()
+            if node["Alive"] and node["MetricsExportPort"]
+        ]
+        texts = await asyncio.gather(*(asyncio.to_thread(_fetched, url) for url in agents))
+        return "".join(
+            f"{line}\n" for text in texts for line in text.splitlines() if "_t2ray_" in line or "_serve_" in line
+        )
+
+    def observe(self, name: str, value: float, **tags: str) -> None:
+        """Counts names that end in `_total`, keeps a histogram of any other."""
+        if name not in self._metrics:
+            keys = tuple(tags)
+            self._metrics[name] = (
+                metrics.Counter(f"t2ray_{name}", tag_keys=keys)
+                if name.endswith("_total")
+                else metrics.Histogram(f"t2ray_{name}", boundaries=list(SECONDS), tag_keys=keys)
+            )
+        metric = self._metrics[name]
+        if name.endswith("_total"):
+            metric.inc(value, tags=tags)
+        else:
+            metric.observe(value, tags=tags)
+
+
+async def _called(method: Any, *args: object) -> Any:
+    """The reply of a deployment; cancelled there too when the caller goes."""
+    reply = method.remote(*args)
+    try:
+        return await reply
+    except asyncio.CancelledError:
+        reply.cancel()
+        raise
+
+
+def _fetched(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as answer:
+        return str(answer.read().decode())

@@ -1,0 +1,1 @@
+"""Training, sweeps and decomposition on Ray."""

@@ -1,0 +1,70 @@
+"""`svd.decompose` with its matrices shared out over Ray tasks; the folder must be one that every node sees.
+
+Not here: how a matrix is decomposed or what is skipped (svd.py). Called by the CLI for `--workers` above 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayTaskError
+
+from t2ray.adapters.factors import Factors, Float, Job, Progress, Stored, Target, prepare
+from t2ray.cluster.session import check_shared, session
+from t2ray.core import T2RayError
+
+
+def _run(job: Job, target: Target) -> str:
+    job.run(target)
+    return target.name
+
+
+def decompose_on_ray(
+    model: str,
+    out: str | Path,
+    *,
+    workers: int,
+    targets: Sequence[str] | None = None,
+    layers: str | None = None,
+    svd_dtype: Float = "float32",
+    dtype: Stored | None = None,
+    progress: Progress | None = None,
+) -> Factors:
+    """As `svd.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
+
+    Ray is started on this machine, and stopped again, where no cluster is connected and RAY_ADDRESS names none.
+    Raises as `svd.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels what is under
+    way, and finished ones stay.
+    """
+    with session():
+        check_shared([str(Path(out).expanduser().absolute())])
+        job = prepare(model, out, targets=targets, layers=layers, svd_dtype=svd_dtype, dtype=dtype)
+        missing, total = job.missing(), len(job.plan.targets)
+        if missing:
+            _share_out(job, missing, workers, progress, total)
+    return job.finish()
+
+
+def _share_out(job: Job, missing: Sequence[Target], workers: int, progress: Progress | None, total: int) -> None:
+    run, shared, waiting = ray.remote(num_cpus=1)(_run), ray.put(job), list(reversed(missing))
+    under_way: list[ray.ObjectRef] = []
+    done = total - len(missing)
+    try:
+        while waiting or under_way:
+            # No more tasks than workers exist at once: a wider cluster would otherwise start one on every CPU.
+            while waiting and len(under_way) < workers:
+                under_way.append(run.remote(shared, waiting.pop()))
+            finished, under_way = ray.wait(under_way)
+            for name in ray.get(finished):
+                done += 1
+                if progress is not None:
+                    progress(done, total, name)
+    except RayTaskError as error:
+        if isinstance(error.cause, T2RayError):
+            raise error.cause from None
+        raise
+    finally:
+        for task in under_way:
+            ray.cancel(task, force=True)

@@ -1,0 +1,122 @@
+"""Training on a cluster: what a job needs and gets there, its domains, and then the registry for their experts.
+
+Not here: how domains run on Ray (`cluster.domains`), and what a worker does (`rl.job`). Called by `t2ray train`,
+`jobs/train.py`, a sweep's trials and the demo. Workers that die are started again; a run whose driver died goes on with
+`--resume`: both find the newest checkpoint in the run folder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from t2ray.adapters.factors import decompose
+from t2ray.cluster.session import check_lasting, check_shared, session, slots
+from t2ray.cluster.train.domains import Tick, run_domains
+from t2ray.cluster.train.nodes import largest
+from t2ray.config.train import TrainConfig
+from t2ray.core import ResourceError, T2RayError
+from t2ray.experts.registry import Registry
+from t2ray.models.weights import Weights, resolve
+from t2ray.prompts import OTHERS
+from t2ray.runs.folder import open_run, prepare
+from t2ray.runs.status import heart, note_fault
+from t2ray.store import Store
+from t2ray.training.domain import EXPERT, Result, domain_store, finished, train_domain
+
+
+def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:
+    """Trains every domain of a job and saves its expert; `tick` is called about twice a second for a live display.
+
+    Returns:
+        The result of each domain, in the job's order; its expert is in the registry under the domain's name.
+
+    Raises:
+        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small; nothing is half-written.
+        KeyboardInterrupt: the run's checkpoints stand and no process is left.
+    """
+    config = prepare(config, resume=resume)
+    check_lasting([config.out, str(config.factors)])
+    if config.workers == 0:
+        config = config.model_copy(update={"cpus": config.cpus or 1.0})
+        _start(config)
+        for domain in _unfinished(config):
+            _train_here(config, domain, tick)
+    else:
+        with session() as resources:
+            config, at_once, most = _fit(config, resources)
+            check_shared([config.out, str(config.factors)])
+            _start(config)
+            run_domains(config, _unfinished(config), at_once, most, tick)
+    tick(config)
+    return _collect(config)
+
+
+def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
+    """One domain in this process."""
+    store = domain_store(config, domain)
+    beat = heart(store, 0)
+
+    def report(row: dict[str, Any]) -> None:
+        beat(row["step"])
+        tick(config)
+
+    try:
+        train_domain(config, domain, report)
+    except T2RayError as error:
+        note_fault(store, str(error), ended=True)
+        raise
+
+
+def _start(config: TrainConfig) -> None:
+    """What a job that fits begins with: its model's factors, which may take long, and its run folder."""
+    assert config.factors is not None
+    decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
+    open_run(config)
+
+
+def _unfinished(config: TrainConfig) -> list[str]:
+    return [domain for domain in config.domains if finished(domain_store(config, domain)) is None]
+
+
+def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int, int]:
+    """The job with its CPUs a worker decided, how many domains run at once, and with how many workers at most."""
+    least, most = config.span
+    # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
+    share = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
+    worker = {"CPU": config.cpus or min(share, max(1.0, largest("CPU"))), "GPU": config.gpus}
+    need = {key: amount * least for key, amount in worker.items()}
+    at_once = min(len(config.domains), slots(need, resources, f"a domain of run {config.run!r}"))
+    for key, amount in worker.items():
+        if amount > largest(key):
+            raise ResourceError(
+                f"a worker of run {config.run!r} needs {amount:g} {key}, the largest node has {largest(key):g}; "
+                "lower cpus or gpus, or add larger nodes"
+            )
+    if at_once > 1:  # Ray gives a range all that is free: the first domain would leave the others nothing
+        most = max(least, min(most, slots(worker, resources, "a worker") // at_once))
+    return config.model_copy(update={"cpus": worker["CPU"]}), at_once, most
+
+
+def _collect(config: TrainConfig) -> dict[str, Result]:
+    """Puts each domain's expert into the registry, once, and returns the figures."""
+    assert config.experts is not None
+    registry, results, digest = Registry(config.experts), {}, Weights(resolve(config.model)).digest
+    for domain in config.domains:
+        store = domain_store(config, domain)
+        result = finished(store)
+        assert result is not None, domain
+        metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
+        run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
+        if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert
+            run["labels"] = [*(name for name, other in config.domains.items() if other.others is None), OTHERS]
+        if domain not in registry.names() or registry.manifest(domain).config != run:
+            registry.save(
+                domain, store.read_tensors(EXPERT), base_digest=digest, domain=domain, config=run,
+                metrics=metrics, seed=config.seed,
+            )  # fmt: skip
+        results[domain] = result
+    leftovers = Store(f"{config.out}/{config.run}/ray")
+    if leftovers.local is not None:
+        for name in leftovers.names():
+            leftovers.delete(name)
+    return results

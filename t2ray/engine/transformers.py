@@ -1,0 +1,170 @@
+"""The seam to transformers' continuous batching: the one place that leans on its insides.
+
+The manager keeps the paged cache, the schedule and the loop's thread. Here it is told, at each step, to bind every
+token to its request's mixture, and to let the engine choose the next tokens. Not here: what is bound and chosen
+(`continuous`). A release of transformers that moves the seam fails `tests/test_continuous.py`.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProcessorList
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager, OutputRouter
+
+from t2ray.config.serve import EngineConfig
+
+PAGE_TOKENS = {"cpu": 16, "cuda": 256}
+"""Tokens of a page of the cache: small ones waste little, flash attention on a GPU reads large ones."""
+
+OVERFLOW = 1e15
+"""Keys and values from here on are no model's, and add up to more than a mask takes away."""
+
+
+class Steps(Protocol):
+    """What the engine does at each turn of the loop, in the loop's thread."""
+
+    def before_step(self) -> None:
+        """Before a batch is prepared."""
+        ...
+
+    def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
+        """Binds the packed tokens of a step: (request, its number of tokens), in order."""
+        ...
+
+    def choose(self, requests: list[str], logits_BV: Tensor) -> Tensor:
+        """The next token, (B,), of each request that has read its prompt."""
+        ...
+
+    def after_step(self) -> None:
+        """After the tokens were added, and the pages of what ended are free."""
+        ...
+
+    def fail(self, request: str | None, error: Exception) -> None:
+        """A request, or with None all of them, that the manager gave up."""
+        ...
+
+
+class Manager(ContinuousBatchingManager):
+    """transformers' manager, driving `Steps`."""
+
+    def __init__(self, hf: Any, config: EngineConfig, steps: Steps) -> None:
+        page = PAGE_TOKENS[hf.device.type]
+        super().__init__(
+            hf,
+            GenerationConfig(do_sample=False, eos_token_id=-1),
+            ContinuousBatchingConfig(
+                page_size=page,
+                num_blocks=-(-config.kv_tokens // page),
+                max_batch_tokens=config.batch_tokens,
+                max_requests_per_batch=config.batch_rows,
+                allow_block_sharing=False,  # keys and values depend on z: decision 0011
+                use_async_batching=False,
+                use_cuda_graph=False,  # a replayed graph would keep the first step's mixtures
+            ),
+        )
+        self.steps = steps
+        self.overflowed: set[str] = set()
+        self.logit_processor = _Chooser(self)
+        self.output_router = _Router(steps)
+
+    def begin(self) -> None:
+        """Allocates the cache and starts the loop.
+
+        Raises:
+            MemoryError: the cache does not fit.
+        """
+        self.warmup()
+        if self.model.device.type == "cpu":
+            cache = self.batch_processor.cache
+            cache.update = self._guarded(cache.update)
+        self.start()
+
+    @property
+    def pages(self) -> tuple[int, int]:
+        """Bytes of the cache that are free, and all of them."""
+        cache = self.batch_processor.cache
+        return int(cache.compute_free_capacity(relative=False)), int(cache.num_sectors * cache.bytes_per_sector)
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests that have pages, and those that wait for some."""
+        scheduler = self.batch_processor.scheduler
+        return len(scheduler.active_requests), len(scheduler.waiting_requests) + self.input_queue.qsize()
+
+    def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
+        self.steps.before_step()
+        goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
+        self.steps.after_step()
+        return goes_on
+
+    def _generation_step(self) -> None:
+        batch = self.batch_processor.inputs_and_outputs.requests_in_batch
+        with torch.no_grad(), self.steps.bound([(future.state.request_id, future.query_length) for future in batch]):
+            super()._generation_step()
+
+    def _guarded(self, update: Any) -> Any:
+        """`cache.update` that keeps a request's overflow to itself.
+
+        On a CPU all tokens of a step share one attention with an additive mask, where one key near the largest number,
+        or a weight of 0 times NaN, is NaN for everybody. A request with such keys or values gets zeros there, and is
+        remembered: its scores are made NaN in the end.
+        """
+
+        def guarded(key_states: Tensor, value_states: Tensor, **kwargs: Any) -> Any:
+            largest = torch.maximum(key_states.abs().amax(), value_states.abs().amax())
+            if not bool(largest < OVERFLOW):  # also when it is NaN
+                fine_T = ((key_states.abs() < OVERFLOW) & (value_states.abs() < OVERFLOW)).all(-1).all(1)[0]
+                batch = self.batch_processor.inputs_and_outputs.requests_in_batch
+                owners = [future.state.request_id for future in batch for _ in range(future.query_length)]
+                self.overflowed |= {owner for owner, fine in zip(owners, fine_T.tolist(), strict=True) if not fine}
+                keep_T1 = fine_T[:, None]
+                key_states, value_states = (states.where(keep_T1, 0.0) for states in (key_states, value_states))
+            return update(key_states=key_states, value_states=value_states, **kwargs)
+
+        return guarded
+
+    def _fail_all_remaining_requests(self, error: Exception, batch_processor: Any) -> None:
+        super()._fail_all_remaining_requests(error, batch_processor)
+        self.steps.fail(None, error)
+
+
+class _Chooser(ContinuousBatchingLogitsProcessorList):
+    """Stands where logits processors do: leaves one finite score a row, the chosen token's, for the argmax after it."""
+
+    def __init__(self, manager: Manager) -> None:
+        super().__init__(LogitsProcessorList())
+        self.do_processing = True
+        self._manager = manager
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, logits_processor_args: Tensor) -> Tensor:
+        batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        rows = [future.state.request_id for future in batch if future.has_new_token]
+        lost = [i for i, row in enumerate(rows) if row in self._manager.overflowed]
+        if lost:
+            scores = scores.index_fill(0, torch.tensor(lost), torch.nan)
+            self._manager.overflowed -= {rows[i] for i in lost}
+        token_B = self._manager.steps.choose(rows, scores[: len(rows)])
+        return torch.full_like(scores, -torch.inf).index_put_((torch.arange(len(rows)), token_B), scores.new_zeros(()))
+
+
+class _Router(OutputRouter):
+    """Hands failures on. Results go their own way (`Steps.after_step`), and would only pile up here."""
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__()
+        self._steps = steps
+
+    def deliver(self, output: Any) -> None:
+        """Nobody collects it."""
+
+    def deliver_batch(self, outputs: list[Any]) -> None:
+        """Nobody collects them."""
+
+    def fail_and_deliver(self, state: Any, error: Exception) -> None:
+        """A request that was refused or given up."""
+        self._steps.fail(state.request_id, error)

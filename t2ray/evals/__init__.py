@@ -1,0 +1,1 @@
+"""Measuring: accuracy with intervals, reports, and the load on an endpoint."""

@@ -1,0 +1,128 @@
+"""Experts in and out of a registry: files of other programs, folders to hand on, and a drawing for the terminal.
+
+Not here: the registry's own files (experts.py). Called by `t2ray experts import | export | show`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from t2ray.adapters.factors import Factors
+from t2ray.core import ConfigError, ExpertError
+from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read_manifest, write_expert
+from t2ray.models.targets import Target
+from t2ray.store import Store
+
+# What torch.load raises for files that are damaged, hold code, or are missing (seen with random bytes changed).
+DAMAGED = (
+    *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
+    *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
+)
+BARS, BINS = " ▁▂▃▄▅▆▇█", 24
+
+
+def import_expert(registry: Registry, name: str, path: str | Path, factors: Factors) -> int:
+    """Save an expert from outside as the next version of `name`; returns the version.
+
+    `path` is a folder that `export_expert` wrote, a safetensors file `{target name: z}`, or the reference code's `.pt`
+    dictionary `{parameter name: p}`, of which `z = sigmoid(p)` is kept with that code's rescaling `sum(s) / sum(s * z)`
+    folded in. No pickle but such a dictionary of tensors is read. Names may carry ".weight" or underscores for dots.
+
+    Raises:
+        ExpertError: a file that cannot be read, unknown names, wrong shapes, numbers that are not finite, another base.
+    """
+    path = Path(path)
+    if path.is_dir():
+        store = Store(path)
+        manifest = read_manifest(store, MANIFEST)
+        expert = read_expert(store, ".", manifest, factors.base_digest, factors.layout)
+        kept = manifest.model_dump(include={"rescaled", "domain", "config", "metrics", "seed"})
+        return registry.save(name, expert.z, base_digest=factors.base_digest, **kept)
+    reference = path.suffix in (".pt", ".pth", ".bin")
+    z = _place(path, _read_pickled(path) if reference else _read_safetensors(path), factors.layout)
+    if reference:
+        z = {target: _rescaled(torch.sigmoid(p_R), factors.load(target)[1]) for target, p_R in z.items()}
+    return registry.save(
+        name, z, base_digest=factors.base_digest, rescaled=reference, config={"imported_from": path.name}
+    )
+
+
+def export_expert(expert: Expert, path: str | Path) -> None:
+    """Write an expert as a folder of safetensors and manifest, which `import_expert` reads.
+
+    Raises:
+        ConfigError: something is there already.
+        ResourceError: it cannot be written.
+    """
+    if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
+        raise ConfigError(f"{path} exists and is not an empty folder; name a new one")
+    write_expert(Store(path), ".", expert.z, expert.manifest)
+
+
+def _read_safetensors(path: Path) -> Mapping[str, Any]:
+    try:
+        return Store(path.parent).read_tensors(path.name)
+    except (SafetensorError, OSError) as error:
+        raise ExpertError(
+            f"{path} cannot be read as an expert ({error}); name an exported folder, a .safetensors or a .pt file"
+        ) from error
+
+
+def _read_pickled(path: Path) -> Mapping[str, Any]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except DAMAGED as error:
+        raise ExpertError(f"{path} cannot be read safely (it must be a dictionary of tensors alone)") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise ExpertError(f"{path} holds a {type(found).__name__}; it must hold a dictionary of tensors by name")
+    return found
+
+
+def _place(path: Path, found: Mapping[str, Any], layout: Sequence[Target]) -> dict[str, Tensor]:
+    """The vectors under the names of `layout` and in its order, float32."""
+    by_name = {target.name.replace(".", "_"): target for target in layout}
+    placed: dict[str, Tensor] = {}
+    for name, vector in found.items():
+        target = by_name.get(name.replace(".", "_").removesuffix("_weight"))
+        if target is None:
+            raise ExpertError(f"{path}: {name!r} is no target of the factors, which are such as {layout[0].name!r}")
+        if target.name in placed:
+            raise ExpertError(f"{path} names the target {target.name!r} twice")
+        if not isinstance(vector, Tensor) or tuple(vector.shape) != (target.rank,):
+            shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
+            raise ExpertError(f"{path}: {name!r} has the shape {shape}; its factors need ({target.rank},)")
+        placed[target.name] = vector.detach().to(torch.float32)
+    return {target.name: placed[target.name] for target in layout if target.name in placed}
+
+
+def _rescaled(z_R: Tensor, s_R: Tensor) -> Tensor:
+    s_R = s_R.to(torch.float32)
+    return z_R * (s_R.sum() / (s_R * z_R).sum())
+
+
+def histogram(expert: Expert) -> str:
+    """A line for each kind of matrix (q_proj, ...): the distribution of z over one range, and its min, mean and max."""
+    kinds: dict[str, list[Tensor]] = defaultdict(list)
+    for name, z_R in expert.z.items():
+        kinds[name.rpartition(".")[2]].append(z_R)
+    z_by_kind = {kind: torch.cat(parts) for kind, parts in kinds.items()}
+    low, high = min(float(z.min()) for z in z_by_kind.values()), max(float(z.max()) for z in z_by_kind.values())
+    width = max(len("kind"), *map(len, z_by_kind))
+    lines = [f"{'kind':<{width}}  {f'z in [{low:.3g}, {high:.3g}]':<{BINS}}     min    mean     max  numbers"]
+    for kind, z in z_by_kind.items():
+        # torch.histc widens an empty range by itself, to low - 1 and high + 1
+        count = torch.histc(z, BINS, low, high)
+        level = torch.ceil(count / count.max() * (len(BARS) - 1)).int()
+        bars = "".join(BARS[i] for i in level.tolist())
+        figures = f"{float(z.min()):7.3f} {float(z.mean()):7.3f} {float(z.max()):7.3f} {len(z):8d}"
+        lines.append(f"{kind:<{width}}  {bars} {figures}")
+    return "\n".join(lines)

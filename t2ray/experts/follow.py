@@ -1,0 +1,107 @@
+"""All experts of a registry as tensors, following the registry as it changes.
+
+A look is one listing; only what is new or changed is read. An expert that cannot be used is a `problem` of its own and
+disturbs no other. Not here: the files (experts.py) and who uses the tensors. Called by the serving replicas.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
+from t2ray.experts.registry import MANIFEST, MIXTURES, TENSORS, VERSION, ExpertManifest, Registry
+from t2ray.models.targets import Target
+
+Stamp = tuple[object, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holdings:
+    """What a registry held at one look: z, (K,), float32 by name; what each expert is; why some cannot be used."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    manifests: dict[str, ExpertManifest] = field(default_factory=dict)
+    problems: dict[str, str] = field(default_factory=dict)
+    mixtures: dict[str, Mixture] = field(default_factory=dict)
+
+
+class Bank:
+    """The latest version of each expert, and the saved mixtures: `held`, which a look replaces and never changes."""
+
+    def __init__(self, registry: Registry, base_digest: str, layout: Sequence[Target]) -> None:
+        self.registry, self.base_digest, self.layout = registry, base_digest, layout
+        self.held = Holdings()
+        self._stamps: dict[str, Stamp] = {}
+        self._looking = threading.Lock()
+
+    def sync(self) -> bool:
+        """Looks into the registry; whether anything was new, changed or gone.
+
+        Raises:
+            ResourceError: the registry cannot be reached; nothing has changed.
+        """
+        with self._looking:
+            stamps = self._look()
+            if stamps == self._stamps:
+                return False
+            changed = {name for name in {*stamps, *self._stamps} if stamps.get(name) != self._stamps.get(name)}
+            held = _without(self.held, changed)
+            for name in changed & stamps.keys():
+                self._read(name, stamps[name], held)
+            self.held, self._stamps = held, stamps
+            return True
+
+    def _look(self) -> dict[str, Stamp]:
+        """What identifies the latest version of each expert, and each mixture by its path."""
+        files = self.registry.store.tree()
+        versions: dict[str, list[int]] = defaultdict(list)
+        stamps: dict[str, Stamp] = {}
+        for path, stamp in files.items():
+            folder, _, file = path.rpartition("/")
+            name, _, version = folder.partition("/")
+            if folder == MIXTURES and file.endswith(".json"):
+                stamps[path] = stamp
+            elif file == MANIFEST and (match := VERSION.fullmatch(version)):
+                versions[name].append(int(match[1]))
+        for name, numbers in versions.items():
+            latest = max(numbers)
+            folder = f"{name}/v{latest:04d}"
+            stamps[name] = (latest, files[f"{folder}/{MANIFEST}"], files.get(f"{folder}/{TENSORS}"))
+        return stamps
+
+    def _read(self, name: str, stamp: Stamp, held: Holdings) -> None:
+        mixture = _mixture(name)
+        try:
+            if mixture is not None:
+                held.mixtures[mixture] = self.registry.load_mixture(mixture)
+                return
+            version = stamp[0]
+            assert isinstance(version, int)
+            expert = self.registry.load(name, version, base_digest=self.base_digest, layout=self.layout)
+            held.tensors[name], held.manifests[name] = expert.flat(self.layout), expert.manifest
+        except (ExpertError, ConfigError) as error:
+            held.problems[mixture or name] = str(error)
+        except UnknownExpert:  # deleted since the listing; the next look tells
+            pass
+
+
+def _without(held: Holdings, changed: set[str]) -> Holdings:
+    gone = {_mixture(name) or name for name in changed}
+    mixtures = {_mixture(name) for name in changed}
+    return Holdings(
+        tensors={name: z_K for name, z_K in held.tensors.items() if name not in changed},
+        manifests={name: manifest for name, manifest in held.manifests.items() if name not in changed},
+        problems={name: text for name, text in held.problems.items() if name not in gone},
+        mixtures={name: mixture for name, mixture in held.mixtures.items() if name not in mixtures},
+    )
+
+
+def _mixture(path: str) -> str | None:
+    """The mixture's name in a path of the registry; None for an expert's."""
+    folder, _, file = path.partition("/")
+    return file.removesuffix(".json") if folder == MIXTURES else None

@@ -1,0 +1,298 @@
+"""Expert vectors in a registry: one folder an expert, one folder a version, safetensors and a manifest (paper: z_k).
+
+    <uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
+
+Not here: how z is trained (rl) or applied (svf.py). Called by the trainers, which save; by the engine, which loads; and
+by the CLI. The import and export of files from outside is in exchange.py.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from t2ray import __version__
+from t2ray.config.files import nearest
+from t2ray.core import ExpertError, Mixture, UnknownExpert, check_name
+from t2ray.models.targets import Target
+from t2ray.prompts import OTHERS
+from t2ray.store import Store
+
+TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
+VERSION = re.compile(r"v(\d{4,})")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class ExpertManifest(BaseModel):
+    """What an expert is and where it comes from. `targets`: (name, rank) of each adapted matrix; `z` itself is stored
+    (`scale`: 1 is the base); `rescaled`: `sum(s) / sum(s * z)` of each matrix has been folded into its z."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    schema_version: Literal[1] = 1
+    name: str
+    version: int = Field(ge=1)
+    base_digest: str
+    targets: tuple[tuple[str, int], ...]
+    parametrisation: Literal["scale"] = "scale"
+    rescaled: bool = False
+    domain: str | None = None
+    config: dict[str, Any] = {}
+    metrics: dict[str, Any] = {}
+    seed: int | None = None
+    t2ray: str = __version__
+    created: str = Field(default_factory=_now)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classification expert was trained to tell apart, "others" last; empty for any other expert."""
+        labels = self.config.get("labels")
+        return tuple(map(str, labels)) if isinstance(labels, list) and labels[-1:] == [OTHERS] else ()
+
+
+class MixtureRecord(BaseModel):
+    """A mixture that was found for a task and kept by name: `weights={"math": (0.7,)}` and how it was found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    schema_version: Literal[1] = 1
+    name: str
+    weights: dict[str, tuple[float, ...]]
+    meta: dict[str, Any] = {}
+    created: str = Field(default_factory=_now)
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture.of(self.weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expert:
+    """One expert in memory: `z` holds a float32 vector of a target's rank by the target's name."""
+
+    name: str
+    version: int
+    z: Mapping[str, Tensor]
+    manifest: ExpertManifest
+
+    def flat(self, layout: Sequence[Target]) -> Tensor:
+        """All z in the order of `layout`, shape (K,), float32; 1, which changes nothing, where this expert has none."""
+        return torch.cat([self.z.get(target.name, torch.ones(target.rank)) for target in layout])
+
+
+class Registry:
+    """The experts and mixtures under a URI. Versions are never overwritten; the highest finished one is the latest."""
+
+    def __init__(self, uri: str | Path) -> None:
+        self.store = Store(uri)
+
+    def names(self) -> tuple[str, ...]:
+        """The experts that have a finished version."""
+        return tuple(name for name in self.store.names() if not name.startswith("_") and self.versions(name))
+
+    def versions(self, name: str) -> tuple[int, ...]:
+        """The finished versions, rising: those whose manifest, which is written last, is there."""
+        return tuple(v for v in self._taken(name) if self.store.exists(f"{_folder(name, v)}/{MANIFEST}"))
+
+    def list(self) -> tuple[ExpertManifest, ...]:
+        """The manifest of the latest version of each expert."""
+        return tuple(self.manifest(name) for name in self.names())
+
+    def manifest(self, name: str, version: int | None = None) -> ExpertManifest:
+        """The manifest of a version, by default the latest.
+
+        Raises:
+            UnknownExpert: no such expert or version.
+            ExpertError: a manifest that is malformed or of another schema.
+        """
+        check_name(name)
+        versions = self.versions(name)
+        if not versions:
+            raise UnknownExpert(f"no expert {name!r} in {self.store.uri}{nearest(name, self.names())}")
+        version = versions[-1] if version is None else version
+        if version not in versions:
+            raise UnknownExpert(f"expert {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
+        return read_manifest(self.store, f"{_folder(name, version)}/{MANIFEST}")
+
+    def load(
+        self,
+        name: str,
+        version: int | None = None,
+        *,
+        base_digest: str | None = None,
+        layout: Sequence[Target] | None = None,
+    ) -> Expert:
+        """An expert, checked against the base model and its factors where they are given.
+
+        Raises:
+            UnknownExpert: no such expert or version.
+            ExpertError: of another base, with targets or shapes that the factors lack, not finite, or damaged.
+        """
+        manifest = self.manifest(name, version)
+        return read_expert(self.store, _folder(name, manifest.version), manifest, base_digest, layout)
+
+    def save(
+        self,
+        name: str,
+        z: Mapping[str, Tensor],
+        *,
+        base_digest: str,
+        rescaled: bool = False,
+        domain: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> int:
+        """Write the next version of an expert and return its number; nothing that exists is changed.
+
+        Raises:
+            ConfigError: a name that no expert can have.
+            ExpertError: a z that is empty, not a vector or not finite.
+            ResourceError: the disk is full; no version is left behind.
+        """
+        check_name(name)
+        for target, z_R in z.items():
+            if z_R.ndim != 1 or not bool(torch.isfinite(z_R).all()):
+                raise ExpertError(f"expert {name!r}: z of {target} is not a vector of finite numbers; it is not saved")
+        if not z:
+            raise ExpertError(f"expert {name!r} has no targets; it is not saved")
+        version = max(self._taken(name), default=0) + 1
+        while not self.store.claim(_folder(name, version)):
+            time.sleep(random.SystemRandom().random() / 10)  # the seeded generator belongs to the training run
+            version = max(self._taken(name), default=0) + 1
+        manifest = ExpertManifest(
+            name=name,
+            version=version,
+            base_digest=base_digest,
+            targets=tuple((target, len(z_R)) for target, z_R in z.items()),
+            rescaled=rescaled,
+            domain=domain,
+            config=dict(config or {}),
+            metrics=dict(metrics or {}),
+            seed=seed,
+        )
+        try:
+            write_expert(self.store, _folder(name, version), z, manifest)
+        except BaseException:
+            self.store.delete(_folder(name, version))
+            raise
+        return version
+
+    def delete(self, name: str, version: int | None = None) -> None:
+        """Delete a version, or the expert with all its versions.
+
+        Raises:
+            UnknownExpert: no such expert or version.
+        """
+        self.manifest(name, version)
+        for v in self.versions(name) if version is None else [version]:
+            self.store.delete(f"{_folder(name, v)}/{MANIFEST}")  # first: half a folder is then no version
+            self.store.delete(_folder(name, v))
+        if version is None:
+            self.store.delete(name)
+
+    def save_mixture(self, name: str, mixture: Mixture, meta: Mapping[str, Any] | None = None) -> None:
+        """Keep a mixture by name, in place of one of that name."""
+        record = MixtureRecord(name=check_name(name, "mixture"), weights=dict(mixture.weights), meta=dict(meta or {}))
+        self.store.write_text(f"{MIXTURES}/{name}.json", record.model_dump_json(indent=1))
+
+    def mixtures(self) -> tuple[str, ...]:
+        """The names of the mixtures."""
+        return tuple(file.removesuffix(".json") for file in self.store.names(MIXTURES) if file.endswith(".json"))
+
+    def mixture_record(self, name: str) -> MixtureRecord:
+        """A mixture with how it was found.
+
+        Raises:
+            UnknownExpert: no mixture of that name.
+            ExpertError: a file that is no mixture.
+        """
+        path = f"{MIXTURES}/{check_name(name, 'mixture')}.json"
+        if not self.store.exists(path):
+            raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
+        try:
+            return MixtureRecord.model_validate_json(self.store.read_bytes(path))
+        except ValidationError as error:
+            raise ExpertError(f"{self.store.uri}/{path} is no mixture: {_first(error)}") from error
+
+    def load_mixture(self, name: str) -> Mixture:
+        """A mixture by name; raises as `mixture_record` does."""
+        return self.mixture_record(name).mixture
+
+    def _taken(self, name: str) -> tuple[int, ...]:
+        """Every version number in use, of unfinished versions too."""
+        return tuple(sorted(int(m[1]) for m in map(VERSION.fullmatch, self.store.names(name)) if m))
+
+
+def read_manifest(store: Store, path: str) -> ExpertManifest:
+    """Raises ExpertError for a manifest that is missing, malformed or of another schema."""
+    try:
+        return ExpertManifest.model_validate_json(store.read_bytes(path))
+    except FileNotFoundError as error:
+        raise ExpertError(f"{store.uri}/{path} is missing") from error
+    except ValidationError as error:
+        raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {_first(error)}") from error
+
+
+def read_expert(
+    store: Store, folder: str, manifest: ExpertManifest, base_digest: str | None, layout: Sequence[Target] | None
+) -> Expert:
+    """The expert in `folder`; raises as `Registry.load` does."""
+    who = f"expert {manifest.name!r} (version {manifest.version})"
+    if base_digest not in (None, manifest.base_digest):
+        raise ExpertError(
+            f"{who} belongs to another base model: it was made for {manifest.base_digest}, this is {base_digest}; "
+            "name its own model, or another registry"
+        )
+    ranks = dict(manifest.targets)
+    if layout is not None:
+        there = {target.name: target.rank for target in layout}
+        for name, rank in ranks.items():
+            if name not in there:
+                raise ExpertError(
+                    f"{who} adapts {name}, which the factors lack; decompose with --targets that match it"
+                )
+            if there[name] != rank:
+                raise ExpertError(f"{who} has {rank} numbers for {name}, whose factors have {there[name]}")
+    try:
+        z = {name: z_R.to(torch.float32, copy=True) for name, z_R in store.read_tensors(f"{folder}/{TENSORS}").items()}
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ExpertError(f"{who} is damaged: {store.uri}/{folder}/{TENSORS} cannot be read ({error})") from error
+    shapes = {name: tuple(z_R.shape) for name, z_R in z.items()}
+    if shapes != {name: (rank,) for name, rank in ranks.items()}:
+        odd = sorted(name for name in {*shapes, *ranks} if shapes.get(name) != (ranks.get(name),))
+        raise ExpertError(f"{who} is damaged: {odd[0]} has the shape {shapes.get(odd[0])}, not ({ranks.get(odd[0])},)")
+    for name, z_R in z.items():
+        if not bool(torch.isfinite(z_R).all()):
+            raise ExpertError(f"{who} holds values that are not finite, in {name}; train or import it again")
+    # The file holds them by alphabet, the manifest in the order of the model.
+    ordered = {name: z[name] for name in ranks}
+    return Expert(name=manifest.name, version=manifest.version, z=ordered, manifest=manifest)
+
+
+def write_expert(store: Store, folder: str, z: Mapping[str, Tensor], manifest: ExpertManifest) -> None:
+    """Tensors first, manifest last."""
+    stored = {name: z_R.detach().to("cpu", torch.float32) for name, z_R in z.items()}
+    store.write_tensors(f"{folder}/{TENSORS}", stored, {"format": "pt"})
+    store.write_text(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1))
+
+
+def _folder(name: str, version: int) -> str:
+    return f"{name}/v{version:04d}"
+
+
+def _first(error: ValidationError) -> str:
+    detail = error.errors()[0]
+    return f"{'.'.join(map(str, detail['loc'])) or 'file'}: {detail['msg']}"

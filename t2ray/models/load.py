@@ -1,0 +1,55 @@
+"""Loading a causal language model and its tokenizer with transformers: from safetensors, without remote code.
+
+Not here: the adapter in its layers (`t2ray.adapters`).
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from t2ray.core import ModelError, ResourceError
+from t2ray.models.chat import Chat
+
+
+def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
+    """The model in a Hugging Face folder, in eval mode, without gradients, and its `Chat`; on the GPU if there is one.
+
+    With `device="auto"` the model's layers are divided over all GPUs that this process sees.
+
+    Raises:
+        ResourceError: that division needs accelerate, which is not installed.
+        ModelError: the folder is no causal language model that transformers knows without remote code.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    divided = {"device_map": "auto"} if device == "auto" else {}
+    if divided and find_spec("accelerate") is None:
+        raise ResourceError("a base that is divided over GPUs needs accelerate: pip install accelerate, on every node")
+    try:
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **divided
+        )
+        # Who asks for a completion checks its length; the tokenizer would only print a warning.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder}: not a model that transformers can load: {reason}; name a folder that save_pretrained wrote, "
+            "with config.json and tokenizer.json"
+        ) from None
+    hf = (hf if divided else hf.to(device)).eval().requires_grad_(False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    eos = hf.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
+    chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
+    hf.generation_config = GenerationConfig()  # a model's own penalties and defaults would stand beside the engine's
+    return hf, chat

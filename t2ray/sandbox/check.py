@@ -1,0 +1,164 @@
+"""Runs model-written Python against tests, in a fresh interpreter behind walls. The only place where such code runs.
+
+`check(code, tests, names=...)` is called by reward functions (`mbpp`, and a user's own). The walls:
+
+- a fresh interpreter with the standard library alone, an empty environment, and an empty folder of 16 MB to work in;
+- namespaces of its own: no network, no other process in sight, no file but the interpreter's library and the system's
+  shared libraries, read-only; where namespaces are refused, the same by bubblewrap (`bwrap`);
+- limits on wall time, CPU time, memory, file size and open files; no further process or thread; what it prints is
+  thrown away, and an answer has at most 1 MiB;
+- a filter that refuses the system calls for processes, signals, sockets, mounts and the kernel's rarer services;
+- the tests are evaluated in another process than the candidate's, on plain values: see `sandbox.child`.
+
+Where isolation cannot be had `check` raises, unless `allow_unsafe(True)` (`--unsafe-code`) was called: then the limits,
+the filter and the two processes remain, but the candidate can read and write every file that this user can, and reach
+into this user's other processes through /proc, and so fake a verdict.
+
+What it does not cover:
+- a hole in the kernel, in Python or in bubblewrap: it is no virtual machine; run strangers' models in one;
+- answers that were hard-coded: the tests' arguments are no secret (MBPP's prompt shows the tests);
+- the tests themselves, which are trusted: they run in the walls too, but decide the verdict. A test such as
+  `assert f(1) is not None` passes for any object. Tests cannot expect a certain exception, nor see an argument changed;
+- timing and other side channels between sandboxes that run at once, and their CPU time together;
+- memory of all sandboxes together: each may use `memory_mb` twice (candidate and checker) and 16 MB of files;
+- in user namespaces of systems before Linux 5.14, a process limit of its own (the filter refuses processes anyhow).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import sysconfig
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2ray.core import ResourceError
+from t2ray.sandbox import child
+
+_CHILD = Path(child.__file__)
+_ISOLATED = ("namespaces", "bubblewrap")
+_unsafe = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """`Verdict(passed=False, reason="assert f(2) == 5: false")`; the reason of a pass is "pass"."""
+
+    passed: bool
+    reason: str
+
+
+def allow_unsafe(allowed: bool) -> None:
+    """Whether `check` may run without isolation, in this process, where none can be had."""
+    global _unsafe
+    _unsafe = allowed
+
+
+def check(
+    code: str,
+    tests: Sequence[str],
+    *,
+    names: Sequence[str],
+    setup: str = "",
+    timeout_s: float = 9.0,
+    cpu_s: int = 5,
+    memory_mb: int = 512,
+    mode: str | None = None,
+) -> Verdict:
+    """Whether `code` passes all `tests`.
+
+    Args:
+        code: the candidate, a Python module's text.
+        tests: statements such as `assert f(2) == 4`, each run in turn; the first that raises fails the candidate.
+        names: what the tests take from the candidate (`["f"]`); all other names are the checker's own.
+        setup: statements run before the tests, with the same names at hand.
+        timeout_s: seconds for everything, the interpreter's start included.
+        cpu_s: seconds of processor time, of the candidate and of the checker; unlike `timeout_s` it does not depend on
+            what else the machine does.
+        memory_mb: address space of the candidate, and of the checker.
+        mode: "namespaces", "bubblewrap" or "none"; the first of them that works here when None.
+
+    Raises:
+        ResourceError: no isolation can be had here, and `allow_unsafe` was not called.
+    """
+    allowed = (*_ISOLATED, "none") if _unsafe else _ISOLATED
+    mode = mode or next(filter(_works, allowed), None)
+    if mode is None:
+        raise ResourceError(
+            "cannot isolate model-written code here, neither by namespaces nor by bubblewrap: install it, use a "
+            "machine that allows user namespaces, or accept the risk with --unsafe-code"
+        )
+    if mode == "none":
+        warnings.warn("model-written code runs without isolation (--unsafe-code)", RuntimeWarning, stacklevel=2)
+    verdict = _run(_command(mode, memory_mb, cpu_s), code, tests, names, setup, timeout_s)
+    if verdict.startswith("no isolation"):
+        raise ResourceError(f"cannot isolate model-written code by {mode}: {verdict.partition(': ')[2]}")
+    return Verdict(passed=verdict == "pass", reason=verdict.removeprefix("fail "))
+
+
+@functools.cache
+def _works(mode: str) -> bool:
+    """Whether a harmless program passes in this mode here."""
+    return _run(_command(mode, 512, 5), "def f(): return 1", ["assert f() == 1"], ["f"], "", 10.0) == "pass"
+
+
+def _run(
+    command: list[str], code: str, tests: Sequence[str], names: Sequence[str], setup: str, timeout_s: float
+) -> str:
+    request = {"names": [*names], "setup": setup, "tests": [*tests]}
+    frames = (code.encode("utf-8", "replace"), child.encode(request, int))
+    data = b"".join(len(frame).to_bytes(8, "big") + frame for frame in frames)
+    try:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={"PYTHONHASHSEED": "0"},  # the order of sets, and so a reward, is the same in every run
+            cwd="/",
+            start_new_session=True,
+        )
+    except OSError as error:  # bubblewrap is not installed
+        return f"no isolation: {error}"
+    with process:
+        try:
+            out, _ = process.communicate(data, timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return f"fail it took longer than {timeout_s:g} s"
+        finally:
+            _end(process)
+    return out.decode("utf-8", "replace") or "fail the checker ended without a verdict"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ends whatever is left; the child's own children end with it (see `sandbox.jail.die_with_parent`)."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, 9)
+
+
+def _command(mode: str, memory_mb: int, cpu_s: int) -> list[str]:
+    python = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    library = sysconfig.get_paths()["stdlib"]
+    shown = list(dict.fromkeys(["/usr/lib", "/usr/lib64", "/lib", "/lib64", os.path.dirname(library), library]))
+    child = [python, "-s", "-S", "-P", "-B", str(_CHILD), mode, str(memory_mb), str(cpu_s), *shown]
+    if mode != "bubblewrap":
+        return child
+    walls = [
+        "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--as-pid-1",
+        "--cap-drop",
+        "ALL",
+        "--dev-bind",
+        "/dev/null",
+        "/dev/null",
+    ]
+    for path in (*shown, python, str(_CHILD.parent)):
+        walls += ["--ro-bind-try", path, path]
+    return [*walls, "--size", str(16 << 20), "--tmpfs", "/box", "--remount-ro", "/", "--chdir", "/box", *child]

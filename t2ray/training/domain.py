@@ -1,0 +1,78 @@
+"""One domain's training job inside one worker: loads the model, trains, leaves the expert in the run folder. No Ray.
+
+`cluster.train` calls it in each Ray Train worker, or in this process when a job has no workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import distributed
+
+from t2ray.adapters.model import load_model
+from t2ray.adapters.svf import by_target
+from t2ray.config.train import TrainConfig
+from t2ray.engine.offline import OfflineEngine
+from t2ray.store import Store
+from t2ray.tasks.build import build_task
+from t2ray.tasks.verifier import Verifier
+from t2ray.training.trainer import Report, Trained, Trainer
+
+RESULT, EXPERT = "result.json", "expert.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A finished domain's figures: greedy validation accuracy of the base and of its expert, and where it was best."""
+
+    accuracy: float
+    base_accuracy: float
+    best_step: int
+    steps: int
+
+
+def domain_store(config: TrainConfig, domain: str) -> Store:
+    """The folder of one domain's run."""
+    return Store(f"{config.out}/{config.run}/domains/{domain}")
+
+
+def finished(store: Store) -> Result | None:
+    """The result of a domain that ended, or None; it is written after the expert."""
+    return Result(**json.loads(store.read_text(RESULT))) if store.exists(RESULT) else None
+
+
+def train_domain(config: TrainConfig, domain: str, report: Report) -> None:
+    """Trains one domain's expert from where its run stands.
+
+    Raises:
+        T2RayError: what the user can mend: data, reward, model, disk.
+    """
+    assert config.factors is not None and config.cpus is not None, "the launcher resolves these"
+    torch.set_num_threads(max(1, int(config.cpus)))
+    torch.manual_seed(config.seed)
+    store = domain_store(config, domain)
+    task = build_task(config, domain)
+    engine = OfflineEngine(load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None))
+    verifier = Verifier(
+        task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
+        unsafe_code=config.unsafe_code,
+    )  # fmt: skip
+    with verifier as verify:
+        trainer = Trainer(
+            engine, task, verify, config.domain_rl(domain), store,
+            seed=config.seed, digest=config.digest, shares=config.span[1],
+        )  # fmt: skip
+        trained = asyncio.run(trainer.run(report))
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        _leave(store, trained, engine)
+
+
+def _leave(store: Store, trained: Trained, engine: OfflineEngine) -> None:
+    """Writes the expert, then the result that says it is complete."""
+    z = by_target(trained.z_K, engine.model.svf.layout)
+    store.write_tensors(EXPERT, z, {"base_digest": engine.model.base_digest})
+    figures = {key: value for key, value in asdict(trained).items() if key != "z_K"}
+    store.write_text(RESULT, json.dumps(asdict(Result(**figures)), indent=1))

@@ -1,0 +1,111 @@
+"""REINFORCE with an exact KL to the base, differentiated in z alone (paper section 3.1, equation 2).
+
+Shapes: B rollouts, T tokens, N answer tokens of all rollouts, D features, V vocabulary, K singular values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from t2ray.adapters.model import Model
+from t2ray.core import Rollout
+
+CHUNK_ELEMENTS = 1 << 23
+"""Logits that are in memory at once (32 MiB in float32): answer tokens go through the vocabulary in chunks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """Sums over a batch's rollouts: `loss` (of the objective, each rollout counted once), `kl` (nats) and `tokens`."""
+
+    loss: float
+    kl: float
+    tokens: int
+
+
+def advantages(rewards: Tensor, samples: int, baseline: str, mean: float) -> Tensor:
+    """What multiplies a rollout's log-likelihood, (B,): its reward less the baseline.
+
+    `none`: 0, as in the paper. `mean`: the batch's mean reward. `loo`: the mean of the prompt's other samples
+    (RLOO, arXiv 2402.14740, equation 3); the samples of a prompt lie side by side.
+    """
+    if baseline == "none":
+        return rewards
+    if baseline == "mean":
+        return rewards - mean
+    groups = rewards.view(len(rewards) // samples, samples)
+    return ((groups - groups.mean(1, keepdim=True)) * samples / (samples - 1)).flatten()
+
+
+def token_losses(
+    logits_NV: Tensor, base_NV: Tensor, token_N: Tensor, advantage_N: Tensor, lam: float, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Per answer token: its share of the loss, and KL(policy || base) over the whole vocabulary, both (N,), nats.
+
+    `loss = -advantage * log p(token) + lam * KL`. The policy's probability is that of the distribution it was sampled
+    from (`temperature`); the KL compares the models themselves.
+    """
+    logp_NV = logits_NV.log_softmax(-1)
+    kl_N = (logp_NV.exp() * (logp_NV - base_NV.log_softmax(-1))).sum(-1)
+    sampled_NV = logp_NV if temperature == 1.0 else (logits_NV / temperature).log_softmax(-1)
+    chosen_N = sampled_NV.gather(-1, token_N[:, None])[:, 0]
+    return lam * kl_N - advantage_N * chosen_N, kl_N
+
+
+def backward(
+    model: Model,
+    z_1K: Tensor,
+    rollouts: Sequence[Rollout],
+    advantage_B: Sequence[float],
+    *,
+    lam: float,
+    temperature: float,
+    batch: int,
+) -> LossTerms:
+    """Adds the gradient of one micro-batch to `z_1K.grad`: loss summed over tokens, divided by `batch` rollouts.
+
+    The policy runs factored with `z_1K`, the reference is the same weights unbound. No gradient but z's is allocated:
+    the vocabulary's part is differentiated in chunks of tokens, before the network's.
+    """
+    ids_BT, mask_BT, at_N, token_N = _packed(model, rollouts)
+    lengths = torch.tensor([len(r.completion.token_ids) for r in rollouts])
+    advantage_N = torch.tensor(advantage_B).repeat_interleave(lengths).to(model.device)
+    with torch.no_grad():
+        base_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
+    with model.svf.rows(z_1K):
+        hidden_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
+    leaf_ND = hidden_ND.detach().requires_grad_()
+    loss = kl = 0.0
+    for part in torch.arange(len(at_N), device=model.device).split(
+        max(1, CHUNK_ELEMENTS // model.hf.config.vocab_size)
+    ):
+        with torch.no_grad():
+            base_NV = model.logits(base_ND[part])
+        loss_N, kl_N = token_losses(
+            model.logits(leaf_ND[part]), base_NV, token_N[part], advantage_N[part], lam, temperature
+        )
+        (loss_N.sum() / batch).backward()
+        loss += float(loss_N.detach().sum()) / batch
+        kl += float(kl_N.detach().sum())
+    hidden_ND.backward(leaf_ND.grad)
+    return LossTerms(loss=loss, kl=kl, tokens=len(at_N))
+
+
+def _packed(model: Model, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Right-padded ids and mask, (B, T); the flat positions that predict the answers' tokens; those tokens, (N,)."""
+    rows = [[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[*row, *[model.chat.pad_id] * (longest - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    at = [
+        i * longest + position - 1
+        for i, r in enumerate(rollouts)
+        for position in range(len(r.completion.prompt_ids), len(rows[i]))
+    ]
+    tokens = [token for r in rollouts for token in r.completion.token_ids]
+    device = model.device
+    return ids.to(device), mask.to(device), torch.tensor(at, device=device), torch.tensor(tokens, device=device)

@@ -1,0 +1,131 @@
+"""What a run leaves for people to open: `metrics.jsonl`, TensorBoard events, the rollouts as Parquet, and its trackers.
+
+Written by the first worker of a domain alone. What W&B and MLflow are told is in trackers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from t2ray.config.train import TrainConfig
+from t2ray.core import ResourceError, Rollout
+from t2ray.store import Store
+from t2ray.training.trackers import Trackers
+
+METRICS = "metrics.jsonl"
+
+
+class Records:
+    """The records of one domain's run, in its folder; a resumed run forgets the steps after its checkpoint."""
+
+    def __init__(self, store: Store, step: int) -> None:
+        self.store = store
+        self.rows = [row for row in read_metrics(store) if row["step"] <= step]
+        self._write_metrics()
+        self.trackers = _trackers(store)
+        self.events = None if store.local is None else Events(store.local / "tensorboard", step)
+
+    def log(self, row: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
+        """One step's metrics, everywhere, and its rollouts.
+
+        Raises:
+            ResourceError: the disk is full.
+        """
+        self.rows.append(row)
+        self.store.write_bytes(f"rollouts/step_{row['step']:06d}.parquet", rollouts_parquet(rollouts))
+        self._add_metrics(row)
+        if self.trackers is not None:
+            self.trackers.tell(self.rows)
+
+    def close(self) -> None:
+        """Ends what is open; called while the error that ended the run is on its way up, where there is one."""
+        if self.events is not None:
+            self.events.file.close()
+        if self.trackers is not None:
+            self.trackers.close(self.rows, failed=sys.exception() is not None)
+
+    def _add_metrics(self, row: dict[str, Any]) -> None:
+        if self.store.local is None or self.events is None:
+            self._write_metrics()
+            return
+        try:
+            with open(self.store.local / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            self.events.write(row)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write the records of {self.store.uri} ({error}); free some space, then go on with --resume"
+            ) from error
+
+    def _write_metrics(self) -> None:
+        self.store.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+
+def _trackers(store: Store) -> Trackers | None:
+    """Those that the run's configuration asks for; a domain's folder is <run>/domains/<domain>."""
+    folder, _, domain = store.uri.rpartition("/domains/")
+    run = Store(folder or ".")
+    if not folder or not run.exists("config.json"):
+        return None
+    config = TrainConfig.model_validate_json(run.read_text("config.json"))
+    return Trackers(config, domain, store) if config.track else None
+
+
+class Events:
+    """A TensorBoard event file, written as it goes: torch's `SummaryWriter` has a thread that fails by itself."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        """TensorBoard drops what earlier files of the folder hold beyond `step`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file = FileIO(folder / f"events.out.tfevents.{time.time():.6f}.{os.getpid()}", "w")  # unbuffered
+        self.writer = RecordWriter(self.file)
+        self._add(file_version="brain.Event:2")
+        self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Every number of a step's metrics as a scalar."""
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.items() if key != "step"]
+        self._add(step=row["step"], summary=Summary(value=values))
+
+    def _add(self, **what: Any) -> None:
+        self.writer.write(Event(wall_time=time.time(), **what).SerializeToString())
+
+
+def read_metrics(store: Store) -> list[dict[str, Any]]:
+    """The metrics written so far; a last line that a kill cut short is left out."""
+    if not store.exists(METRICS):
+        return []
+    lines = store.read_text(METRICS).split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def rollouts_parquet(rollouts: Sequence[Rollout]) -> bytes:
+    """One row a rollout: prompt and completion as text and as ids, the ids' logprobs, the reward."""
+    done = [r.completion for r in rollouts]
+    table = pa.table(
+        {
+            "example": [r.example.id for r in rollouts],
+            "prompt": [r.example.messages[-1].content for r in rollouts],
+            "completion": [c.text for c in done],
+            "prompt_ids": pa.array([c.prompt_ids for c in done], pa.list_(pa.int32())),
+            "token_ids": pa.array([c.token_ids for c in done], pa.list_(pa.int32())),
+            "logprobs": pa.array([c.logprobs for c in done], pa.list_(pa.float32())),
+            "reward": pa.array([r.reward for r in rollouts], pa.float32()),
+        }
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())

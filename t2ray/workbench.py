@@ -1,0 +1,201 @@
+"""A model with its factors, an engine and all experts of a registry: what adapt, chat and eval work with.
+
+Resolves `--run`, `--model`, `--factors` and `--experts`. Not here: what the commands do with it, and training, which
+loads models in its workers. Called by the commands and by jobs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
+from t2ray.adapters.factors import MANIFEST, Factors, decompose
+from t2ray.adapters.model import load_model
+from t2ray.config.files import nearest
+from t2ray.config.train import TrainConfig
+from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
+from t2ray.engine.offline import OfflineEngine
+from t2ray.experts.registry import Registry
+from t2ray.models.weights import Weights, resolve
+from t2ray.prompts import dispatch_prompt
+from t2ray.runs.folder import CONFIG, factors_folder, read_run
+from t2ray.store import Store
+
+DEFAULT_RUN = "runs/demo"
+FEWSHOT = "fewshot/"
+_ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
+_LABEL_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where things are: `Place(model="tiny", factors=None, experts="runs/demo/experts", run=None)`."""
+
+    model: str
+    factors: str | None
+    experts: str | None
+    run: TrainConfig | None
+
+    def registry(self) -> Registry:
+        """The registry, with experts in it or not.
+
+        Raises:
+            ConfigError: none was named, and there is no default run.
+        """
+        if self.experts is None:
+            raise ConfigError(
+                f"no registry: there is no {DEFAULT_RUN} here; name one by --experts or --run, or run `t2ray demo`"
+            )
+        return Registry(self.experts)
+
+
+def locate(args: argparse.Namespace) -> Place:
+    """What the options name; without any of them the demo's run where there is one, else the tiny model by itself.
+
+    Raises:
+        ConfigError: both a run and a model were named.
+        RunError: there is no run in that folder.
+    """
+    if args.run is not None and args.model is not None:
+        raise ConfigError(f"--run {args.run} brings its own model; leave out --model {args.model} or --run")
+    folder = args.run
+    if folder is None and args.model is None and args.experts is None and Store(DEFAULT_RUN).exists(CONFIG):
+        folder = DEFAULT_RUN
+    run = read_run(folder) if folder is not None else None
+    return Place(
+        model=args.model or (run.model if run else "tiny"),
+        factors=args.factors or (run.factors if run else None),
+        experts=args.experts or (run.experts if run else None),
+        run=run,
+    )
+
+
+Bar = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
+"""Draws the progress of what a title names: yields `progress(done, total, name)`."""
+
+
+@contextmanager
+def quiet(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Draws nothing."""
+    yield lambda done, total, name: None
+
+
+def open_factors(place: Place, bar: Bar = quiet) -> Factors:
+    """The model's decomposition, made where it is missing; `bar` shows how far it is.
+
+    Raises:
+        ModelError: a model that cannot be read, or factors of another one.
+    """
+    weights = Weights(resolve(place.model))
+    folder = Path(place.factors or factors_folder("runs", weights.digest, None, None))
+    if (folder / MANIFEST).exists():
+        return Factors.open(folder, weights.digest)
+    targets, layers = (place.run.targets, place.run.layers) if place.run else (None, None)
+    with bar("decompose") as progress:
+        return decompose(place.model, folder, targets=targets, layers=layers, progress=progress)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workbench:
+    """A loaded model with experts.
+
+    `experts` are those that answer; `classifiers` those that name the kind of request (one, usually), each with the
+    labels that it was trained on.
+    """
+
+    place: Place
+    engine: OfflineEngine
+    experts: tuple[str, ...]
+    classifiers: Mapping[str, tuple[str, ...]]
+
+    def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
+        """`base`, `prompt`, `cls`, `fewshot/NAME` (a saved mixture), or a mixture such as `math:0.7,code:0.3`.
+
+        Raises:
+            UnknownExpert: no expert or saved mixture of that name.
+            ConfigError: text that is no strategy, or one that needs experts where there are none.
+        """
+        if name.startswith(FEWSHOT):
+            return fixed(self.mixture(name.removeprefix(FEWSHOT)), name=name)
+        if name in ("prompt", "cls"):
+            labels = self.dispatch_labels(name)
+            mixture = Mixture.of({next(iter(self.classifiers)): 1.0}) if name == "cls" else Mixture.base()
+            if generate_label:
+                return classify_by_generation(self.engine.generate, labels, mixture, name=name)
+            return classify(self.engine.score, labels, mixture, name=name)
+        mixture = Mixture.parse(name)
+        for expert in mixture.names:
+            if expert not in self.engine.model.svf.bank:
+                known = [*self.engine.model.svf.bank, *_ADAPTIVE]
+                raise UnknownExpert(f"no strategy or expert {expert!r}{nearest(expert, known)}")
+        return fixed(mixture, name=name)
+
+    def mixture(self, name: str) -> Mixture:
+        """A mixture saved by `t2ray adapt`.
+
+        Raises:
+            ConfigError: there is no registry.
+            UnknownExpert: no mixture of that name, or one of an expert that is gone.
+        """
+        mixture = self.place.registry().load_mixture(name)
+        self.engine.model.svf.mix(mixture)
+        return mixture
+
+    def dispatch_labels(self, strategy: str) -> tuple[str, ...]:
+        """What `prompt` or `cls` chooses from; the base model is also asked about experts that came later.
+
+        Raises:
+            ConfigError: there are no experts, or for `cls` not one classification expert.
+            UnknownExpert: an expert that the classification expert was trained to name is gone.
+        """
+        where = self.place.experts or "no registry"
+        return dispatch_labels(strategy, self.experts, self.classifiers, where)
+
+    def fits(self, messages: tuple[Message, ...], max_tokens: int, labels: tuple[str, ...] = ()) -> bool:
+        """Whether the context holds a conversation with an answer and, with `labels`, the question of pass 1."""
+        engine = self.engine
+        if labels:
+            longest = max(len(engine.model.chat.encode_answer(label)) for label in labels)
+            if not engine.fits(dispatch_prompt(messages, labels), max(longest, _LABEL_TOKENS)):
+                return False
+        return engine.fits(messages, max_tokens)
+
+    def answer_tokens(self, asked: int | None, usual: int) -> int:
+        """How long an answer may be: what was asked for, else what is usual, but at most half the context."""
+        return asked if asked is not None else min(usual, max(1, self.engine.model.context // 2))
+
+
+def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
+    """Loads the model and every expert.
+
+    Raises:
+        ConfigError: a registry was named that has no experts.
+        ExpertError: an expert of another base model.
+        ModelError: the model cannot be read.
+    """
+    manifests = place.registry().list() if place.experts is not None else ()
+    if place.experts is not None and not manifests and place.run is None:
+        raise ConfigError(
+            f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
+        )
+    digest = Weights(resolve(place.model)).digest
+    for manifest in manifests:  # an expert of another base is refused before the model is decomposed
+        place.registry().load(manifest.name, base_digest=digest)
+    factors = open_factors(place, bar)
+    engine = OfflineEngine(load_model(place.model, factors.folder))
+    svf = engine.model.svf
+    for manifest in manifests:
+        expert = place.registry().load(manifest.name, base_digest=digest, layout=svf.layout)
+        svf.bank[manifest.name] = expert.flat(svf.layout).to(engine.model.device)
+    labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
+    experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
+    return Workbench(
+        place=place,
+        engine=engine,
+        experts=experts,
+        classifiers=labels,
+    )
