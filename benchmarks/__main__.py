@@ -16,6 +16,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from benchmarks.capacity import PARTS
 from t2ray.core import T2RayError
@@ -37,8 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the call in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"benchmarks: {message}; see {self.prog} --help\n")
+
+
 def _parser(name: str, module: str, function: str, text: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks{name}", description=text)
+    parser = _Parser(prog=f"python -m benchmarks{name}", description=text)
     parser.set_defaults(module=f"benchmarks.{module}.command", function=function)
     parser.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
     return parser

@@ -1,3 +1,5 @@
 """t2ray: Transformer-squared (arXiv 2501.06252) as a distributed system on Ray."""
 
-__version__ = "0.1.0"
+from t2ray.core import __version__
+
+__all__ = ["__version__"]

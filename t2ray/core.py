@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+__version__ = "0.1.0"
+
 # --------------------------------------------------------------------------------------------------------------- errors
 # None has an own __init__: Ray must be able to unpickle them on the driver.
 

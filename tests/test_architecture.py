@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("jobs", "benchmarks"),
     ("t2ray.cli", "t2ray.__main__"),
+    ("t2ray",),
     ("t2ray.cluster", "t2ray.tiny"),
     ("t2ray.workbench",),
     ("t2ray.sweep", "t2ray.runs"),
@@ -33,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("t2ray.adapters",),
     ("t2ray.models",),
     ("t2ray.config", "t2ray.store", "t2ray.prompts", "t2ray.testing"),
-    ("t2ray.core", "t2ray"),
+    ("t2ray.core",),
 )
 
 # Library -> who may import it. Programs (jobs, the tiny model's pretraining) may use transformers as any user would.
@@ -58,6 +59,17 @@ TORCH_FREE = (
     "t2ray.evals",
 )
 HEAVY = {"torch", "transformers", "ray", "fastapi"}
+
+
+def picture() -> str:
+    """The table as docs/architecture.md shows it."""
+    return "\n".join("   ".join(name.removeprefix("t2ray.") for name in row) for row in LAYERS)
+
+
+def test_the_architecture_page_draws_the_table() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert picture() in page, f"docs/architecture.md must draw the rows as they are:\n{picture()}"
+
 
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

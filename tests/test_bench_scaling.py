@@ -13,10 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from benchmarks.options import SCALING
 
 from benchmarks.__main__ import main
-from benchmarks.capacity import engines, queues, runs, scaling, steps
+from benchmarks.capacity import PARTS, engines, queues, runs, scaling, steps
 from benchmarks.capacity import fleet as fleets
 from benchmarks.capacity.engines import Batch
 from benchmarks.capacity.fit import Fit, Point, fitted
@@ -276,7 +275,7 @@ def test_stamps_name_the_domain_once_the_controller_knows_it(tmp_path: Path, mon
 def test_the_command_runs_the_parts_and_writes_the_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert tuple(scaling.PARTS) == SCALING
+    assert tuple(scaling.PARTS) == PARTS
     fit = fitted(points({"once": 1.0, "each": 2.0}) + points({"once": 1.0, "each": 2.1}, held=True))
     monkeypatch.setitem(scaling.PARTS, "training", lambda folder: (fit.figures(), {"step": fit.as_json()}))
     assert main(["scaling", "training", "--json", str(tmp_path / "out.json")]) == 0

@@ -22,7 +22,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from t2ray import __version__
 from t2ray.api import page, routes
 from t2ray.api.errors import SERVER, ErrorReply, Refusal, on_error, on_fault, on_gone, on_http
 from t2ray.api.guard import Guard
@@ -30,7 +29,7 @@ from t2ray.api.keys import Keys
 from t2ray.api.routes import backend_of, refused, reply
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
 from t2ray.config.serve import ApiConfig
-from t2ray.core import T2RayError
+from t2ray.core import T2RayError, __version__
 
 HEALTH_S = 10.0  # a generation of one token that takes longer counts as none
 FRESH_S = 1.0  # a good answer is given again for so long: the check is open to everyone, and a generation costs

@@ -1,7 +1,8 @@
 """`t2ray experts list | show | delete | import | export`.
 
 Not here: the files of a registry (`t2ray.experts.registry`) and those of other programs (`t2ray.experts.exchange`).
-A mixture goes by the name `fewshot/NAME`, as it does among the strategies of chat and eval, since an expert may have the same NAME.
+A mixture goes by the name `fewshot/NAME`, as it does among the strategies of chat and eval, since an expert may have
+the same NAME.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Sequence
 
 from t2ray.cli.output import bar, console, weight_bars
 from t2ray.core import UnknownExpert, check_name
-from t2ray.experts.registry import MIXTURES, Registry, exchange
+from t2ray.experts import exchange
+from t2ray.experts.registry import MIXTURES, Registry
 from t2ray.workbench import FEWSHOT, locate, open_factors
 
 

@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from t2ray import __version__
 from t2ray.cli import cluster_options, jobfile, load
-from t2ray.core import T2RayError
+from t2ray.core import T2RayError, __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,9 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from t2ray import __version__
 from t2ray.config.files import nearest
-from t2ray.core import ExpertError, Mixture, UnknownExpert, check_name
+from t2ray.core import ExpertError, Mixture, UnknownExpert, __version__, check_name
 from t2ray.models.targets import Target
 from t2ray.prompts import OTHERS
 from t2ray.store import Store
