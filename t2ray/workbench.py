@@ -19,6 +19,7 @@ from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
 from t2ray.engine.offline import OfflineEngine
+from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import Weights, resolve
 from t2ray.prompts import dispatch_prompt
@@ -108,7 +109,7 @@ class Workbench:
     """
 
     place: Place
-    engine: OfflineEngine
+    engine: Engine
     experts: tuple[str, ...]
     classifiers: Mapping[str, tuple[str, ...]]
 
@@ -129,8 +130,8 @@ class Workbench:
             return classify(self.engine.score, labels, mixture, name=name)
         mixture = Mixture.parse(name)
         for expert in mixture.names:
-            if expert not in self.engine.model.svf.bank:
-                known = [*self.engine.model.svf.bank, *_ADAPTIVE]
+            if expert not in self.engine.experts:
+                known = [*self.engine.experts, *_ADAPTIVE]
                 raise UnknownExpert(f"no strategy or expert {expert!r}{nearest(expert, known)}")
         return fixed(mixture, name=name)
 
@@ -142,7 +143,7 @@ class Workbench:
             UnknownExpert: no mixture of that name, or one of an expert that is gone.
         """
         mixture = self.place.registry().load_mixture(name)
-        self.engine.model.svf.mix(mixture)
+        self.engine.vector(mixture)
         return mixture
 
     def dispatch_labels(self, strategy: str) -> tuple[str, ...]:
@@ -159,14 +160,14 @@ class Workbench:
         """Whether the context holds a conversation with an answer and, with `labels`, the question of pass 1."""
         engine = self.engine
         if labels:
-            longest = max(len(engine.model.chat.encode_answer(label)) for label in labels)
+            longest = max(len(engine.chat.encode_answer(label)) for label in labels)
             if not engine.fits(dispatch_prompt(messages, labels), max(longest, _LABEL_TOKENS)):
                 return False
         return engine.fits(messages, max_tokens)
 
     def answer_tokens(self, asked: int | None, usual: int) -> int:
         """How long an answer may be: what was asked for, else what is usual, but at most half the context."""
-        return asked if asked is not None else min(usual, max(1, self.engine.model.context // 2))
+        return asked if asked is not None else min(usual, max(1, self.engine.context // 2))
 
 
 def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
@@ -186,11 +187,10 @@ def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
     for manifest in manifests:  # an expert of another base is refused before the model is decomposed
         place.registry().load(manifest.name, base_digest=digest)
     factors = open_factors(place, bar)
-    engine = OfflineEngine(load_model(place.model, factors.folder))
-    svf = engine.model.svf
-    for manifest in manifests:
-        expert = place.registry().load(manifest.name, base_digest=digest, layout=svf.layout)
-        svf.bank[manifest.name] = expert.flat(svf.layout).to(engine.model.device)
+    model = load_model(place.model, factors.folder)
+    engine, adapter = OfflineEngine(model), model.adapter
+    loaded = [place.registry().load(m.name, base_digest=digest, layout=adapter.layout) for m in manifests]
+    engine.set_experts({expert.name: adapter.join(expert.z) for expert in loaded})
     labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
     experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from t2ray.adapt.strategies import Dispatch
-from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +115,11 @@ class Backend(Protocol):
         """Pass 1 by `prompt` or `cls`."""
         ...
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
-        """The whole answer as one delta. Cancelling the call aborts the generation."""
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion:
+        """The whole answer (`core.Generate`). Cancelling the call aborts the generation."""
         ...
 
-    def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
         """The answer piece by piece; the last delta has a finish reason. Closing the iterator aborts the generation."""
         ...
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic_core import to_json
 
-from t2ray.core import Delta, Mixture, Token
+from t2ray.core import Completion, Delta, Mixture, Token
 
 LOWEST = -9999.0  # OpenAI's own word for "next to impossible": JSON has no -inf
 Weights = Mapping[str, float | tuple[float, ...]]
@@ -142,7 +142,7 @@ class Shape(Protocol):
     whole: str
     chunk: str
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> Any: ...
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> Any: ...
 
     def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
         """A choice of a chunk; `offset` is the characters of the tokens before it."""
@@ -154,12 +154,12 @@ class Chat:
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> ChatChoice:
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> ChatChoice:
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=delta.text),
-            logprobs=_chat_logprobs(delta.tokens) if logprobs else None,
-            finish_reason=delta.finish_reason,
+            message=ChatMessage(content=answer.text),
+            logprobs=_chat_logprobs(answer.tokens) if logprobs else None,
+            finish_reason=answer.finish_reason,
         )
 
     def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
@@ -177,12 +177,12 @@ class Text:
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> TextChoice:
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> TextChoice:
         return TextChoice(
             index=index,
-            text=delta.text,
-            logprobs=_text_logprobs(delta.tokens, 0) if logprobs else None,
-            finish_reason=delta.finish_reason,
+            text=answer.text,
+            logprobs=_text_logprobs(answer.tokens, 0) if logprobs else None,
+            finish_reason=answer.finish_reason,
             t2ray=own,
         )
 
