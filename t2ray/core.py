@@ -69,11 +69,14 @@ class RunError(T2RayError, RuntimeError):
 # ---------------------------------------------------------------------------------------------------------------- nouns
 
 
+Role = Literal["system", "user", "assistant"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a chat: `Message(role="user", content="17+25")`."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 

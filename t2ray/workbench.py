@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
@@ -27,6 +27,8 @@ from t2ray.runs.folder import CONFIG, factors_folder, read_run
 from t2ray.store import Store
 
 DEFAULT_RUN = "runs/demo"
+SHIPPED = Path(__file__).parent / "tiny" / "experts"
+"""The tiny model's experts that t2ray ships."""
 FEWSHOT = "fewshot/"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
 _LABEL_TOKENS = 16
@@ -55,24 +57,43 @@ class Place:
 
 
 def locate(args: argparse.Namespace) -> Place:
-    """What the options name; without any of them the demo's run where there is one, else the tiny model by itself.
+    """As `find_place`, of a command's options."""
+    return find_place(args.run, args.model, args.factors, args.experts)
+
+
+def find_place(
+    run: str | Path | None = None,
+    model: str | None = None,
+    factors: str | Path | None = None,
+    experts: str | Path | None = None,
+) -> Place:
+    """What was named; where nothing was, the demo's run where there is one, else the tiny model by itself.
 
     Raises:
         ConfigError: both a run and a model were named.
         RunError: there is no run in that folder.
     """
-    if args.run is not None and args.model is not None:
-        raise ConfigError(f"--run {args.run} brings its own model; leave out --model {args.model} or --run")
-    folder = args.run
-    if folder is None and args.model is None and args.experts is None and Store(DEFAULT_RUN).exists(CONFIG):
-        folder = DEFAULT_RUN
-    run = read_run(folder) if folder is not None else None
+    if run is not None and model is not None:
+        raise ConfigError(f"the run {run} brings its own model; leave out the model {model} or the run")
+    if run is None and model is None and experts is None and Store(DEFAULT_RUN).exists(CONFIG):
+        run = DEFAULT_RUN
+    config = read_run(str(run)) if run is not None else None
     return Place(
-        model=args.model or (run.model if run else "tiny"),
-        factors=args.factors or (run.factors if run else None),
-        experts=args.experts or (run.experts if run else None),
-        run=run,
+        model=model or (config.model if config else "tiny"),
+        factors=str(factors) if factors else (config.factors if config else None),
+        experts=str(experts) if experts else (config.experts if config else None),
+        run=config,
     )
+
+
+def place_or_shipped(
+    run: str | Path | None, model: str | None, factors: str | Path | None, experts: str | Path | None
+) -> Place:
+    """As `find_place`; but the tiny model comes with the experts that t2ray ships where no others are named."""
+    place = find_place(run, model, factors, experts)
+    if place.experts is None and place.model == "tiny":
+        return replace(place, experts=str(SHIPPED))
+    return place
 
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
