@@ -1,7 +1,6 @@
 """The nouns that the whole program passes around, and its errors. Standard library only.
 
-Not here: anything that computes. Every record is frozen, slotted and keyword-only, and crosses processes as it is;
-tensors never do.
+Every record is frozen, slotted and keyword-only, and crosses processes as it is; tensors never do.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -295,3 +294,7 @@ class Score(Protocol):
     async def __call__(
         self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
     ) -> tuple[float, ...]: ...
+
+
+Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+"""The rewards in [-1, 1] of completions, in their order; `verify(texts, rows)` takes one task row per completion."""

@@ -23,14 +23,14 @@ from t2ray.api.guard import LOG, Trace
 from t2ray.api.limits import at_most, check_prompts, sampling
 from t2ray.api.names import Route, resolve, usable
 from t2ray.api.schema import ChatRequest, CompletionRequest
-from t2ray.api.shapes import Extension, Shape, Usage, event, weights
+from t2ray.api.shapes import AnswerShape, Extension, Usage, event, weights
 from t2ray.api.stream import EventStream, merged, together, unless_gone
 from t2ray.config.serve import ApiConfig
 from t2ray.core import Delta, Prompt, SamplingParams, T2RayError, user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class AnswerRow:
     """One answer to make: the prompt's number, what pass 1 decided for it, and how to sample."""
 
     prompt: Prompt
@@ -41,12 +41,12 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class AnswerJob:
     """A request whose prompts have their mixtures."""
 
     body: ChatRequest | CompletionRequest
-    shape: Shape
-    rows: Sequence[Row]
+    shape: AnswerShape
+    rows: Sequence[AnswerRow]
     catalog: Catalog
     backend: Backend
     trace: Trace
@@ -57,7 +57,7 @@ class Job:
     def logprobs(self) -> bool:
         return self.body.logprobs is not None and self.body.logprobs is not False
 
-    def extension(self, row: Row, pass2_s: float | None) -> Extension:
+    def extension(self, row: AnswerRow, pass2_s: float | None) -> Extension:
         dispatch, experts = row.dispatch, self.catalog.experts
         return Extension(
             mixture=weights(dispatch.mixture),
@@ -75,7 +75,7 @@ class Job:
 
 
 async def answer(
-    request: Request, body: ChatRequest | CompletionRequest, shape: Shape, prompts: Sequence[Prompt]
+    request: Request, body: ChatRequest | CompletionRequest, shape: AnswerShape, prompts: Sequence[Prompt]
 ) -> Response:
     """Both passes.
 
@@ -99,7 +99,7 @@ async def answer(
         for name in usable(dispatch.mixture, catalog).names or ("base",):
             backend.observe("routes_total", 1, expert=name)
     rows = [
-        Row(
+        AnswerRow(
             prompt=prompt,
             number=number,
             dispatch=dispatches[number],
@@ -109,7 +109,7 @@ async def answer(
         for number, prompt in enumerate(prompts)
         for i in range(body.n or 1)
     ]
-    job = Job(
+    job = AnswerJob(
         body=body,
         shape=shape,
         rows=rows,
@@ -138,7 +138,7 @@ async def _dispatch(backend: Backend, route: Route, prompt: Prompt, trace: Trace
     return dispatch
 
 
-async def _whole(job: Job, request: Request, log_answers: bool) -> Response:
+async def _whole(job: AnswerJob, request: Request, log_answers: bool) -> Response:
     backend, start = job.backend, time.perf_counter()
     calls = [backend.generate(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
     deltas = await unless_gone(request.receive, together(calls))
@@ -162,7 +162,7 @@ async def _whole(job: Job, request: Request, log_answers: bool) -> Response:
     return Response(to_json(reply), media_type="application/json")
 
 
-def _usage(job: Job, prompt_tokens: Sequence[int], completion_tokens: int) -> Usage:
+def _usage(job: AnswerJob, prompt_tokens: Sequence[int], completion_tokens: int) -> Usage:
     """Noted in the trace too. `prompt_tokens` by row; the rows of a prompt share its tokens."""
     of_prompts = {row.number: tokens for row, tokens in zip(job.rows, prompt_tokens, strict=True)}
     job.trace.prompt_tokens, job.trace.completion_tokens = sum(of_prompts.values()), completion_tokens
@@ -173,7 +173,7 @@ def _usage(job: Job, prompt_tokens: Sequence[int], completion_tokens: int) -> Us
     )
 
 
-async def _events(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
+async def _events(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
     """The chunks of all rows. What breaks before the first chunk is raised, what breaks later is an event."""
     started = False
     try:
@@ -194,7 +194,7 @@ async def _events(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
         raise
 
 
-async def _chunks(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
+async def _chunks(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
     """What has arrived, an event for each row that has any; then the usage, where it is asked for, and the end."""
     trace, backend = job.trace, job.backend
     head = job.head(job.shape.chunk) | ({"usage": None} if job.body.include_usage else {})
@@ -237,7 +237,7 @@ class _Tally:
     prompt_tokens: int = 0
     offset: int = 0
 
-    def piece(self, job: Job, index: int, delta: Delta) -> dict[str, Any]:
+    def piece(self, job: AnswerJob, index: int, delta: Delta) -> dict[str, Any]:
         """The delta as a choice of a chunk, and counted."""
         piece = job.shape.piece(index, delta, job.logprobs, self.offset, first=not self.begun)
         self.begun = True

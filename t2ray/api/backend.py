@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from t2ray.adapt.strategies import Dispatch
 from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams
+from t2ray.experts.heatmap import HeatMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,15 +49,6 @@ class Catalog:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Heat:
-    """`mean |z - 1|` of an expert by decoder layer (rows) and kind of matrix (columns)."""
-
-    layers: tuple[int, ...]
-    kinds: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptation:
     """A few-shot search: where it stands, and in the end its mixture, usable as `t2ray:fewshot/NAME`.
 
@@ -75,8 +67,8 @@ class Adaptation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """The endpoint's load now: `Load(replicas=2, running=5, waiting=0, tokens_per_s=812.0, requests=1204)`.
+class EndpointLoad:
+    """The endpoint's load now: `EndpointLoad(replicas=2, running=5, waiting=0, tokens_per_s=812.0, requests=1204)`.
 
     `requests` counts those that were finished since the replicas started, `aborted` those whose clients went; `kv_used`
     is a share in 0..1.
@@ -125,8 +117,8 @@ class Backend(Protocol):
         """The answer piece by piece; the last delta has a finish reason. Closing the iterator aborts the generation."""
         ...
 
-    async def heat(self, name: str) -> Heat:
-        """How far an expert is from the base model, by place."""
+    async def heat(self, name: str) -> HeatMap:
+        """The mean of |z - 1| of an expert, per decoder layer and kind of matrix."""
         ...
 
     async def put_expert(self, name: str, data: bytes) -> int:
@@ -145,7 +137,7 @@ class Backend(Protocol):
         """Where a search stands; `UnknownExpert` for an id that there is not."""
         ...
 
-    async def load(self) -> Load:
+    async def load(self) -> EndpointLoad:
         """The load of all replicas together."""
         ...
 

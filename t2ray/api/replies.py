@@ -11,7 +11,7 @@ from typing import Literal
 
 from t2ray.api.backend import Adaptation, Catalog, ExpertInfo
 from t2ray.api.names import resolve
-from t2ray.api.shapes import Weights, weights
+from t2ray.api.shapes import MixtureWeights, weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class ModelExtension:
 
     kind: Literal["strategy", "base", "expert", "mixture"]
     strategy: str
-    mixture: Weights | None
+    mixture: MixtureWeights | None
     base: str
     problem: str | None = None
 
@@ -101,7 +101,7 @@ class AdaptationReply:
     progress: float
     accuracy: float | None
     seconds: float
-    mixture: Weights | None
+    mixture: MixtureWeights | None
     error: str | None
     created: str
     model: str | None

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from t2ray.api.answers import answer
-from t2ray.api.backend import AdaptationRequest, Backend, Load
+from t2ray.api.backend import AdaptationRequest, Backend, EndpointLoad
 from t2ray.api.errors import SERVER, ErrorReply, Refusal
 from t2ray.api.limits import at_most, check_prompts, invalid, read, read_json
 from t2ray.api.names import known_expert, names
@@ -29,7 +29,7 @@ from t2ray.api.replies import (
     model_reply,
 )
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
-from t2ray.api.shapes import Chat, ChatReply, Text, TextReply
+from t2ray.api.shapes import ChatReply, ChatShape, TextReply, TextShape
 from t2ray.config.files import nearest
 from t2ray.config.serve import ApiConfig
 from t2ray.core import check_name
@@ -103,7 +103,7 @@ async def chat(request: Request) -> Response:
     """Continues a conversation."""
     backend_of(request)
     body = await read_json(request, ChatRequest, config_of(request).max_body_bytes)
-    return await answer(request, body, Chat(), [body.conversation])
+    return await answer(request, body, ChatShape(), [body.conversation])
 
 
 @router.post(
@@ -116,7 +116,7 @@ async def complete(request: Request) -> Response:
     """Continues texts as they stand."""
     backend_of(request)
     body = await read_json(request, CompletionRequest, config_of(request).max_body_bytes)
-    return await answer(request, body, Text(), body.prompt)
+    return await answer(request, body, TextShape(), body.prompt)
 
 
 @router.get("/models", response_model=ModelsReply, responses=refused())
@@ -211,7 +211,7 @@ async def adaptation(request: Request, id: str) -> Response:
     return reply(AdaptationReply.of(await backend_of(request).adaptation(id)))
 
 
-@router.get("/load", response_model=Load, responses=refused())
+@router.get("/load", response_model=EndpointLoad, responses=refused())
 async def load(request: Request) -> Response:
     """The load of all replicas together."""
     return reply(await backend_of(request).load())

@@ -15,7 +15,7 @@ from pydantic_core import to_json
 from t2ray.core import Delta, Mixture, Token
 
 LOWEST = -9999.0  # OpenAI's own word for "next to impossible": JSON has no -inf
-Weights = Mapping[str, float | tuple[float, ...]]
+MixtureWeights = Mapping[str, float | tuple[float, ...]]
 Finish = Literal["stop", "length"] | None
 
 
@@ -23,7 +23,7 @@ Finish = Literal["stop", "length"] | None
 class Extension:
     """How the answer came about. A weight is a number, or one a layer; times in milliseconds."""
 
-    mixture: Weights
+    mixture: MixtureWeights
     strategy: str
     label: str | None
     probabilities: Mapping[str, float]
@@ -135,7 +135,7 @@ class TextReply:
     t2ray: Extension
 
 
-class Shape(Protocol):
+class AnswerShape(Protocol):
     """Chat or text: the names and the choices of the two kinds of answers."""
 
     prefix: str
@@ -149,7 +149,7 @@ class Shape(Protocol):
         ...
 
 
-class Chat:
+class ChatShape:
     """`/v1/chat/completions`."""
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
@@ -172,7 +172,7 @@ class Chat:
         }
 
 
-class Text:
+class TextShape:
     """`/v1/completions`."""
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
@@ -200,7 +200,7 @@ def event(value: Any) -> bytes:
     return b"data: " + to_json(value) + b"\n\n"
 
 
-def weights(mixture: Mixture) -> Weights:
+def weights(mixture: Mixture) -> MixtureWeights:
     """A mixture as the API shows it."""
     return {name: alpha[0] if len(alpha) == 1 else alpha for name, alpha in mixture.weights}
 

@@ -15,7 +15,7 @@ from typing import Any
 from t2ray.core import DataError, Message, user
 from t2ray.tasks.data import Table, read
 from t2ray.tasks.gsm8k import quarters
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
 
 HUB = "allenai/ai2_arc"
 COLUMNS = {"question": str, "choices": dict, "answerKey": str}
@@ -41,10 +41,10 @@ def challenge(data: str | None = None) -> Task:
 
 def _task(name: str, hub: str, data: str | None) -> Task:
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         if data is not None:
             return quarters(_checked(read(data)))
-        parts: dict[str, list[Row]] = {
+        parts: dict[str, list[DataRow]] = {
             split: [*_checked(read(hub, split))] for split in ("train", "validation", "test")
         }
         return parts | {"all": [row for part in parts.values() for row in part]}
@@ -73,7 +73,7 @@ def _checked(table: Table) -> list[dict[str, Any]]:
     return table.rows
 
 
-def messages(row: Row) -> tuple[Message, ...]:
+def messages(row: DataRow) -> tuple[Message, ...]:
     """The question, its labelled choices, and the form that the answer must have."""
     choices = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
     lines = "\n".join(f"{label}. {text}" for label, text in choices)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2ray.core import ConfigError, DataError, Message, user
-from t2ray.tasks.task import Row, Task, load_reward
+from t2ray.tasks.task import DataRow, Task, load_reward
 
 if TYPE_CHECKING:
     from t2ray.config.train import DomainConfig
@@ -217,7 +217,7 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     )
 
 
-def _prompt(prompt: str, table: Table) -> Callable[[Row], tuple[Message, ...]]:
+def _prompt(prompt: str, table: Table) -> Callable[[DataRow], tuple[Message, ...]]:
     """What turns a row into a conversation, after trying it on every row of the table."""
     if "{" not in prompt and "}" not in prompt:
         return _messages_column(prompt, table)
@@ -234,7 +234,7 @@ def _prompt(prompt: str, table: Table) -> Callable[[Row], tuple[Message, ...]]:
     return lambda row: user(prompt.format_map(row))
 
 
-def _messages_column(column: str, table: Table) -> Callable[[Row], tuple[Message, ...]]:
+def _messages_column(column: str, table: Table) -> Callable[[DataRow], tuple[Message, ...]]:
     if column not in table.columns:
         raise ConfigError(
             f"prompt {column!r} is neither a template with a {{column}} nor a column of {table.source}; "

@@ -10,7 +10,7 @@ from typing import Any
 
 from t2ray.core import ConfigError, Message
 from t2ray.prompts import OTHERS, dispatch_prompt
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
 
 _MOST = 5_000  # prompts of a label
 
@@ -28,7 +28,7 @@ def dispatch(tasks: Sequence[Task], others: Task) -> Task:
     if not tasks or len(set(labels)) != len(labels):
         raise ConfigError(f"the classification domain needs other domains of different names, not {labels[:-1]}")
 
-    def rows(split: str) -> list[Row]:
+    def rows(split: str) -> list[DataRow]:
         columns = [_labelled(task, label, labels, split) for task, label in zip((*tasks, others), labels, strict=True)]
         return [row for turn in zip(*columns, strict=False) for row in turn]
 
@@ -37,7 +37,7 @@ def dispatch(tasks: Sequence[Task], others: Task) -> Task:
     )
 
 
-def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[Row]:
+def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[DataRow]:
     return [
         {
             "messages": [{"role": message.role, "content": message.content} for message in example.messages],
@@ -48,11 +48,11 @@ def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[Row
     ]
 
 
-def _messages(row: Row) -> tuple[Message, ...]:
+def _messages(row: DataRow) -> tuple[Message, ...]:
     return dispatch_prompt(tuple(Message(**message) for message in row["messages"]), tuple(row["labels"]))
 
 
-def _gold(row: Row) -> str:
+def _gold(row: DataRow) -> str:
     return str(row["label"])
 
 

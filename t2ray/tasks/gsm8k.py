@@ -16,7 +16,7 @@ from typing import Any
 
 from t2ray.core import Message, user
 from t2ray.tasks.data import read
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
 
 HUB = "openai/gsm8k:main"
 COLUMNS = {"question": str, "answer": str}
@@ -33,7 +33,7 @@ def task(data: str | None = None) -> Task:
     """
 
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         rows = read(data or HUB).need(COLUMNS).rows
         if data is not None:
             return quarters(rows)
@@ -52,13 +52,13 @@ def task(data: str | None = None) -> Task:
     )
 
 
-def quarters(rows: list[dict[str, Any]]) -> Mapping[str, list[Row]]:
+def quarters(rows: list[dict[str, Any]]) -> Mapping[str, list[DataRow]]:
     """How a local file without splits of its own is divided: half to train, a quarter each to validation and test."""
-    parts: dict[str, list[Row]] = {"train": [*rows[::2]], "validation": [*rows[1::4]], "test": [*rows[3::4]]}
+    parts: dict[str, list[DataRow]] = {"train": [*rows[::2]], "validation": [*rows[1::4]], "test": [*rows[3::4]]}
     return parts | {"all": [*rows]}
 
 
-def messages(row: Row) -> tuple[Message, ...]:
+def messages(row: DataRow) -> tuple[Message, ...]:
     """The question, and the form that the answer must have."""
     return user(
         f"{row['question']}\n\nThink step by step, then end with the answer as a number in this form: #### <number>"

@@ -18,7 +18,7 @@ from typing import Any
 from t2ray.core import DataError, Message, user
 from t2ray.sandbox import check as sandbox
 from t2ray.tasks.data import Table, read
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
 
 HUB = "google-research-datasets/mbpp:full"
 COLUMNS = {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list}
@@ -34,9 +34,9 @@ def task(data: str | None = None) -> Task:
     """
 
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         tables = [read(data)] if data else [read(HUB, part) for part in ("train", "test", "validation", "prompt")]
-        rows: list[Row] = [row for table in tables for row in _checked(table)]
+        rows: list[DataRow] = [row for table in tables for row in _checked(table)]
         rows.sort(key=lambda row: int(row["task_id"]))
         learn = [row for row in rows if row["task_id"] > 600]
         test = [row for row in rows if 10 < row["task_id"] <= 510]
@@ -69,7 +69,7 @@ def _parse(*parts: str) -> ast.Module:
         return ast.parse("\n".join(parts))
 
 
-def messages(row: Row) -> tuple[Message, ...]:
+def messages(row: DataRow) -> tuple[Message, ...]:
     """The problem with its tests, which name the function, and the form that the answer must have."""
     tests = "\n".join(row["test_list"])
     return user(
@@ -100,7 +100,7 @@ def extract(completion: str) -> str:
     return block[1] if block else completion
 
 
-def interface(row: Row) -> tuple[list[str], list[str]]:
+def interface(row: DataRow) -> tuple[list[str], list[str]]:
     """What the tests use of the reference solution: its import statements, and the names it defines.
 
     The tests run with imports of their own, so that no candidate can hand them another `math`; the names it defines are

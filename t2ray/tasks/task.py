@@ -18,7 +18,7 @@ from t2ray.core import ConfigError, DataError, Example, Message
 
 SPLITS = ("train", "validation", "test", "all")
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
 Reward = Callable[[str, dict[str, Any]], float]
 
 
@@ -32,10 +32,10 @@ class Task:
     """
 
     name: str
-    rows: Callable[[str], Sequence[Row]]
-    messages: Callable[[Row], tuple[Message, ...]]
+    rows: Callable[[str], Sequence[DataRow]]
+    messages: Callable[[DataRow], tuple[Message, ...]]
     reward: str
-    gold: Callable[[Row], str] | None
+    gold: Callable[[DataRow], str] | None
     max_tokens: int
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:

@@ -21,16 +21,16 @@ from torch import Tensor, distributed
 
 from t2ray.adapters.svf import parametrise
 from t2ray.config.train import RLConfig
-from t2ray.core import Mixture, Rollout, SamplingParams
+from t2ray.core import Mixture, Rollout, SamplingParams, Verify
 from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.loss import LossTerms, advantages, backward
 from t2ray.training.records import Records
-from t2ray.training.rollout import Verify, prompts_of_step, roll_out, rollout_seed
+from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 
-Report = Callable[[dict[str, Any]], None]
+ReportMetrics = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +85,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- the algorithm
 
-    async def run(self, report: Report) -> Trained:
+    async def run(self, report: ReportMetrics) -> Trained:
         """Trains to the end, or until `rl.patience` validations brought nothing better; `report` gets each step's row.
 
         Raises:
@@ -107,7 +107,7 @@ class Trainer:
             steps=p.step,
         )
 
-    async def _steps(self, records: Records | None, report: Report) -> None:
+    async def _steps(self, records: Records | None, report: ReportMetrics) -> None:
         if self.progress.step == 0:
             await self._validate()
         while not self.progress.done:

@@ -24,7 +24,7 @@ from t2ray.runs.status import beats, heart, note_fault
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.training.domain import domain_store, train_domain
-from t2ray.training.trainer import Report
+from t2ray.training.trainer import ReportMetrics
 
 Tick = Callable[[TrainConfig], None]
 _STARTS = 4
@@ -149,7 +149,7 @@ def _causes(failure: RayError) -> Mapping[int, BaseException]:
     return {0: cause if isinstance(cause, T2RayError) else failure}
 
 
-def work(job: dict[str, Any], rank: int = 0, report: Report = lambda row: None) -> None:
+def work(job: dict[str, Any], rank: int = 0, report: ReportMetrics = lambda row: None) -> None:
     """Trains the job's domain, in each of its workers; `report` gets the rows that have a validation.
 
     Raises:
