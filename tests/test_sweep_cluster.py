@@ -18,9 +18,9 @@ import yaml
 from ray import cloudpickle
 
 from t2ray.cli.main import main
-from t2ray.cluster.train.tune import ReportScore, sweep
+from t2ray.cluster.train.tune import sweep
 from t2ray.core import DataError, ResourceError, RunError
-from t2ray.sweep.results import TRIALS, Trial, write_results
+from t2ray.sweep.results import TRIALS, ReportScore, Trial, write_results
 from t2ray.sweep.space import SweepConfig, load
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
