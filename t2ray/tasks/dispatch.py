@@ -1,6 +1,6 @@
-"""The classification domain: which kind of request is this? (paper section 3.2 b). Made from other tasks' prompts.
+"""The classification domain, made from other tasks' prompts: which kind of request is this? (paper section 3.2, b)
 
-Not here: how a request is dispatched when it is served (`adapt.strategies`). Training and evaluation call `dispatch`.
+Not here: how a served request is dispatched (`adapt.strategies`).
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from t2ray.core import ConfigError, Message
 from t2ray.prompts import OTHERS, dispatch_prompt
 from t2ray.tasks.task import DataRow, Task
 
-_MOST = 5_000  # prompts of a label
+_MOST = 5_000  # prompts per label
 
 
 def dispatch(tasks: Sequence[Task], others: Task) -> Task:
-    """The task of naming the task: its labels are the names of `tasks`, and "others".
+    """Returns the task of naming a prompt's task. Its labels are the names of `tasks`, and "others".
 
-    A split holds equally many prompts of each label, as many as the smallest has (at most 5,000), in turns.
-    A row is `{"messages": [{"role", "content"}, ...], "label": "math", "labels": ["math", ..., "others"]}`.
+    The labels take turns in a split, and all have as many prompts as the one with the fewest (at most 5,000). A row is
+    `{"messages": [{"role", "content"}, ...], "label": "math", "labels": ["math", ..., "others"]}`.
 
     Raises:
-        ConfigError: no tasks, or two of one name.
+        ConfigError: `tasks` is empty, or two of them have one name.
     """
     labels = [*(task.name for task in tasks), OTHERS]
     if not tasks or len(set(labels)) != len(labels):
@@ -57,5 +57,5 @@ def _gold(row: DataRow) -> str:
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """+1 for exactly the label, alone; else -1."""
+    """+1 if the completion is the label and nothing else but white space around it, else -1."""
     return 1.0 if completion.strip() == row["label"] else -1.0
