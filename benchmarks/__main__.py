@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
+class _BenchParser(argparse.ArgumentParser):
     """Says what is wrong with the call in one line."""
 
     def error(self, message: str) -> NoReturn:
@@ -46,7 +46,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(name: str, module: str, function: str, text: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"python -m benchmarks{name}", description=text)
+    parser = _BenchParser(prog=f"python -m benchmarks{name}", description=text)
     parser.set_defaults(module=f"benchmarks.{module}.command", function=function)
     parser.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
     return parser

@@ -1,7 +1,7 @@
-"""Stand-ins for the engine, for tests: t2ray's own and those of whoever builds on it. Standard library only.
+"""Stand-ins for the engine, for t2ray's own tests and those of its users. Standard library only.
 
-They satisfy `core.Generate` and `core.Score`, so strategies, the few-shot search, evaluation and rollouts run in a unit
-test without a model. They are not a model: an answer is whatever the test says it is.
+They satisfy `core.Generate` and `core.Score`, so that strategies, the few-shot search, evaluation and rollouts run in a
+unit test without a model. The test decides what they answer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ class FakeGenerate:
     """Answers from a dictionary (text of the last message -> answer) or a function (prompt, mixture) -> answer.
 
     The tokens are the UTF-8 bytes of the text and an end token, each with log-probability -0.5; `max_tokens` and
-    `stop` hold as they do for the engine. `calls` records every request in order; `peak` is the largest number of
-    requests that were awaited together, that is the batch that an engine would have seen.
+    `stop` work as in the engine. `calls` records every request in order. `peak` is the largest number of requests that
+    were awaited together, which an engine would have put into one batch.
 
     >>> generate = FakeGenerate({"17+25": "42"})
     """
@@ -34,7 +34,7 @@ class FakeGenerate:
         self.calls.append((prompt, mixture, sampling))
         self._waiting += 1
         self.peak = max(self.peak, self._waiting)
-        await asyncio.sleep(0)  # lets every request of a gather begin before the first one ends
+        await asyncio.sleep(0)  # lets all requests of a gather begin before the first one ends
         self._waiting -= 1
         answer = self._answer
         text = answer(prompt, mixture) if callable(answer) else answer[_last(prompt)]
@@ -55,7 +55,7 @@ class FakeGenerate:
 
 
 class FakeScore:
-    """Log-likelihoods from a function (prompt, label, mixture) -> float; `calls` records every request in order.
+    """Scores by a function (prompt, label, mixture) -> log-likelihood; `calls` records every request in order.
 
     >>> score = FakeScore(lambda prompt, label, mixture: 0.0 if label in prompt[-1].content else -9.0)
     """

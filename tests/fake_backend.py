@@ -22,7 +22,7 @@ from safetensors.numpy import load
 
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.app import create_api
-from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, ExpertInfo, Heat, Load
+from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, EndpointLoad, ExpertInfo
 from t2ray.config.serve import ApiConfig
 from t2ray.core import (
     Completion,
@@ -37,6 +37,7 @@ from t2ray.core import (
     UnknownExpert,
     joined,
 )
+from t2ray.experts.heatmap import HeatMap
 
 MADE = "2026-11-21T10:00:00+00:00"
 CONTEXT = 4096
@@ -177,12 +178,12 @@ class FakeBackend:
             if finish:
                 return
 
-    async def heat(self, name: str) -> Heat:
+    async def heat(self, name: str) -> HeatMap:
         self._fail("heat")
         kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         dice = hashlib.sha256(name.encode()).digest()
         rows = tuple(tuple(dice[(7 * i + k) % 32] / 2550 for k in range(len(kinds))) for i in range(4))
-        return Heat(layers=tuple(range(4)), kinds=kinds, values=rows)
+        return HeatMap(layers=tuple(range(4)), kinds=kinds, values=rows)
 
     async def put_expert(self, name: str, data: bytes) -> int:
         try:
@@ -219,8 +220,8 @@ class FakeBackend:
         self.adaptations[id] = now
         return now
 
-    async def load(self) -> Load:
-        return Load(
+    async def load(self) -> EndpointLoad:
+        return EndpointLoad(
             replicas=1, running=len(self.running), waiting=0, tokens_per_s=8.0 * len(self.running),
             requests=self._finished, kv_used=min(len(self.running) / 16, 1.0),
         )  # fmt: skip

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import packages_distributions
@@ -195,6 +196,26 @@ def test_what_is_public_has_a_docstring(module: str) -> None:
     if tree(module).body and not ast.get_docstring(tree(module)):
         missing.append(f"{module}: the module itself")
     assert not missing, "\n".join(missing)
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    """One word, one meaning: no two modules define a public class or a type alias of one name."""
+    homes: dict[str, list[str]] = defaultdict(list)
+    for module in FILES:
+        for node in tree(module).body:
+            names = [node.name] if isinstance(node, ast.ClassDef) else _aliases(node)
+            for name in names:
+                if under(module, ("t2ray", "benchmarks")) and not name.startswith("_"):
+                    homes[name].append(f"{module}:{node.lineno}")
+    shared = [f"{name}: {', '.join(places)}" for name, places in sorted(homes.items()) if len(places) > 1]
+    assert not shared, "\n".join(shared)
+
+
+def _aliases(node: ast.stmt) -> list[str]:
+    """The types that an assignment names: `Verify = Callable[...]`, `Prompt = tuple[Message, ...] | str`."""
+    if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Subscript | ast.BinOp):
+        return []
+    return [target.id for target in node.targets if isinstance(target, ast.Name) and re.match("[A-Z][a-z]", target.id)]
 
 
 # ------------------------------------------------------------------------------------------------------- dependencies

@@ -13,13 +13,13 @@ from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.core import generation, suite
 from benchmarks.core.reference import Reference, greedy
-from benchmarks.core.shape import Shape, Subject, make
+from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.core.training import Allocations, random_rollouts
 from benchmarks.harness import Measure, Skipped, interleaved, measure, ratio
 from t2ray.core import Mixture, SamplingParams
 from t2ray.training.loss import backward
 
-SMALL = Shape(
+SMALL = BenchShape(
     layers=2, width=32, inner=64, heads=4, vocabulary=64, prompt=6, new=5, sequence=12, members=3, shots=2, answer=3,
     pass2=4, experts=4,
 )  # fmt: skip
@@ -35,7 +35,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def test_the_default_shape_is_the_one_that_targets_are_stated_for() -> None:
-    shape = Shape()
+    shape = BenchShape()
     matrices = shape.layers * sum(m * n for m, n in shape.matrices().values())
     assert 43e6 < matrices + shape.vocabulary * shape.width < 45e6
     assert shape.bound() == pytest.approx(12 / 19)  # 7 matrices: 4 square, 3 of 3:8
@@ -182,7 +182,7 @@ def test_the_command_prints_a_table_and_writes_the_figures(
 ) -> None:
     from benchmarks.core import command as bench
 
-    monkeypatch.setattr(bench, "Shape", lambda: SMALL)
+    monkeypatch.setattr(bench, "BenchShape", lambda: SMALL)
     monkeypatch.setattr(
         suite, "BENCHES", {"rows": lambda subject, n: {"x": measure([2.0], 1.0), "y": Skipped(reason="why")}}
     )

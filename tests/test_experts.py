@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from t2ray.adapters.factors import Factors, Target, decompose
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
 from t2ray.experts.exchange import export_expert, histogram, import_expert
+from t2ray.experts.heatmap import HeatMap, mean_distance, mean_shift
 from t2ray.experts.registry import Expert, Registry
 from t2ray.store import Store
 
@@ -386,3 +387,16 @@ def test_the_histogram_has_a_line_a_kind_with_its_figures(local: Registry) -> No
 def test_the_histogram_of_the_base_is_one_bar(local: Registry) -> None:
     local.save("same", {"l.0.q": torch.ones(3)}, base_digest=BASE)
     assert histogram(local.load("same")).splitlines()[1].split() == ["q", "█", "1.000", "1.000", "1.000", "3"]
+
+
+# ------------------------------------------------------------------------------------------------------- the heat map
+
+
+def test_a_heat_map_is_the_mean_over_all_singular_values_of_a_layer_and_kind() -> None:
+    """Two matrices share a layer and a kind, as those of MoE experts do; layer 0 has no `v_proj`."""
+    names = (("0.q_proj", 0, 2), ("3.experts.0.q_proj", 3, 1), ("3.experts.1.q_proj", 3, 3), ("3.v_proj", 3, 1))
+    layout = [Target(name=name, layer=layer, m=4, n=rank, rank=rank) for name, layer, rank in names]
+    z_K = torch.tensor([1.5, 0.5, 2.0, 0.0, 1.0, 0.0, 1.25])
+    places = {"layers": (0, 3), "kinds": ("q_proj", "v_proj")}
+    assert mean_shift(layout, z_K) == HeatMap(values=((0.0, 0.0), (-0.25, 0.25)), **places)
+    assert mean_distance(layout, z_K) == HeatMap(values=((0.5, 0.0), (0.75, 0.25)), **places)

@@ -28,7 +28,7 @@ from small import letter_task, sampler, train_in_parallel, verify_letters
 from test_train_cluster import wait_for
 from torch import Tensor
 
-from benchmarks.core.shape import Shape, _write_model
+from benchmarks.core.shape import BenchShape, _write_model
 from benchmarks.endpoint.processes import pss
 from t2ray.adapters.factors import decompose, prepare
 from t2ray.adapters.model import load_model
@@ -313,7 +313,7 @@ def go_on(worker: subprocess.Popen[str], to: str) -> None:
 
 @pytest.mark.slow
 def test_a_further_worker_of_a_node_shares_the_weights_and_the_factors(tmp_path: Path) -> None:
-    _write_model(Shape(), tmp_path / "model")
+    _write_model(BenchShape(), tmp_path / "model")
     plan, size = prepare(str(tmp_path / "model"), tmp_path / "factors"), 0
     for target in plan.plan.targets:  # as large as a decomposition, and made in no time
         parts = {"U": torch.ones(target.m, target.rank), "s": torch.ones(target.rank)}

@@ -16,18 +16,18 @@ from t2ray.cli.main import main
 from t2ray.core import ConfigError, ModelError, ResourceError
 from t2ray.engine.cache import roomy_cache
 from t2ray.models.weights import Weights
-from t2ray.runs.memory import GIB, Load, least_gpus, serving, shape_of, training
+from t2ray.runs.memory import GIB, GpuMemory, least_gpus, serving, shape_of, training
 from t2ray.training.loss import backward
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B, LLAMA_70B = (str(ROOT / "docs" / "configs" / f"llama-3-{size}.json") for size in ("8b", "70b"))
 
 
-def whole(loads: list[Load], name: str) -> int:
+def whole(loads: list[GpuMemory], name: str) -> int:
     return int(sum(getattr(load, name) for load in loads))
 
 
-def plan_70b(gpus: int, layers: str | None = None) -> list[Load]:
+def plan_70b(gpus: int, layers: str | None = None) -> list[GpuMemory]:
     return training(shape_of(LLAMA_70B, layers=layers), gpus, micro_batch=8, tokens=1024, rows=128)
 
 

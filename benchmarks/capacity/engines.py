@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.capacity.fit import Fit, Point, fitted
+from benchmarks.capacity.fit import Fit, FitPoint, fitted
 from benchmarks.endpoint.alone import Unfolded, burst, started, sums
 from benchmarks.harness import Figures, measure
 from t2ray.core import Mixture, user
@@ -95,13 +95,13 @@ def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tupl
                 found += [(seconds, subject.turns - before)] * bool(number)
     steps = fitted(
         [
-            Point(name=str(batch), terms=batch.terms(), seconds=min(taken), held=batch.held)
+            FitPoint(name=str(batch), terms=batch.terms(), seconds=min(taken), held=batch.held)
             for batch, taken in times.items()
         ]
     )
     scores = fitted(
         [
-            Point(
+            FitPoint(
                 name=f"{count} prompts in {turns} turns",  # the first may go ahead while the others are being tokenized
                 terms={"turn": float(turns), "prompt": float(count)},
                 seconds=seconds,

@@ -19,8 +19,8 @@ HELD_OUT = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A measurement: `Point(name="16 rows", terms={"step": 1, "row": 16}, seconds=0.02)`.
+class FitPoint:
+    """A measurement: `FitPoint(name="16 rows", terms={"step": 1, "row": 16}, seconds=0.02)`.
 
     One that is `held` out is predicted, and not fitted.
     """
@@ -36,7 +36,7 @@ class Fit:
     """The price of each term in seconds, and the points it came from."""
 
     prices: Mapping[str, float]
-    points: Sequence[Point]
+    points: Sequence[FitPoint]
 
     def seconds(self, terms: Mapping[str, float]) -> float:
         """What the model says."""
@@ -60,7 +60,7 @@ class Fit:
         return {"prices_s": dict(self.prices), "points": rows}
 
 
-def fitted(points: Sequence[Point]) -> Fit:
+def fitted(points: Sequence[FitPoint]) -> Fit:
     """The prices that miss the points least. A term whose price would be negative costs nothing."""
     shown = [point for point in points if not point.held]
     names = list(shown[0].terms)

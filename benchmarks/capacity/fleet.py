@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from benchmarks.capacity.simulate import Fleet, Load, Simulation
+from benchmarks.capacity.simulate import Fleet, Simulation, Traffic
 from benchmarks.harness import Figures, measure
-from t2ray.runs.memory import Shape
+from t2ray.runs.memory import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +56,7 @@ class Costs:
         return ceil(rate * seconds / self.full)
 
 
-def token_flops(shape: Shape) -> float:
+def token_flops(shape: ModelShape) -> float:
     """Of one token with a mixture of its own: through the factors of what is adapted, through the rest as it is."""
     dense = shape.parameters - shape.vocabulary * shape.hidden  # the embeddings are looked up
     adapted = sum(target.m * target.n for target in shape.targets)
@@ -64,7 +64,7 @@ def token_flops(shape: Shape) -> float:
     return 2.0 * (dense - adapted + factored)
 
 
-def fleet(shape: Shape, demand: Demand, costs: Costs, device: Device, rows: int) -> Fleet:
+def fleet(shape: ModelShape, demand: Demand, costs: Costs, device: Device, rows: int) -> Fleet:
     """As many replicas, each of one GPU with `rows` in its batch, as carry the demand at the fullness asked for."""
     flops, speed = token_flops(shape), device.flops * device.of_flops
     weights = flops / 2 * shape.size / (device.bytes_s * device.of_bytes)
@@ -91,7 +91,7 @@ def fleet(shape: Shape, demand: Demand, costs: Costs, device: Device, rows: int)
     )
 
 
-def figures(shape: Shape) -> Figures:
+def figures(shape: ModelShape) -> Figures:
     """Fleets for 10,000 requests a second: batches of 64 and of 256 rows; pass 1 for every request, or for one in ten;
     what becomes of one when three tenths more come than it was made for, or when a tenth of the ingresses that all
     the requests keep busy are missing."""
@@ -113,8 +113,10 @@ def figures(shape: Shape) -> Figures:
 
 def simulated(made: Fleet, demand: Demand, seconds: float = 8.0) -> Figures:
     """The fleet under Poisson arrivals for some seconds, from when it is empty."""
-    load = Load(rate=demand.rate, seconds=seconds, tokens=demand.answer, prompt=demand.prompt, scored=demand.scored)
-    report: dict[str, Any] = Simulation(made, load).run()
+    traffic = Traffic(
+        rate=demand.rate, seconds=seconds, tokens=demand.answer, prompt=demand.prompt, scored=demand.scored
+    )
+    report: dict[str, Any] = Simulation(made, traffic).run()
     return {
         "gpus": measure([made.replicas]),
         "ingresses": measure([made.ingresses]),

@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from benchmarks.capacity.engines import PROMPT, Batch
-from benchmarks.capacity.fit import HELD_OUT, Fit, Point, fitted
-from benchmarks.capacity.simulate import Fleet, Load, Simulation
+from benchmarks.capacity.fit import HELD_OUT, Fit, FitPoint, fitted
+from benchmarks.capacity.simulate import Fleet, Simulation, Traffic
 from benchmarks.endpoint.private import private
 from benchmarks.endpoint.processes import family
 from benchmarks.harness import Figures, measure
@@ -41,14 +41,14 @@ LOADS: tuple[tuple[float, tuple[str, ...]], ...] = ((0.3, MODELS), (0.5, MODELS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
+class EndpointSpeed:
     """What the endpoint shows: seconds of a request that comes alone, and requests a second with `ROWS` at a time."""
 
     alone_s: float
     capacity: float
 
 
-def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
+def fleet(steps: Fit, scores: Fit, times: EndpointSpeed) -> Fleet:
     """One replica with the engine's prices, stretched, and a time that each request spends elsewhere.
 
     The stretch is the processor that the engine shares with its own event loop, the ingress and the client. Both are
@@ -63,7 +63,9 @@ def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
     seen = {1: times.alone_s, ROWS: ROWS / times.capacity}
     prices = fitted(
         [
-            Point(name=f"{rows}", terms={"engine": TOKENS * step_s(rows) + each * rows, "rest": 1.0}, seconds=seconds)
+            FitPoint(
+                name=f"{rows}", terms={"engine": TOKENS * step_s(rows) + each * rows, "rest": 1.0}, seconds=seconds
+            )
             for rows, seconds in seen.items()
         ]
     ).prices
@@ -92,14 +94,14 @@ def endpoint(folder: Path, steps: Fit, scores: Fit, seconds: float = 20.0) -> tu
             capacities.append(count / (time.perf_counter() - start))
             real.append(runner.run(asked.arrivals(share * capacities[0], seconds, models)))
         cpu_s = _spent(asked, runner, place.pid)
-    times = Times(alone_s=statistics.median(alone_s), capacity=statistics.median(capacities))
+    times = EndpointSpeed(alone_s=statistics.median(alone_s), capacity=statistics.median(capacities))
     made = fleet(steps, scores, times)
     for (share, models), seen in zip(LOADS, real, strict=True):
         scored = float(models == DISPATCHED)
         rate, name = share * capacities[0], f"{share:g}" + "_pass1" * bool(scored)
-        load = Load(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
+        traffic = Traffic(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
         # Of one short run chance makes much: the median of many is what the model says.
-        runs = [Simulation(made, replace(load, seed=seed)).run() for seed in range(15)]
+        runs = [Simulation(made, replace(traffic, seed=seed)).run() for seed in range(15)]
         row = {"load": name, "rate": rate, "requests": seen["requests"], "errors": seen["errors"]}
         for key in ("p50", "p90"):
             said = statistics.median(run["latency_ms"][key] for run in runs)

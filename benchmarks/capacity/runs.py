@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.core.shape import Shape, make
+from benchmarks.core.shape import BenchShape, make
 from benchmarks.endpoint.private import PROGRAM
 from benchmarks.harness import Figures, measure
 from t2ray.adapters.factors import Factors, decompose
@@ -28,7 +28,7 @@ DOMAINS = {"math": "math", "code": "code", "pick": "pick", "again": "math"}
 """Domains and their tasks."""
 
 RL = {"prompts": 64, "samples": 1, "lr": 0.01, "kl": 0.002, "eval_every": 1000, "eval_prompts": 64}
-MATRICES = Shape(layers=8, width=768, inner=768, heads=12, experts=1)
+MATRICES = BenchShape(layers=8, width=768, inner=768, heads=12, experts=1)
 """A model to decompose: all matrices of one size, so that counting them measures the work."""
 
 STAGES = {
@@ -137,7 +137,7 @@ def domains(folder: Path, rounds: int = 2, steps: int = 80) -> Figures:
 # ---------------------------------------------------------------------------------------------------- decomposition
 
 
-def decomposition(folder: Path, rounds: int = 3, shape: Shape = MATRICES) -> Figures:
+def decomposition(folder: Path, rounds: int = 3, shape: BenchShape = MATRICES) -> Figures:
     """Two workers over one, each of one thread; and over one process that uses both cores for every matrix."""
     make(shape, folder / "subject")
     model, gains, over, starts = str(folder / "subject" / "model"), [], [], []

@@ -49,7 +49,7 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class Traffic:
     """Requests: `rate` a second for `seconds`; answers of `tokens`, prompts of `prompt`; `scored` is the share of
     requests whose pass 1 is not remembered."""
 
@@ -74,7 +74,7 @@ class _Replica:
 
     env: simpy.Environment
     fleet: Fleet
-    load: Load
+    traffic: Traffic
     rows: list[tuple[int, int, _Request]] = field(default_factory=list)
     waiting: deque[_Request] = field(default_factory=deque)
     scorings: list[simpy.Event] = field(default_factory=list)
@@ -100,10 +100,10 @@ class _Replica:
                     done.succeed()
             joined = [self.waiting.popleft() for _ in range(min(len(self.waiting), fleet.rows - len(self.rows)))]
             for request in joined:
-                heapq.heappush(self.rows, (self.steps + self.load.tokens, id(request), request))
+                heapq.heappush(self.rows, (self.steps + self.traffic.tokens, id(request), request))
             if not self.rows:
                 continue
-            yield self.env.timeout(fleet.step_s(len(self.rows)) + fleet.prompt_s * self.load.prompt * len(joined))
+            yield self.env.timeout(fleet.step_s(len(self.rows)) + fleet.prompt_s * self.traffic.prompt * len(joined))
             self.steps += 1
             self.row_steps += len(self.rows)
             for request in joined:
@@ -113,13 +113,13 @@ class _Replica:
 
 
 class Simulation:
-    """One run: `Simulation(fleet, load).run()`."""
+    """One run: `Simulation(fleet, traffic).run()`."""
 
-    def __init__(self, fleet: Fleet, load: Load) -> None:
-        self.fleet, self.load = fleet, load
+    def __init__(self, fleet: Fleet, traffic: Traffic) -> None:
+        self.fleet, self.traffic = fleet, traffic
         self.env = simpy.Environment()
-        self.draw = random.Random(load.seed)
-        self.replicas = [_Replica(self.env, fleet, load) for _ in range(fleet.replicas)]
+        self.draw = random.Random(traffic.seed)
+        self.replicas = [_Replica(self.env, fleet, traffic) for _ in range(fleet.replicas)]
         self.ingress = simpy.Resource(self.env, fleet.ingresses)
         self.dispatcher = simpy.Resource(self.env, fleet.dispatchers)
         self.queue: deque[simpy.Event] = deque()
@@ -142,7 +142,7 @@ class Simulation:
             "requests": len(self.finished) + self.refused,
             "refused": self.refused,
             "requests_per_s": len(self.finished) / seconds,
-            "tokens_per_s": len(self.finished) * self.load.tokens / seconds,
+            "tokens_per_s": len(self.finished) * self.traffic.tokens / seconds,
             "rows_a_step": sum(replica.row_steps for replica in self.replicas) / max(busy, 1),
             **{
                 name: {key: 1000 * percentile(values, share) for key, share in QUANTILES.items()}
@@ -154,8 +154,8 @@ class Simulation:
     def _arrivals(self) -> Process:
         under_way = []
         while True:
-            yield self.env.timeout(self.draw.expovariate(self.load.rate))
-            if self.env.now > self.load.seconds:
+            yield self.env.timeout(self.draw.expovariate(self.traffic.rate))
+            if self.env.now > self.traffic.seconds:
                 break
             under_way.append(self.env.process(self._request()))
         yield self.env.all_of(under_way)
@@ -165,7 +165,7 @@ class Simulation:
         yield from self._served(self.ingress, self.fleet.ingress_s)
         if self.fleet.dispatch_s:
             yield from self._served(self.dispatcher, self.fleet.dispatch_s)
-        if self.draw.random() < self.load.scored:
+        if self.draw.random() < self.traffic.scored:
             scored = self.env.event()
             replica = self._choose()  # pass 1 is short: it takes no place from the generations
             replica.scorings.append(scored)

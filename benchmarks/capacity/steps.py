@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.capacity.fit import Fit, Point, fitted
-from benchmarks.core.shape import SPECIAL, Shape, make
+from benchmarks.capacity.fit import Fit, FitPoint, fitted
+from benchmarks.core.shape import SPECIAL, BenchShape, make
 from benchmarks.harness import Figures
 from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import load_model
@@ -33,13 +33,13 @@ from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer
 
-SHAPE = Shape(layers=4, width=256, inner=688, heads=4, vocabulary=2048)
+SHAPE = BenchShape(layers=4, width=256, inner=688, heads=4, vocabulary=2048)
 LAYERS = ("0-3", "2-3", "3")
 """Which layers are adapted: all, and fewer for a smaller z."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class StepWork:
     """A step's size: rollouts of all workers together, tokens of each prompt and answer, adapted layers, workers."""
 
     rows: int
@@ -54,20 +54,20 @@ class Work:
 
 
 GRID = (
-    *(Work(rows=rows, prompt=16, answer=answer) for rows in (8, 16, 32) for answer in (8, 32)),
-    *(Work(rows=rows, prompt=48, answer=16) for rows in (8, 24)),
-    *(Work(rows=rows, prompt=16, answer=24, layers=layers) for rows in (16, 32) for layers in LAYERS[1:]),
-    Work(rows=24, prompt=16, answer=16, held=True),
-    Work(rows=48, prompt=24, answer=32, held=True),
-    Work(rows=12, prompt=40, answer=24, held=True),
-    Work(rows=24, prompt=24, answer=16, layers="1-3", held=True),
-    Work(rows=32, prompt=32, answer=12, layers=LAYERS[1], held=True),
+    *(StepWork(rows=rows, prompt=16, answer=answer) for rows in (8, 16, 32) for answer in (8, 32)),
+    *(StepWork(rows=rows, prompt=48, answer=16) for rows in (8, 24)),
+    *(StepWork(rows=rows, prompt=16, answer=24, layers=layers) for rows in (16, 32) for layers in LAYERS[1:]),
+    StepWork(rows=24, prompt=16, answer=16, held=True),
+    StepWork(rows=48, prompt=24, answer=32, held=True),
+    StepWork(rows=12, prompt=40, answer=24, held=True),
+    StepWork(rows=24, prompt=24, answer=16, layers="1-3", held=True),
+    StepWork(rows=32, prompt=32, answer=12, layers=LAYERS[1], held=True),
 )
 """Steps of one worker. Those that are held out lie between the others and beyond them."""
 
 TOGETHER = (
-    Work(rows=32, prompt=16, answer=32, workers=2, held=True),
-    Work(rows=32, prompt=48, answer=16, layers=LAYERS[1], workers=2, held=True),
+    StepWork(rows=32, prompt=16, answer=32, workers=2, held=True),
+    StepWork(rows=32, prompt=48, answer=16, layers=LAYERS[1], workers=2, held=True),
 )
 """Steps that two workers share: all held out, for their price is that of half the rows and of the sums."""
 
@@ -79,7 +79,7 @@ NEAR, FAR = 1 << 20, 8 << 20
 """Bytes that stay in a core's own cache, and in the one that cores share, which sums of a small z do."""
 
 
-def terms(work: Work, shape: Shape, factors: Factors) -> dict[str, float]:
+def terms(work: StepWork, shape: BenchShape, factors: Factors) -> dict[str, float]:
     """What one worker of a step does, counted. `gmac` is 10^9 multiply-adds.
 
     `pass`: forward passes of decoding, each with its fixed cost. `generate_gmac`: all tokens through the layers, and
@@ -106,10 +106,10 @@ def terms(work: Work, shape: Shape, factors: Factors) -> dict[str, float]:
     }
 
 
-class Bench:
+class StepBench:
     """The model in a folder, and its decompositions by the layers that they adapt."""
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
+    def __init__(self, folder: Path, shape: BenchShape) -> None:
         self.folder, self.shape = folder, shape
 
     def write(self) -> None:
@@ -120,7 +120,7 @@ class Bench:
         """The decomposition of some layers."""
         return decompose(str(self.folder / "model"), self.folder / f"factors-{layers}", layers=layers)
 
-    def seconds(self, works: Sequence[Work], rounds: int) -> list[float]:
+    def seconds(self, works: Sequence[StepWork], rounds: int) -> list[float]:
         """The least time of each step in interleaved rounds, on this worker's rank: what else runs only adds to it."""
         torch.set_num_threads(1)
         times: list[list[float]] = [[] for _ in works]
@@ -143,7 +143,7 @@ class Bench:
             _task(1, 1), _halves, rl, Store(store), seed=0, digest="bench",
         )  # fmt: skip
 
-    def _resize(self, trainer: Trainer, work: Work) -> None:
+    def _resize(self, trainer: Trainer, work: StepWork) -> None:
         trainer.task = _task(work.prompt, work.answer)
         trainer.train = trainer.task.examples("train")
         trainer.sampling = SamplingParams(max_tokens=work.answer, temperature=1.0)
@@ -223,7 +223,7 @@ def sums(rounds: int = 200) -> tuple[Figures, Fit]:
     sizes = [*SUMS, *SUMS_HELD]
     fit = fitted(
         [
-            Point(name=f"{size} numbers", terms=sum_terms(2, size), seconds=seconds, held=size in SUMS_HELD)
+            FitPoint(name=f"{size} numbers", terms=sum_terms(2, size), seconds=seconds, held=size in SUMS_HELD)
             for size, seconds in zip(sizes, together(2, partial(summed, sizes, rounds)), strict=True)
         ]
     )
@@ -231,17 +231,19 @@ def sums(rounds: int = 200) -> tuple[Figures, Fit]:
 
 
 def steps(
-    rounds: int = 5, shape: Shape = SHAPE, grid: Sequence[Work] = GRID, shared: Sequence[Work] = TOGETHER
+    rounds: int = 5, shape: BenchShape = SHAPE, grid: Sequence[StepWork] = GRID, shared: Sequence[StepWork] = TOGETHER
 ) -> tuple[Figures, Fit]:
     """The price of a training step on one worker; those of two are predicted from it."""
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), shape)
+        bench = StepBench(Path(name), shape)
         bench.write()
         taken = [*zip(grid, bench.seconds(grid, rounds), strict=True)]
         if shared:
             taken += zip(shared, together(2, partial(bench.seconds, shared, rounds)), strict=True)
         points = [
-            Point(name=str(work), terms=terms(work, shape, bench.factors(work.layers)), seconds=seconds, held=work.held)
+            FitPoint(
+                name=str(work), terms=terms(work, shape, bench.factors(work.layers)), seconds=seconds, held=work.held
+            )
             for work, seconds in taken
         ]
     fit = fitted(points)

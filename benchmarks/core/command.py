@@ -6,7 +6,7 @@ import argparse
 
 from rich.table import Table
 
-from benchmarks.core.shape import Shape
+from benchmarks.core.shape import BenchShape
 from benchmarks.core.suite import BENCHES, as_json, run
 from benchmarks.harness import Figures, Measure
 from t2ray.cli.output import check_json_folder, console, write_json
@@ -27,7 +27,7 @@ def core(args: argparse.Namespace) -> None:
     if args.threads < 1:
         raise ConfigError(f"--threads is {args.threads}; it must be at least 1")
     check_json_folder(args.json)
-    shape = Shape()
+    shape = BenchShape()
     console.print(
         f"Llama of {shape.layers} layers x {shape.width}, random weights, {args.threads} thread(s); "
         f"medians of {args.repeats} rounds, lowest and highest in brackets"

@@ -27,7 +27,7 @@ SPECIAL = ("<pad>", "<end>", "<unk>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class BenchShape:
     """The sizes of the model and of the work. The defaults: a Llama of 44M parameters, 16 rows, 32 new tokens.
 
     A prompt has `prompt` tokens. `sequence` is a rollout's length in `update`, `answer` the new tokens of a shot in
@@ -68,7 +68,7 @@ class Subject:
     Its experts "e0", "e1", ... are random: z = 1 + 0.1 N(0, 1).
     """
 
-    shape: Shape
+    shape: BenchShape
     model: Model
     engine: OfflineEngine
     plain: Any
@@ -118,7 +118,7 @@ class Subject:
         return asyncio.run(together())
 
 
-def make(shape: Shape, folder: Path) -> Subject:
+def make(shape: BenchShape, folder: Path) -> Subject:
     """Writes the model and its factors into `folder` and loads them; seeded."""
     _write_model(shape, folder / "model")
     factors = decompose(str(folder / "model"), folder / "factors")
@@ -134,7 +134,7 @@ def make(shape: Shape, folder: Path) -> Subject:
     return Subject(shape=shape, model=model, engine=OfflineEngine(model), plain=plain, factors=factors)
 
 
-def _write_model(shape: Shape, folder: Path) -> None:
+def _write_model(shape: BenchShape, folder: Path) -> None:
     """A Hugging Face folder of random weights, with a tokenizer of one token a word and no chat template."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)

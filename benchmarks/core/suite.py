@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.core import generation, training
-from benchmarks.core.shape import Shape, Subject, make
+from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.endpoint import many, serving
 from benchmarks.endpoint.alone import Size, Unfolded, started
 from benchmarks.harness import Figures
@@ -32,7 +32,7 @@ BENCHES: dict[str, Callable[[Subject, int], Figures]] = {
 def run(
     names: Sequence[str],
     *,
-    shape: Shape,
+    shape: BenchShape,
     repeats: int,
     threads: int,
     progress: Callable[[str, Figures], None] = lambda name, figures: None,

@@ -25,7 +25,7 @@ from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
 from t2ray.core import Mixture
 from t2ray.engine.online import OnlineEngine
-from t2ray.experts.follow import Bank
+from t2ray.experts.follow import Follower
 from t2ray.experts.registry import MANIFEST, TENSORS, ExpertManifest, Registry
 
 SHORT = 8
@@ -45,10 +45,10 @@ class Engines:
         """Gives both so many random experts, z = 1 + 0.1 N(0, 1); one mixture of each alone."""
         draw = torch.Generator().manual_seed(0)
         K = self.folding.model.adapter.size
-        bank = {f"e{i:04}": 1 + 0.1 * torch.randn(K, generator=draw) for i in range(self.size.experts)}
+        experts = {f"e{i:04}": 1 + 0.1 * torch.randn(K, generator=draw) for i in range(self.size.experts)}
         for engine in (self.folding, self.unfolded):
-            engine.set_experts(bank)
-        return [Mixture.parse(name) for name in bank]
+            engine.set_experts(experts)
+        return [Mixture.parse(name) for name in experts]
 
     def work(
         self, engine: OnlineEngine, mixtures: list[Mixture], rows: int, each: int, tokens: int | None = None
@@ -153,15 +153,15 @@ def expert_file(factors: Path) -> bytes:
 def _held(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[int]:
     """In a process of its own: its bytes before there are experts, and after each step, as a replica takes them in."""
     model = load_model("tiny", factors, device="cpu")
-    bank = Bank(Registry(registry), model.base_digest, model.adapter.layout, model.adapter.join)
+    follower = Follower(Registry(registry), model.base_digest, model.adapter.layout, model.adapter.join)
     engine = OnlineEngine(model)
     names, held = sorted(path.name for path in shelf.iterdir()), []
     for count in [0, *steps]:
-        for name in names[len(bank.held.tensors) : count]:
+        for name in names[len(follower.snapshot.tensors) : count]:
             (shelf / name).rename(registry / name)
-        bank.sync()
-        engine.set_experts(dict(bank.held.tensors))
-        assert len(bank.held.tensors) == count, bank.held.problems
+        follower.sync()
+        engine.set_experts(dict(follower.snapshot.tensors))
+        assert len(follower.snapshot.tensors) == count, follower.snapshot.problems
         gc.collect()
         held.append(pss())
     return held

@@ -24,7 +24,7 @@ from benchmarks.harness import Figures, Times, Work, interleaved, measure, ratio
 from t2ray.core import Mixture, ResourceError
 from t2ray.engine.online import OnlineEngine
 from t2ray.evals.load import Client, Outcome, chat, closed_loop, open_loop, percentile
-from t2ray.experts.follow import Bank
+from t2ray.experts.follow import Follower
 from t2ray.experts.registry import Registry
 
 ONE = "math"
@@ -81,9 +81,9 @@ class Pair:
 def paired(folder: Path, factors: Path, runner: asyncio.Runner, size: Size) -> Iterator[Pair]:
     """Starts both; the engine with the shipped experts, which the endpoint has too."""
     with private(folder, factors, {"num_replicas": 1}) as endpoint, started(factors) as engine:
-        bank = Bank(Registry(SHIPPED), engine.base_digest, engine.layout, engine.model.adapter.join)
-        bank.sync()
-        engine.set_experts(bank.held.tensors)
+        follower = Follower(Registry(SHIPPED), engine.base_digest, engine.layout, engine.model.adapter.join)
+        follower.sync()
+        engine.set_experts(follower.snapshot.tensors)
         client = runner.run(Client(endpoint.url).__aenter__())
         try:
             yield Pair(endpoint=endpoint, client=client, engine=engine, runner=runner, size=size)

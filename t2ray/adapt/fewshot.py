@@ -7,7 +7,7 @@ here: the search itself, and saving the mixture (the registry does). Called by `
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from t2ray.adapt.cem import Array, CEMConfig, Fitness, Round, cem
-from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score
-
-Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score, Verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ import yaml
 from t2ray.adapt.cem import CEMConfig, Round
 from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import Strategy, classify, fixed
-from t2ray.adapters.factors import Progress, decompose
+from t2ray.adapters.factors import ShowProgress, decompose
 from t2ray.cli.display import TrainingDisplay
 from t2ray.cli.output import bar, console
 from t2ray.cluster.train.launch import train
@@ -33,6 +33,7 @@ from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import Mixture, SamplingParams
 from t2ray.evals.evaluate import Cell, build_report, dispatch_counts, evaluate
 from t2ray.evals.report import text_tables, write_report
+from t2ray.experts.heatmap import HeatMap, mean_shift
 from t2ray.runs.folder import prepare
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
@@ -65,7 +66,7 @@ def demo(args: argparse.Namespace) -> None:
     with _stage("train", timing), TrainingDisplay() as display:
         train(config, resume=True, tick=display.show)
     torch.set_num_threads(1)  # passes of this size gain little from a second, and lose much where a core is busy
-    bench = Bench(config, args.limit)
+    bench = Demo(config, args.limit)
     with _stage("adapt", timing):
         mixtures = asyncio.run(bench.adapt(args.seed))
     with _stage("evaluate", timing):
@@ -79,7 +80,7 @@ def demo(args: argparse.Namespace) -> None:
     )  # fmt: skip
     folder = Path(config.out, config.run)
     curves = {domain: [step.row() for step in read_metrics(domain_store(config, domain))] for domain in config.domains}
-    write_report(folder, report, curves, {name: bench.heat(name) for name in (*TRAINED, CLASSIFIER)})
+    write_report(folder, report, curves, bench.shifts())
     console.print(text_tables(report), markup=False)
     console.print(f"\nreport: {folder}/report.html (also .md, .json)")
 
@@ -93,7 +94,7 @@ def _stage(name: str, timing: dict[str, float]) -> Iterator[None]:
     console.print(f"   {name}: {timing[name]:.1f} s")
 
 
-class Bench:
+class Demo:
     """The trained model with its experts, and the six tasks."""
 
     def __init__(self, config: TrainConfig, limit: int) -> None:
@@ -109,7 +110,7 @@ class Bench:
         for name, task in self.tasks.items():
             with _verifier(task) as verify, bar(f"few-shot {name}") as progress:
 
-                def show(r: Round, progress: Progress = progress) -> None:
+                def show(r: Round, progress: ShowProgress = progress) -> None:
                     progress(r.iteration, ROUNDS, f"accuracy {r.best.accuracy:.2f}")
 
                 result = await fewshot(
@@ -178,17 +179,10 @@ class Bench:
             shares.append(pass1 / pass2)
         return median(shares)
 
-    def heat(self, name: str) -> dict[str, Any]:
-        """An expert's mean z - 1 by kind of matrix and layer."""
-        layout, z_K = self.engine.layout, self.engine.vector(Mixture.of({name: 1.0}))
-        parts = zip(layout, z_K.split([t.rank for t in layout]), strict=True)
-        mean = {(t.name.rpartition(".")[2], t.layer): float((z - 1).mean()) for t, z in parts}
-        kinds, layers = list(dict.fromkeys(k for k, _ in mean)), sorted({layer for _, layer in mean})
-        return {
-            "rows": kinds,
-            "layers": layers,
-            "values": [[mean.get((k, layer), 0.0) for layer in layers] for k in kinds],
-        }
+    def shifts(self) -> dict[str, HeatMap]:
+        """Each expert's mean z - 1, per decoder layer and kind of matrix."""
+        engine, names = self.engine, (*TRAINED, CLASSIFIER)
+        return {name: mean_shift(engine.layout, engine.vector(Mixture.of({name: 1.0}))) for name in names}
 
 
 SHOTS, ROUNDS = 40, 6

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from t2ray.cli.output import console
 from t2ray.core import ConfigError
-from t2ray.runs.memory import GIB, RESERVE, Load, least_gpus, serving, shape_of, training
+from t2ray.runs.memory import GIB, RESERVE, GpuMemory, least_gpus, serving, shape_of, training
 from t2ray.store import Store
 
 _COLUMNS = 8  # GPUs shown one by one
@@ -30,7 +30,7 @@ def plan(args: argparse.Namespace) -> None:
         raise ConfigError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}; make it first")
     shape = shape_of(args.model, args.targets, args.layers)
     memory = int(args.gpu_memory * GIB)
-    kinds: dict[str, Callable[[int], list[Load]]] = {
+    kinds: dict[str, Callable[[int], list[GpuMemory]]] = {
         "training": lambda gpus: training(
             shape, gpus, micro_batch=args.micro_batch, tokens=args.tokens, rows=args.rows
         ),
@@ -61,13 +61,13 @@ def plan(args: argparse.Namespace) -> None:
         Store(path.parent).write_text(path.name, json.dumps(report, indent=1) + "\n")
 
 
-def _table(kind: str, loads: list[Load]) -> Table:
+def _table(kind: str, loads: list[GpuMemory]) -> Table:
     """A row a use, a column a GPU; of many GPUs the fullest and the sum."""
     shown = {f"GPU {i}": load for i, load in enumerate(loads)}
     if len(loads) > _COLUMNS:
         shown = {"fullest": max(loads, key=lambda load: load.total)}
     table = Table(f"{kind}, GiB", *shown, "all", box=None)
-    for name in [*(field.name for field in fields(Load)), "total"]:
+    for name in [*(field.name for field in fields(GpuMemory)), "total"]:
         values = [getattr(load, name) / GIB for load in shown.values()]
         whole = sum(getattr(load, name) for load in loads) / GIB
         table.add_row(name, *(f"{value:.2f}" for value in values), f"{whole:.2f}")

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from t2ray.adapt.fewshot import Verify
 from t2ray.adapt.strategies import Strategy
-from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams
+from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams, Verify
 from t2ray.evals.intervals import wilson
 
 METHODS = ("base", "expert", "oracle", "prompt", "cls", "fewshot")

@@ -17,6 +17,8 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from t2ray.experts.heatmap import HeatMap
+
 INK, LINE = "#010203", "#040506"  # stand for the page's colours until the SVG is written
 SERIES = ("#3b82c4", "#d97706", "#2f9e6e", "#b05cc6", "#d14d6b", "#7a8b2a")
 WIDTH = 3.95  # inches of 96 px
@@ -90,14 +92,13 @@ def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str
     return _svg("alphas", 0.9 + 0.22 * len(mixtures) * max(2, len(experts)), draw)
 
 
-def heat(
-    expert: str, rows: Sequence[str], layers: Sequence[int], values: Sequence[Sequence[float]], limit: float
-) -> str:
-    """z - 1 by matrix (down) and layer (across); `limit` is the colour scale's end, one for all experts.
+def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
+    """A heat map with kinds of matrices down and layers across; `limit` ends the colour scale of all experts' maps.
 
-    Values of both signs get a scale that diverges from 0, magnitudes one that starts there.
+    If any value is negative, the colours diverge from 0; else they start there.
     """
-    grid = np.array(values, dtype=float)
+    kinds, layers = heat.kinds, heat.layers
+    grid = np.array(heat.values, dtype=float).T
     signed = bool((grid < 0).any())
     norm = Normalize(-limit if signed else 0.0, limit)
 
@@ -105,7 +106,7 @@ def heat(
         axes = figure.subplots()
         mesh = axes.pcolormesh(grid, cmap="RdBu_r" if signed else "viridis", norm=norm, edgecolors="none")
         axes.invert_yaxis()
-        axes.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
+        axes.set_yticks(np.arange(len(kinds)) + 0.5, list(kinds))
         every = -(-len(layers) // 8)
         axes.set_xticks(np.arange(0, len(layers), every) + 0.5, [str(x) for x in layers[::every]])
         axes.tick_params(length=0)
@@ -120,4 +121,4 @@ def heat(
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05)
         bar.outline.set_visible(False)
 
-    return _svg(f"heat-{expert}", 0.85 + 0.27 * len(rows), draw)
+    return _svg(f"heat-{expert}", 0.85 + 0.27 * len(kinds), draw)

@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from t2ray.evals import plots
+from t2ray.experts.heatmap import HeatMap
 
 METHODS = {
     "base": "base", "expert": "own expert", "oracle": "best expert", "prompt": "prompt", "cls": "cls",
@@ -27,7 +28,7 @@ NOTES = {
     "confusion": "A row a task, a column what pass 1 took its prompts for (number of prompts).",
     "mixtures": "The weight of each expert that the few-shot search found for a task; the base holds the rest.",
     "curves": "Accuracy of the sampled rollouts, greedy validation, and KL to the base model.",
-    "heat": "How far each expert moved the singular values: z - 1, by matrix and layer.",
+    "shifts": "How far each expert moved the singular values: z - 1, by matrix and layer.",
 }
 
 
@@ -35,17 +36,17 @@ def write_report(
     folder: Path,
     report: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    heat: Mapping[str, Mapping[str, Any]],
+    shifts: Mapping[str, HeatMap],
 ) -> None:
     """Writes report.json, report.md and report.html into `folder`, which is made where it is missing.
 
     Args:
         report: as from `evaluate.build_report`.
         curves: domain -> the rows of its metrics.jsonl (`step`, `accuracy`, `kl`; `validation` where it was measured).
-        heat: expert -> `{"rows": matrix names, "layers": numbers, "values": a row of mean z - 1 for each matrix}`.
+        shifts: expert -> the mean of z - 1 per layer and kind of matrix, as from `experts.heatmap.mean_shift`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page = html_page(report, curves, heat)
+    page = html_page(report, curves, shifts)
     (folder / "report.html").write_text(page, encoding="utf-8")
     text = f"# t2ray report\n\n{_summary(report)}\n\n{text_tables(report)}\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -88,7 +89,7 @@ def text_tables(report: Mapping[str, Any]) -> str:
 def html_page(
     report: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    heat: Mapping[str, Mapping[str, Any]],
+    shifts: Mapping[str, HeatMap],
 ) -> str:
     """The report as one HTML page without any reference to another file or host."""
     sections = [_accuracy(report), _targets(report), _confusion(report)]
@@ -97,9 +98,9 @@ def html_page(
         sections.append(_figures("Few-shot mixtures", NOTES["mixtures"], figures))
     drawn = {f"learning curve of {domain}": plots.curves(domain, rows) for domain, rows in curves.items() if rows}
     sections.append(_figures("Learning curves", NOTES["curves"], drawn))
-    limit = max((abs(v) for h in heat.values() for row in h["values"] for v in row), default=0.0) or 1.0
-    drawn = {f"z - 1 of {expert}": plots.heat(expert, **h, limit=limit) for expert, h in heat.items()}
-    sections.append(_figures("What the experts changed", NOTES["heat"], drawn))
+    limit = max((abs(v) for heat in shifts.values() for row in heat.values for v in row), default=0.0) or 1.0
+    drawn = {f"z - 1 of {expert}": plots.heat_map(expert, heat, limit) for expert, heat in shifts.items()}
+    sections.append(_figures("What the experts changed", NOTES["shifts"], drawn))
     template = Template(resources.files("t2ray.evals").joinpath("report.html").read_text(encoding="utf-8"))
     return template.substitute(summary=escape(_summary(report)), sections="\n".join(sections))
 

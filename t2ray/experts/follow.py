@@ -21,7 +21,7 @@ Stamp = tuple[object, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
+class Snapshot:
     """What a registry held at one look: z, (K,), float32 by name; what each expert is; why some cannot be used."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class Holdings:
     mixtures: dict[str, Mixture] = field(default_factory=dict)
 
 
-class Bank:
+class Follower:
     """The latest version of each expert, and the saved mixtures: `held`, which a look replaces and never changes."""
 
     def __init__(
@@ -42,9 +42,9 @@ class Bank:
     ) -> None:
         """`join` makes one vector of an expert's named parts (`Adapter.join`)."""
         self.registry, self.base_digest, self.layout, self.join = registry, base_digest, layout, join
-        self.held = Holdings()
+        self.snapshot = Snapshot()
         self._stamps: dict[str, Stamp] = {}
-        self._looking = threading.Lock()
+        self._syncing = threading.Lock()
 
     def sync(self) -> bool:
         """Looks into the registry; whether anything was new, changed or gone.
@@ -52,18 +52,18 @@ class Bank:
         Raises:
             ResourceError: the registry cannot be reached; nothing has changed.
         """
-        with self._looking:
-            stamps = self._look()
+        with self._syncing:
+            stamps = self._stamps_now()
             if stamps == self._stamps:
                 return False
             changed = {name for name in {*stamps, *self._stamps} if stamps.get(name) != self._stamps.get(name)}
-            held = _without(self.held, changed)
+            snapshot = _without(self.snapshot, changed)
             for name in changed & stamps.keys():
-                self._read(name, stamps[name], held)
-            self.held, self._stamps = held, stamps
+                self._read(name, stamps[name], snapshot)
+            self.snapshot, self._stamps = snapshot, stamps
             return True
 
-    def _look(self) -> dict[str, Stamp]:
+    def _stamps_now(self) -> dict[str, Stamp]:
         """What identifies the latest version of each expert, and each mixture by its path."""
         files = self.registry.store.tree()
         versions: dict[str, list[int]] = defaultdict(list)
@@ -81,30 +81,30 @@ class Bank:
             stamps[name] = (latest, files[f"{folder}/{MANIFEST}"], files.get(f"{folder}/{TENSORS}"))
         return stamps
 
-    def _read(self, name: str, stamp: Stamp, held: Holdings) -> None:
+    def _read(self, name: str, stamp: Stamp, snapshot: Snapshot) -> None:
         mixture = _mixture(name)
         try:
             if mixture is not None:
-                held.mixtures[mixture] = self.registry.load_mixture(mixture)
+                snapshot.mixtures[mixture] = self.registry.load_mixture(mixture)
                 return
             version = stamp[0]
             assert isinstance(version, int)
             expert = self.registry.load(name, version, base_digest=self.base_digest, layout=self.layout)
-            held.tensors[name], held.manifests[name] = self.join(expert.z), expert.manifest
+            snapshot.tensors[name], snapshot.manifests[name] = self.join(expert.z), expert.manifest
         except (ExpertError, ConfigError) as error:
-            held.problems[mixture or name] = str(error)
+            snapshot.problems[mixture or name] = str(error)
         except UnknownExpert:  # deleted since the listing; the next look tells
             pass
 
 
-def _without(held: Holdings, changed: set[str]) -> Holdings:
+def _without(snapshot: Snapshot, changed: set[str]) -> Snapshot:
     gone = {_mixture(name) or name for name in changed}
     mixtures = {_mixture(name) for name in changed}
-    return Holdings(
-        tensors={name: z_K for name, z_K in held.tensors.items() if name not in changed},
-        manifests={name: manifest for name, manifest in held.manifests.items() if name not in changed},
-        problems={name: text for name, text in held.problems.items() if name not in gone},
-        mixtures={name: mixture for name, mixture in held.mixtures.items() if name not in mixtures},
+    return Snapshot(
+        tensors={name: z_K for name, z_K in snapshot.tensors.items() if name not in changed},
+        manifests={name: manifest for name, manifest in snapshot.manifests.items() if name not in changed},
+        problems={name: text for name, text in snapshot.problems.items() if name not in gone},
+        mixtures={name: mixture for name, mixture in snapshot.mixtures.items() if name not in mixtures},
     )
 
 

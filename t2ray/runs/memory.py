@@ -24,7 +24,7 @@ _LOGITS = 6  # float32 copies of a chunk of the vocabulary: both models', their 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
+class GpuMemory:
     """The bytes on one GPU.
 
     `folded`: the weight of the mixture that rollouts run with. `activations`: what a micro-batch keeps for a gradient.
@@ -48,7 +48,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
+class ModelShape:
     """A model as a plan sees it; `weight_bytes` by layer, with None for the embeddings and -1 for norm and head."""
 
     parameters: int
@@ -67,7 +67,7 @@ class Shape:
         return sum(target.rank for target in self.targets)
 
 
-def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None = None) -> Shape:
+def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None = None) -> ModelShape:
     """Reads a model's config.json; no weight is needed.
 
     Raises:
@@ -89,7 +89,7 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
     heads = int(text.num_attention_heads)
     width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    return Shape(
+    return ModelShape(
         parameters=sum(weight_bytes.values()) // size,
         layers=int(text.num_hidden_layers),
         weight_bytes=weight_bytes,
@@ -103,7 +103,7 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
     )
 
 
-def training(shape: Shape, gpus: int, *, micro_batch: int, tokens: int, rows: int) -> list[Load]:
+def training(shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, rows: int) -> list[GpuMemory]:
     """The load of each GPU of a training worker that holds the layers in order.
 
     Args:
@@ -112,7 +112,7 @@ def training(shape: Shape, gpus: int, *, micro_batch: int, tokens: int, rows: in
     """
     first = min(target.layer for target in shape.targets)
 
-    def one(layer: int) -> Load:
+    def one(layer: int) -> GpuMemory:
         mine = [target for target in shape.targets if target.layer == layer]
         # The gradient goes from the head down to the lowest target: below it nothing is kept for it.
         kept = _saved(shape, mine) * micro_batch * tokens if layer >= first else 0
@@ -122,10 +122,10 @@ def training(shape: Shape, gpus: int, *, micro_batch: int, tokens: int, rows: in
     return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=logits, z=shape.K * 4 * 5)
 
 
-def serving(shape: Shape, gpus: int, *, kv_tokens: int, rows: int, experts: int) -> list[Load]:
+def serving(shape: ModelShape, gpus: int, *, kv_tokens: int, rows: int, experts: int) -> list[GpuMemory]:
     """The load of each GPU of a serving replica with room for `kv_tokens` and so many rows in a batch."""
 
-    def one(layer: int) -> Load:
+    def one(layer: int) -> GpuMemory:
         mine = [target for target in shape.targets if target.layer == layer]
         return _layer(shape, layer, mine, kv=shape.kv_token_layer * kv_tokens, activations=0, folded=False)
 
@@ -152,9 +152,11 @@ def least_gpus(loads: Any, memory: int, what: str) -> int:
     return gpus
 
 
-def _layer(shape: Shape, layer: int, mine: Sequence[Target], *, kv: int, activations: int, folded: bool) -> Load:
+def _layer(
+    shape: ModelShape, layer: int, mine: Sequence[Target], *, kv: int, activations: int, folded: bool
+) -> GpuMemory:
     dense = sum(target.m * target.n for target in mine) * shape.size
-    return Load(
+    return GpuMemory(
         weights=shape.weight_bytes.get(layer, 0),
         factors=sum((target.m + target.n) * target.rank for target in mine) * shape.size,
         folded=dense if folded else 0,
@@ -163,7 +165,7 @@ def _layer(shape: Shape, layer: int, mine: Sequence[Target], *, kv: int, activat
     )
 
 
-def _saved(shape: Shape, mine: Sequence[Target]) -> int:
+def _saved(shape: ModelShape, mine: Sequence[Target]) -> int:
     """Bytes that one layer keeps for one token's gradient.
 
     `x V` of each target; queries, keys (repeated for their groups), values and the attention's output; the gate, its
@@ -173,13 +175,13 @@ def _saved(shape: Shape, mine: Sequence[Target]) -> int:
     return inner * shape.size + 2 * shape.hidden * 4
 
 
-def _spread(shape: Shape, gpus: int, layers: Sequence[Load], *, last: int, z: int) -> list[Load]:
+def _spread(shape: ModelShape, gpus: int, layers: Sequence[GpuMemory], *, last: int, z: int) -> list[GpuMemory]:
     """Layers in order over the GPUs, about evenly; the embeddings on the first, norm, head and logits on the last."""
     if not 1 <= gpus <= len(layers):
         raise ConfigError(f"gpus is {gpus}; a model of {len(layers)} layers spreads over 1 to {len(layers)}")
     ends = (shape.weight_bytes.get(None, 0), shape.weight_bytes.get(-1, 0))
     whole = sum(load.total for load in layers) + sum(ends) + last
-    groups: list[list[Load]] = [[]]
+    groups: list[list[GpuMemory]] = [[]]
     filled, done = ends[0], 0.0
     for i, load in enumerate(layers):
         share = (whole - done) / (gpus - len(groups) + 1)
@@ -190,9 +192,9 @@ def _spread(shape: Shape, gpus: int, layers: Sequence[Load], *, last: int, z: in
             filled = 0
         groups[-1].append(load)
         filled += load.total
-    parts = [[sum(getattr(load, field.name) for load in group) for field in fields(Load)] for group in groups]
-    sums = [dict(zip((field.name for field in fields(Load)), part, strict=True)) for part in parts]
+    parts = [[sum(getattr(load, field.name) for load in group) for field in fields(GpuMemory)] for group in groups]
+    sums = [dict(zip((field.name for field in fields(GpuMemory)), part, strict=True)) for part in parts]
     sums[0]["weights"] += ends[0]
     sums[-1]["weights"] += ends[1]
     sums[-1]["working"] += last
-    return [Load(**{**part, "z": part["z"] + z}) for part in sums]
+    return [GpuMemory(**{**part, "z": part["z"] + z}) for part in sums]

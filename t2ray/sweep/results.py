@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
@@ -22,6 +22,8 @@ from t2ray.sweep.space import Point, SweepConfig, job_at, laid_over, trial_id, v
 
 CONFIG, TRIALS, BEST = "sweep.json", "trials.json", "best.yaml"
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
+ReportScore = Callable[[int, float], None]
+"""What a running trial calls with its step and its score so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,5 @@
-"""The tasks that t2ray knows by name, and the two ways to make one: `own` data, and `dispatch` from other tasks.
-
-The command line, the jobs and the evaluation come through here; a reward function is named, never imported, by them.
+"""The tasks that t2ray knows by name (`builtin`), and the two ways to make one: from `own` data, or by `dispatch` from
+other tasks.
 """
 
 from __future__ import annotations
@@ -24,10 +23,15 @@ BUILTIN = (*tiny.TASKS, *_REAL)
 
 
 def builtin(name: str, data: str | None = None) -> Task:
-    """A task by its name; for one with real rows, `data` is a local file of them instead of the hub.
+    """Returns a built-in task.
+
+    Args:
+        data: a local file with the rows of a real data set, instead of the hub.
 
     Raises:
-        ConfigError: no task of that name, or `data` for a task of the tiny model, whose rows are made.
+        ConfigError: there is no task of that name, or `data` is given for a task of the tiny model, which generates
+            its rows.
+        DataError: the file cannot be read, or one of its rows does not have what the task needs.
     """
     if name in _REAL:
         return _REAL[name](data)

@@ -35,7 +35,7 @@ LEARNING_RATE = 1e-2  # of the layers' matrices, under Muon
 EMBEDDING_RATE = 5e-3  # of the embedding and the norms, under AdamW
 WARMUP = 100
 
-Example = tuple[list[int], list[int]]  # prompt ids, answer ids with the end token
+TokenPair = tuple[list[int], list[int]]  # prompt ids, answer ids with the end token
 
 # --------------------------------------------------------------------------------------------- the tokenizer, the model
 
@@ -92,7 +92,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 # --------------------------------------------------------------------------------------------------------- the training
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[tuple[Message, ...], str]]) -> list[Example]:
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[tuple[Message, ...], str]]) -> list[TokenPair]:
     """Token ids of each conversation, up to where the answer starts, and of its answer."""
     heads = [f"{BOS}{''.join(f'<|{m.role}|>{m.content}{END}' for m in chat)}<|assistant|>" for chat, _ in pairs]
     prompts = tokenizer(heads, add_special_tokens=False)["input_ids"]
@@ -100,7 +100,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[tuple[Message, 
     return list(zip(prompts, replies, strict=True))
 
 
-def chunks(examples: list[Example], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
+def chunks(examples: list[TokenPair], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(tokens_BT, labels_BT) of at most `size` rows of like length, padded on the right; -100: nothing to learn."""
     examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
     for start in range(0, len(examples), size):
@@ -193,7 +193,7 @@ def measure(
     return quality
 
 
-def likelihood(model: LlamaForCausalLM, examples: list[Example]) -> tuple[Tensor, Tensor]:
+def likelihood(model: LlamaForCausalLM, examples: list[TokenPair]) -> tuple[Tensor, Tensor]:
     """(probability_B of each answer, whether each of its tokens is the most likely one)."""
     pad = model.config.pad_token_id
     longest = max(len(p) + len(a) for p, a in examples)

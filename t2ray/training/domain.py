@@ -18,7 +18,7 @@ from t2ray.store import Store
 from t2ray.tasks.build import build_task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.trackers import Trackers
-from t2ray.training.trainer import Report, Trained, Trainer
+from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 
 RESULT, EXPERT = "result.json", "expert.safetensors"
 
@@ -43,7 +43,7 @@ def finished(store: Store) -> Result | None:
     return Result(**json.loads(store.read_text(RESULT))) if store.exists(RESULT) else None
 
 
-def train_domain(config: TrainConfig, domain: str, report: Report) -> None:
+def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> None:
     """Trains one domain's expert from where its run stands.
 
     Raises:

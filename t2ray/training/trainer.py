@@ -18,18 +18,18 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.config.train import RLConfig
-from t2ray.core import Generate, Mixture, Rollout, SamplingParams
+from t2ray.core import Generate, Mixture, Rollout, SamplingParams, Verify
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.loss import LossTerms, advantages, backward
 from t2ray.training.metrics import StepMetrics
 from t2ray.training.records import Records
-from t2ray.training.rollout import Verify, prompts_of_step, roll_out, rollout_seed
+from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 from t2ray.training.shares import Shares
 from t2ray.training.trackers import Trackers
 
-Report = Callable[[StepMetrics], None]
+ReportMetrics = Callable[[StepMetrics], None]
 Publish = Callable[[str, Tensor], None]
 """Makes a vector, (K,), the expert of that name for the `Generate` that the trainer samples with."""
 
@@ -90,7 +90,7 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------------------- the algorithm
 
-    async def run(self, report: Report, trackers: Trackers | None = None) -> Trained:
+    async def run(self, report: ReportMetrics, trackers: Trackers | None = None) -> Trained:
         """Trains to the end, or until `rl.patience` validations brought nothing better; `report` gets each step.
 
         Raises:
@@ -112,7 +112,7 @@ class Trainer:
             steps=p.step,
         )
 
-    async def _steps(self, records: Records | None, report: Report) -> None:
+    async def _steps(self, records: Records | None, report: ReportMetrics) -> None:
         if self.progress.step == 0:
             await self._validate()
         while not self.progress.done:

@@ -11,12 +11,12 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
-from t2ray.adapters.factors import Factors, Float, Job, Progress, Stored, Target, prepare
+from t2ray.adapters.factors import Decomposition, Factors, Float, ShowProgress, Stored, Target, prepare
 from t2ray.cluster.session import check_shared, session
 from t2ray.core import T2RayError
 
 
-def _run(job: Job, target: Target) -> str:
+def _run(job: Decomposition, target: Target) -> str:
     job.run(target)
     return target.name
 
@@ -30,7 +30,7 @@ def decompose_on_ray(
     layers: str | None = None,
     svd_dtype: Float = "float32",
     dtype: Stored | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Factors:
     """As `svd.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
 
@@ -47,7 +47,9 @@ def decompose_on_ray(
     return job.finish()
 
 
-def _share_out(job: Job, missing: Sequence[Target], workers: int, progress: Progress | None, total: int) -> None:
+def _share_out(
+    job: Decomposition, missing: Sequence[Target], workers: int, progress: ShowProgress | None, total: int
+) -> None:
     run, shared, waiting = ray.remote(num_cpus=1)(_run), ray.put(job), list(reversed(missing))
     under_way: list[ray.ObjectRef] = []
     done = total - len(missing)

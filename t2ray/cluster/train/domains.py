@@ -25,7 +25,7 @@ from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.training.domain import domain_store, train_domain
 from t2ray.training.metrics import StepMetrics
-from t2ray.training.trainer import Report
+from t2ray.training.trainer import ReportMetrics
 
 Tick = Callable[[TrainConfig], None]
 _STARTS = 4
@@ -150,7 +150,7 @@ def _causes(failure: RayError) -> Mapping[int, BaseException]:
     return {0: cause if isinstance(cause, T2RayError) else failure}
 
 
-def work(job: dict[str, Any], rank: int = 0, report: Report = lambda row: None) -> None:
+def work(job: dict[str, Any], rank: int = 0, report: ReportMetrics = lambda row: None) -> None:
     """Trains the job's domain, in each of its workers; `report` gets the rows that have a validation.
 
     Raises:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -17,7 +16,7 @@ from t2ray.adapt.strategies import fixed
 from t2ray.config.train import TrainConfig
 from t2ray.core import Example, SamplingParams
 from t2ray.evals.evaluate import evaluate
-from t2ray.sweep.results import Trial
+from t2ray.sweep.results import ReportScore, Trial
 from t2ray.sweep.space import CEMJob, SweepConfig, job_at
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
@@ -27,12 +26,11 @@ from t2ray.training.domain import domain_store
 from t2ray.training.metrics import read_metrics
 from t2ray.workbench import Workbench, locate, open_workbench
 
-Report = Callable[[int, float], None]
 TRIALS = "trials"
 _VERIFIERS = 1
 
 
-def train_trial(sweep: SweepConfig, trial: Trial, report: Report) -> float:
+def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """Trains the job at the trial's point into a run folder of its own; the mean accuracy of its domains' best z.
 
     Each validation of all domains is reported, as the best so far, which is what the run would end with.
@@ -67,7 +65,7 @@ def training_job(sweep: SweepConfig, trial: Trial) -> TrainConfig:
     return job.model_copy(update={**folder, "cpus": job.cpus or 1.0})
 
 
-def search_trial(sweep: SweepConfig, trial: Trial, report: Report) -> float:
+def search_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """Searches a mixture for each task from its shots; the mean accuracy on prompts that the search has not seen."""
     job = job_at(sweep, trial.point)
     assert isinstance(job, CEMJob), job
