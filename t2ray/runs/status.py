@@ -1,7 +1,7 @@
-"""How a run stands, read from its folder alone: while it runs, on whatever storage, from whichever machine.
+"""The status of a run, read from its folder alone: also while it runs, on any storage, from any machine. No ray.
 
-Workers leave signs of life there (`heart`), and what goes wrong is noted (`note_fault`); the rest is what training
-writes anyway. Called by `cluster.train`, which writes, and `t2ray status`, which reads. No ray.
+Workers write heartbeats into the folder (`start_heartbeat`), and faults are noted there (`note_fault`); the rest is
+what training writes anyway.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from t2ray.training.trackers import Track, tracks
 
 WORKERS, FAULT = "workers", "fault.json"
 BEAT_S = 2.0
-STALE_S = 30.0  # a worker that has said nothing for so long is not running
+STALE_S = 30.0  # a worker whose last heartbeat is older does not run any more
 _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
-    """A worker's sign of life: `Beat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
+class Heartbeat:
+    """A worker's sign of life: `Heartbeat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
 
-    `rss_gib` is the process's memory, `used_gib` of `total_gib` the whole machine's; the worker's heart `began` then.
+    `rss_gib` is the memory of the process; the whole machine uses `used_gib` of `total_gib`. `began` is the time of the
+    worker's first heartbeat. Times are in seconds since 1970.
     """
 
     rank: int
@@ -58,7 +59,7 @@ class Beat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What went wrong last: `Fault(at=1.7e9, message="...", ended=False)`; `ended`: the run did not go on by itself."""
+    """The last fault of a domain: `Fault(at=1.7e9, message="...", ended=False)`; after `ended`, it did not go on."""
 
     at: float
     message: str
@@ -67,7 +68,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainStatus:
-    """One domain of a run. Figures are the newest step's; `left_s` is at the pace of the last ten steps."""
+    """One domain of a run. Figures are those of the newest step; `left_s` is estimated from the last ten steps."""
 
     domain: str
     state: Literal["waiting", "running", "done", "failed", "stopped"]
@@ -81,7 +82,7 @@ class DomainStatus:
     left_s: float | None
     checkpoint: int | None
     result: Result | None
-    workers: tuple[Beat, ...]
+    workers: tuple[Heartbeat, ...]
     trackers: dict[str, Track]
     fault: Fault | None
 
@@ -89,28 +90,29 @@ class DomainStatus:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def heart(store: Store, rank: int) -> Callable[[int], None]:
-    """A worker's heart: call it with each step; it leaves a sign of life in the run folder every two seconds.
+def start_heartbeat(store: Store, rank: int) -> Callable[[int], None]:
+    """Starts to write a heartbeat into the run folder every two seconds. Call what it returns with each step's number.
 
-    A thread of its own does that, since a large model's first step takes minutes, and since a machine is fullest in the
-    middle of a step. It ends when the thread that made the heart ends, or lets go of it.
+    A thread of its own writes, because a large model's first step takes minutes, and because a machine's memory is
+    fullest in the middle of a step. The thread ends with the thread that called this, or when the returned object is
+    deleted.
     """
-    return _Heart(store, rank)
+    return _HeartbeatWriter(store, rank)
 
 
-class _Heart:
+class _HeartbeatWriter:
     def __init__(self, store: Store, rank: int) -> None:
         self.store, self.rank, self.step, self.began = store, rank, 0, time.time()
         self.beat()
-        threading.Thread(target=_beat_on, args=(weakref.ref(self), threading.current_thread())).start()
+        threading.Thread(target=_write_while_alive, args=(weakref.ref(self), threading.current_thread())).start()
 
     def __call__(self, step: int) -> None:
         self.step = step
 
     def beat(self) -> None:
-        """Leaves a sign of life."""
+        """Writes a heartbeat."""
         machine = psutil.virtual_memory()
-        here = Beat(
+        here = Heartbeat(
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -124,36 +126,36 @@ class _Heart:
         self.store.write_text(f"{WORKERS}/{self.rank}.json", json.dumps(asdict(here)))
 
 
-def _beat_on(heart: weakref.ref[_Heart], owner: threading.Thread) -> None:
-    while owner.is_alive() and (mine := heart()) is not None:
-        with suppress(ResourceError):  # a disk that is full ends the run where it writes its records, with more to say
+def _write_while_alive(writer: weakref.ref[_HeartbeatWriter], owner: threading.Thread) -> None:
+    while owner.is_alive() and (mine := writer()) is not None:
+        with suppress(ResourceError):  # a full disk will end the run at its records, with a better message
             mine.beat()
         del mine
         owner.join(BEAT_S)
 
 
 def note_fault(store: Store, message: str, *, ended: bool) -> None:
-    """Notes what went wrong, in place of what was noted before."""
+    """Notes a fault in a domain's folder, in place of an earlier one."""
     store.write_text(FAULT, json.dumps(asdict(Fault(at=time.time(), message=message, ended=ended))))
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def beats(store: Store) -> tuple[Beat, ...]:
-    """The newest sign of life of each worker, by rank."""
+def heartbeats(store: Store) -> tuple[Heartbeat, ...]:
+    """Returns the newest heartbeat of each worker, by rank."""
     rows = [json.loads(store.read_text(f"{WORKERS}/{name}")) for name in store.names(WORKERS)]
-    return tuple(sorted((Beat(**row) for row in rows), key=lambda worker: worker.rank))
+    return tuple(sorted((Heartbeat(**row) for row in rows), key=lambda worker: worker.rank))
 
 
 def read_status(config: TrainConfig) -> list[DomainStatus]:
-    """Every domain of a run, in the job's order."""
+    """Returns the status of every domain of a run, in the job's order."""
     return [_domain(config, domain) for domain in config.domains]
 
 
 def _domain(config: TrainConfig, domain: str) -> DomainStatus:
     store, now = domain_store(config, domain), time.time()
-    rows, workers, result = read_metrics(store), beats(store), finished(store)
+    rows, workers, result = read_metrics(store), heartbeats(store), finished(store)
     fault = Fault(**json.loads(store.read_text(FAULT))) if store.exists(FAULT) else None
     steps = config.domain_rl(domain).steps
     last: dict[str, Any] = rows[-1] if rows else {}
