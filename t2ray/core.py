@@ -68,16 +68,22 @@ class RunError(T2RayError, RuntimeError):
 # ---------------------------------------------------------------------------------------------------------------- nouns
 
 
+Role = Literal["system", "user", "assistant"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a chat: `Message(role="user", content="17+25")`."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Role
     content: str
 
 
 Prompt = tuple[Message, ...] | str
 """A conversation that the model's chat template formats, or a text to continue as it stands."""
+
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: at an end token or a stop string, or at `max_tokens`."""
 
 
 def user(content: str) -> tuple[Message, ...]:
@@ -198,46 +204,10 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One generated answer.
-
-    `Completion(prompt_ids=(1, 45, 9), token_ids=(30, 2), logprobs=(-0.1, -0.7), text="42", finish_reason="stop",
-    mixture=Mixture.parse("math"))`. `token_ids` are the sampled ids, the end token included when it was sampled;
-    `logprobs` (nats, one a token) are the model's own at temperature 1. The loss uses these ids: text is never
-    tokenised again.
-    """
-
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    mixture: Mixture
-
-    def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What a stream adds to an answer: some text, the tokens behind it, and at the end why it ended.
-
-    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9, finish_reason=None)`. A text
-    that may be the beginning of a stop string is held back, so that `text` can lag behind `tokens`. `joined` makes one
-    whole answer of all deltas.
-    """
-
-    text: str
-    tokens: tuple[Token, ...] = ()
-    prompt_tokens: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A chosen token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
+    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
 
-    `logprob` in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for, falling.
+    `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for.
     """
 
     id: int
@@ -246,8 +216,47 @@ class Token:
     top: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One generated answer.
+
+    `Completion(prompt_ids=(1, 45, 9), tokens=(Token(id=30, text="42", logprob=-0.1), ...), text="42",
+    finish_reason="stop", mixture=Mixture.parse("math"))`. `tokens` are the sampled ones, a sampled end token included.
+    The loss uses their ids: text is never tokenised again.
+    """
+
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: FinishReason
+    mixture: Mixture
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """The log-probability of each token in nats, at temperature 1."""
+        return tuple(token.logprob for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a stream adds to an answer: some text, the tokens behind it, and in the last delta why the answer ended.
+
+    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9)`. A text that may be the
+    beginning of a stop string is held back, so that `text` can lag behind `tokens`.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    prompt_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
 def joined(deltas: Sequence[Delta]) -> Delta:
-    """All deltas of an answer as one."""
+    """Several deltas that follow one another as one."""
     return Delta(
         text="".join(delta.text for delta in deltas),
         tokens=tuple(token for delta in deltas for token in delta.tokens),
@@ -274,27 +283,17 @@ class Rollout:
     reward: float
 
 
-# ---------------------------------------------------------------------------------------------------------------- seams
-
-
 class Generate(Protocol):
-    """Answers a conversation with a mixture. The engine, a Serve handle and `FakeGenerate` satisfy it.
+    """Answers a prompt with a mixture: an engine, a handle of an endpoint. Calls awaited together share a batch."""
 
-    Calls that are awaited together (`asyncio.gather`) share a batch.
-    """
-
-    async def __call__(
-        self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams
-    ) -> Completion: ...
+    async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 
 
 class Score(Protocol):
-    """Log-likelihoods (nats, summed over tokens) of each of `labels` as the continuation of a conversation."""
+    """The log-likelihood of each of `labels` as the continuation of a prompt, in nats, summed over a label's tokens."""
 
-    async def __call__(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]: ...
+    async def __call__(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture, /) -> tuple[float, ...]: ...
 
 
 Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
-"""The rewards in [-1, 1] of completions, in their order; `verify(texts, rows)` takes one task row per completion."""
+"""`verify(completions, rows)`: the reward in [-1, 1] of each completion for its task row, in order."""

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("jobs", "benchmarks"),
     ("t2ray.cli", "t2ray.__main__"),
     ("t2ray",),
+    ("t2ray.adaptive",),
     ("t2ray.cluster", "t2ray.tiny"),
     ("t2ray.workbench",),
     ("t2ray.sweep", "t2ray.runs"),

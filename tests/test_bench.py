@@ -62,13 +62,15 @@ def test_every_answer_is_as_long_as_it_may_be(subject: Subject) -> None:
 
 def test_the_reference_composes_the_base_at_z_1(subject: Subject) -> None:
     reference = Reference(subject.plain, subject.factors)
-    for weight, composed in zip(reference.weights, reference.compose(torch.ones(subject.model.svf.K)), strict=True):
+    for weight, composed in zip(
+        reference.weights, reference.compose(torch.ones(subject.model.adapter.size)), strict=True
+    ):
         torch.testing.assert_close(composed, weight, atol=1e-6, rtol=1e-4)
 
 
 def test_the_reference_answers_each_row_with_its_mixture_as_the_engine_does(subject: Subject) -> None:
     prompts, mixtures = subject.prompts(6), subject.mixtures(3)
-    z_RK = torch.stack([subject.model.svf.mix(mixture) for mixture in mixtures])
+    z_RK = torch.stack([subject.model.adapter.mix(mixture) for mixture in mixtures])
     row_index = [0, 2, 1, 1, 0, 2]
     theirs = Reference(subject.plain, subject.factors).generate(subject.ids(prompts), z_RK, row_index, 5)
     ours = subject.generate(prompts, [mixtures[i] for i in row_index], [SamplingParams(max_tokens=5)] * 6)
@@ -78,13 +80,13 @@ def test_the_reference_answers_each_row_with_its_mixture_as_the_engine_does(subj
 def test_the_reference_leaves_the_base_as_it_was(subject: Subject) -> None:
     before = {name: tensor.clone() for name, tensor in subject.plain.state_dict().items()}
     reference = Reference(subject.plain, subject.factors)
-    reference.load(reference.compose(torch.zeros(subject.model.svf.K)))
+    reference.load(reference.compose(torch.zeros(subject.model.adapter.size)))
     assert all(torch.equal(before[name], tensor) for name, tensor in subject.plain.state_dict().items())
 
 
 def test_the_reference_has_the_gradient_of_z_that_the_factored_update_has(subject: Subject) -> None:
     rollouts = random_rollouts(subject)
-    z_1K = 1 + 0.2 * torch.randn(1, subject.model.svf.K, generator=torch.Generator().manual_seed(0))
+    z_1K = 1 + 0.2 * torch.randn(1, subject.model.adapter.size, generator=torch.Generator().manual_seed(0))
     advantage = [0.5 - i for i in range(len(rollouts))]
     leaf_1K = z_1K.clone().requires_grad_()
     leaf_1K.grad = torch.zeros_like(leaf_1K)

@@ -422,7 +422,7 @@ def test_the_endpoints_benches_give_every_figure(
     registry.mkdir()
     size = Size(rounds=2, single=2, rows=2, each=1, tokens=20, open_s=0.4)
     with asyncio.Runner() as runner, apart(registry) as url, started(factors) as engine:
-        engine.set_experts({name: torch.ones(engine.model.svf.K) for name in ("math", "code", "pick")})
+        engine.set_experts({name: torch.ones(engine.model.adapter.size) for name in ("math", "code", "pick")})
         asker = runner.run(Client(url).__aenter__())
         endpoint = serving.Endpoint(url=url, registry=registry, pid=os.getpid())
         pair = serving.Pair(endpoint=endpoint, client=asker, engine=engine, runner=runner, size=size)

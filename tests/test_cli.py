@@ -92,11 +92,11 @@ def test_training_leaves_the_dispatchers_labels_in_the_jobs_order(bench: Workben
 
 
 def test_every_expert_is_in_the_bank_as_the_registry_has_it(bench: Workbench, trained: Path) -> None:
-    svf = bench.engine.model.svf
+    svf = bench.engine.model.adapter
     for name in ("letters", "sorter", "vowels"):
         expert = Registry(trained / "runs/small/experts").load(name)
-        assert torch.equal(svf.bank[name], expert.flat(svf.layout))
-        assert not torch.equal(svf.bank[name], torch.ones(svf.K))
+        assert torch.equal(svf.bank[name], svf.join(expert.z))
+        assert not torch.equal(svf.bank[name], svf.neutral)
 
 
 def test_factors_are_shared_with_training_and_made_once(

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2ray import core
-from t2ray.core import Completion, ConfigError, Mixture, SamplingParams, T2RayError, UnknownExpert, check_name
+from t2ray.core import Completion, ConfigError, Mixture, SamplingParams, T2RayError, Token, UnknownExpert, check_name
 
 ERRORS = [e for _, e in inspect.getmembers(core, inspect.isclass) if issubclass(e, T2RayError)]
 NOUNS = [c for _, c in inspect.getmembers(core, inspect.isclass) if dataclasses.is_dataclass(c)]
@@ -112,8 +112,7 @@ def test_sampling_that_makes_no_sense_is_refused(bad: dict[str, float], line: st
         SamplingParams(**bad)  # type: ignore[arg-type]
 
 
-def test_a_completion_has_a_logprob_for_every_token() -> None:
-    with pytest.raises(AssertionError):
-        Completion(
-            prompt_ids=(1,), token_ids=(2, 3), logprobs=(0.0,), text="", finish_reason="stop", mixture=Mixture.base()
-        )
+def test_a_completion_lists_the_ids_and_logprobs_of_its_tokens_in_order() -> None:
+    tokens = (Token(id=2, text="4", logprob=-0.5), Token(id=3, text="2", logprob=-0.25))
+    completion = Completion(prompt_ids=(1,), tokens=tokens, text="42", finish_reason="stop", mixture=Mixture.base())
+    assert completion.token_ids == (2, 3) and completion.logprobs == (-0.5, -0.25)

@@ -77,14 +77,6 @@ def test_an_expert_is_loaded_as_it_was_saved(registry: Registry) -> None:
     assert kept.targets == tuple((target.name, target.rank) for target in LAYOUT)
 
 
-def test_flat_follows_the_layout_and_is_one_where_there_is_no_target(local: Registry) -> None:
-    z = vectors(targets=LAYOUT[1:])
-    local.save("code", z, base_digest=BASE)
-    flat = local.load("code", layout=LAYOUT).flat(LAYOUT)
-    assert flat.dtype == torch.float32
-    assert torch.equal(flat, torch.cat([torch.ones(4), z[LAYOUT[1].name], z[LAYOUT[2].name]]))
-
-
 def test_versions_rise_and_the_latest_is_loaded(registry: Registry) -> None:
     for seed in range(3):
         assert registry.save("math", vectors(seed), base_digest=BASE) == seed + 1
@@ -333,7 +325,7 @@ def test_equal_numbers_in_a_reference_checkpoint_are_the_base(
 ) -> None:
     torch.save({f"{target.name}.weight": torch.full((target.rank,), 0.1) for target in LAYOUT}, tmp_path / "p.pt")
     import_expert(local, "same", tmp_path / "p.pt", factors)
-    torch.testing.assert_close(local.load("same").flat(LAYOUT), torch.ones(10))
+    torch.testing.assert_close(torch.cat(list(local.load("same").z.values())), torch.ones(10))
 
 
 @pytest.mark.parametrize(

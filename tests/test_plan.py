@@ -51,8 +51,8 @@ def test_a_plan_from_config_json_is_that_of_the_model_itself(tiny_llama: Path, t
     model = load_model(str(tiny_llama), tmp_path / "factors", device="cpu")
     assert (shape.K, list(shape.targets)) == (factors.K, list(factors.layout))
     (load,) = training(shape, 1, micro_batch=2, tokens=20, rows=3)
-    assert load.factors == sum(t.nbytes for layer in model.svf.layers for t in (layer.U_Mr, layer.Vh_rN))
-    assert load.folded == sum(layer.weight.nbytes for layer in model.svf.layers)
+    assert load.factors == sum(t.nbytes for layer in model.adapter.layers for t in (layer.U_Mr, layer.Vh_rN))
+    assert load.folded == sum(layer.weight.nbytes for layer in model.adapter.layers)
     cache = roomy_cache(model.hf.config, 20)
     model.hf(input_ids=torch.full((3, 20), 9), past_key_values=cache)
     assert load.kv == sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
@@ -62,7 +62,7 @@ def test_a_plan_from_config_json_is_that_of_the_model_itself(tiny_llama: Path, t
 def test_the_activations_are_what_a_gradient_keeps(layers: str | None, tiny_llama: Path, tmp_path: Path) -> None:
     decompose(str(tiny_llama), tmp_path / "factors", layers=layers)
     model = load_model(str(tiny_llama), tmp_path / "factors", device="cpu")
-    z_1K = torch.ones(1, model.svf.K, requires_grad=True)
+    z_1K = torch.ones(1, model.adapter.size, requires_grad=True)
     z_1K.grad = torch.zeros_like(z_1K)
     parameters = {p.data_ptr() for p in (*model.hf.parameters(), *model.hf.buffers(), z_1K)}
     kept: dict[int, int] = {}

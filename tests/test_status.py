@@ -18,8 +18,9 @@ from t2ray.cluster.train.faults import diagnosis
 from t2ray.cluster.train.launch import train
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import RewardError
-from t2ray.runs import status
-from t2ray.runs.status import DomainStatus, Heartbeat, heartbeats, note_fault, read_status, start_heartbeat
+from t2ray.runs import heartbeat, status
+from t2ray.runs.heartbeat import Heartbeat, heartbeats, note_fault, start_heartbeat
+from t2ray.runs.status import DomainStatus, read_status
 from t2ray.store import Store
 from t2ray.training.domain import domain_store
 
@@ -107,7 +108,7 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
 
 def test_a_heartbeat_goes_on_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also within a long step; none is written after the thread has ended or the writer was deleted."""
-    monkeypatch.setattr(status, "BEAT_S", 0.02)
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
     config, threads = job(tmp_path), threading.active_count()
     store = domain_store(config, "own")
 

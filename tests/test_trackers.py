@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small import step_metrics
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.launch import train
@@ -21,6 +22,7 @@ from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ConfigError, RewardError
 from t2ray.runs.folder import open_run
 from t2ray.training.domain import domain_store
+from t2ray.training.metrics import StepMetrics
 from t2ray.training.trackers import Trackers, check_trackers, tracks
 
 REWARDS = """
@@ -69,8 +71,8 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(file)
 
 
-def rows(*steps: int) -> list[dict[str, Any]]:
-    return [{"step": step, "reward_mean": step / 10, "seconds": 0.5} for step in steps]
+def rows(*steps: int) -> list[StepMetrics]:
+    return [step_metrics(step) for step in steps]
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:

@@ -29,7 +29,7 @@ from t2ray.experts.registry import Registry
 from t2ray.runs.status import read_status
 from t2ray.training.checkpoint import FOLDER
 from t2ray.training.domain import EXPERT, domain_store, finished
-from t2ray.training.records import METRICS, read_metrics
+from t2ray.training.metrics import METRICS, read_metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -128,7 +128,7 @@ def test_domains_train_in_parallel_and_a_killed_worker_changes_no_z(tmp_path: Pa
     started = [pid for pid in verifiers(tmp_path) if pid != own]
     assert len(started) == 2  # one before and one after
     wait_for(lambda: not any(psutil.pid_exists(pid) for pid in started), 5)
-    assert [row["step"] for row in read_metrics(domain_store(config, "own"))] == list(range(1, 13))
+    assert [row.step for row in read_metrics(domain_store(config, "own"))] == list(range(1, 13))
     assert Registry(f"{config.out}/killed/experts").names() == ("own", "pick")
     assert ticks and not list(Path(config.out, "killed", "ray").glob("*"))
 

@@ -117,7 +117,7 @@ def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tupl
 def fill(subject: OnlineEngine, experts: int) -> list[Mixture]:
     """Gives an engine so many random experts; one mixture of each alone."""
     draw = torch.Generator().manual_seed(0)
-    bank = {f"e{i}": 1 + 0.1 * torch.randn(subject.model.svf.K, generator=draw) for i in range(experts)}
+    bank = {f"e{i}": 1 + 0.1 * torch.randn(subject.model.adapter.size, generator=draw) for i in range(experts)}
     subject.set_experts(bank)
     return [Mixture.parse(name) for name in bank]
 

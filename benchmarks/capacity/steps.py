@@ -137,7 +137,11 @@ class StepBench:
         model = load_model(str(self.folder / "model"), factors.folder, device="cpu")
         model.chat.eos_ids = (self.shape.vocabulary,)  # no token of the vocabulary: every answer is as long as may be
         rl = RLConfig(sigma=0.05, lr=1e-4, kl=0.1)
-        return Trainer(OfflineEngine(model), _task(1, 1), _halves, rl, Store(store), seed=0, digest="bench")
+        engine = OfflineEngine(model)
+        return Trainer(
+            model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+            _task(1, 1), _halves, rl, Store(store), seed=0, digest="bench",
+        )  # fmt: skip
 
     def _resize(self, trainer: Trainer, work: StepWork) -> None:
         trainer.task = _task(work.prompt, work.answer)

@@ -34,7 +34,7 @@ def rows(subject: Subject, repeats: int) -> Figures:
         row_index = [i * count // shape.rows for i in range(shape.rows)]
         some = subject.mixtures(count)
         mixtures, first = [some[i] for i in row_index], row_index.count(0)
-        z_1K = subject.model.svf.mix(some[0])[None]
+        z_1K = subject.model.adapter.mix(some[0])[None]
 
         def ours(mixtures: list[Mixture] = mixtures) -> Tensor:
             answers = subject.generate(prompts, mixtures, greedily)
@@ -67,7 +67,7 @@ def rows(subject: Subject, repeats: int) -> Figures:
 
 def folded(subject: Subject, repeats: int) -> Figures:
     """One mixture for the batch, its fold made before; and what a fold costs, in the base's decode steps."""
-    shape, svf = subject.shape, subject.model.svf
+    shape, svf = subject.shape, subject.model.adapter
     prompts, greedily = subject.prompts(shape.rows), [SamplingParams(max_tokens=shape.new)] * shape.rows
     ids_BT, turns = subject.ids(prompts), cycle(subject.mixtures(2))
     current = next(turns)
@@ -98,7 +98,7 @@ def folded(subject: Subject, repeats: int) -> Figures:
 
 def rollout(subject: Subject, repeats: int) -> Figures:
     """Sampled tokens of a training step beside plain sampling on the base; once more with the step's fold counted."""
-    shape, svf = subject.shape, subject.model.svf
+    shape, svf = subject.shape, subject.model.adapter
     prompts = subject.prompts(shape.rows)
     sampled = [SamplingParams(max_tokens=shape.new, temperature=1.0, seed=i) for i in range(shape.rows)]
     ids_BT, turns = subject.ids(prompts), cycle(subject.mixtures(2))
@@ -136,7 +136,7 @@ def cem(subject: Subject, repeats: int) -> Figures:
     mixtures = [member for member in members for _ in shots]
     greedily = [SamplingParams(max_tokens=shape.answer)] * len(prompts)
     ids_BT, reference = subject.ids(shots), Reference(subject.plain, subject.factors)
-    z_1K = subject.model.svf.mix(members[0])[None]
+    z_1K = subject.model.adapter.mix(members[0])[None]
     times = interleaved(
         {
             "ours": lambda: subject.generate(prompts, mixtures, greedily),

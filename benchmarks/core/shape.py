@@ -126,7 +126,7 @@ def make(shape: BenchShape, folder: Path) -> Subject:
     model.chat.eos_ids = (shape.vocabulary,)  # no token of the vocabulary: every answer is as long as it may be
     draw = torch.Generator().manual_seed(2)
     for i in range(shape.experts):
-        model.svf.bank[f"e{i}"] = 1 + 0.1 * torch.randn(model.svf.K, generator=draw)
+        model.adapter.bank[f"e{i}"] = 1 + 0.1 * torch.randn(model.adapter.size, generator=draw)
     plain = type(model.hf)(model.hf.config)
     plain.load_state_dict(model.hf.state_dict(), assign=True)
     plain.tie_weights()

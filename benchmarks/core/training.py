@@ -20,7 +20,7 @@ from benchmarks.core.reference import Reference
 from benchmarks.core.shape import Subject
 from benchmarks.harness import Figures, interleaved, measure, ratio
 from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Mixture, Rollout
+from t2ray.core import Completion, Example, Mixture, Rollout, Token
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer
@@ -37,7 +37,7 @@ def update(subject: Subject, repeats: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         whole = trainer(subject, folder, micro_batch=len(rollouts))
         quarter = trainer(subject, folder, micro_batch=max(1, len(rollouts) // 4))
-        z_K = subject.model.svf.bank["bench"]
+        z_K = subject.model.adapter.bank["bench"]
         times = interleaved(
             {
                 "ours": lambda: whole.update([rollouts], [advantage_B], len(rollouts), 1),
@@ -67,7 +67,11 @@ def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
         name="bench", rows=lambda split: [{}], messages=lambda row: (), reward="", gold=None, max_tokens=1
     )  # fmt: skip
     rl = RLConfig(micro_batch=micro_batch, kl=LAMBDA, sigma=0.05, lr=1e-3)
-    return Trainer(subject.engine, task, unused, rl, Store(folder), seed=0, digest="bench")
+    engine = subject.engine
+    return Trainer(
+        subject.model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+        task, unused, rl, Store(folder), seed=0, digest="bench",
+    )  # fmt: skip
 
 
 def random_rollouts(subject: Subject) -> list[Rollout]:
@@ -78,8 +82,10 @@ def random_rollouts(subject: Subject) -> list[Rollout]:
             example=Example(id="bench", messages=prompt, row={}),
             completion=Completion(
                 prompt_ids=subject.model.chat.encode(prompt),
-                token_ids=tuple(draw.randrange(3, shape.vocabulary) for _ in range(shape.sequence - shape.prompt)),
-                logprobs=(0.0,) * (shape.sequence - shape.prompt),
+                tokens=tuple(
+                    Token(id=draw.randrange(3, shape.vocabulary), text="", logprob=0.0)
+                    for _ in range(shape.sequence - shape.prompt)
+                ),
                 text="", finish_reason="length", mixture=Mixture.parse("bench"),
             ),
             reward=1.0,
@@ -92,10 +98,10 @@ def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
     """Whatever a factored forward of these rollouts allocates, if all of it were kept."""
     model = subject.model
     ids_BT = torch.tensor([[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts])
-    z_1K = model.svf.mix(Mixture.parse("bench"))[None]
+    z_1K = model.adapter.mix(Mixture.parse("bench"))[None]
 
     made = Allocations()
-    with made, torch.no_grad(), model.svf.rows(z_1K):
+    with made, torch.no_grad(), model.adapter.rows(z_1K):
         model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
     return made.total
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from t2ray.adapters.model import load_model
+from t2ray.adapters.model import Model, load_model
+from t2ray.config.serve import EngineConfig
 from t2ray.core import Mixture, SamplingParams, user
 from t2ray.engine.loop import Loop
 from t2ray.engine.online import OnlineEngine
@@ -54,7 +55,9 @@ class Unfolded(OnlineEngine):
     All else is as in the engine, also the shorter way of a step whose rows share one mixture.
     """
 
-    loop = _Forgetful
+    def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._loop.__class__ = _Forgetful  # the product has no other loop, and needs no way to name one
 
     @property
     def turns(self) -> int:

@@ -44,7 +44,7 @@ class Engines:
     def fill(self) -> list[Mixture]:
         """Gives both so many random experts, z = 1 + 0.1 N(0, 1); one mixture of each alone."""
         draw = torch.Generator().manual_seed(0)
-        K = self.folding.model.svf.K
+        K = self.folding.model.adapter.size
         experts = {f"e{i:04}": 1 + 0.1 * torch.randn(K, generator=draw) for i in range(self.size.experts)}
         for engine in (self.folding, self.unfolded):
             engine.set_experts(experts)
@@ -91,7 +91,7 @@ def fold(engines: Engines) -> Figures:
     """
     size, figures = engines.size, Figures()
     one, other = engines.fill()[:2]
-    svf = engines.folding.model.svf
+    svf = engines.folding.model.adapter
     enough = svf.tokens_to_fold() + SHORT
     loads = {
         "one_1_row": ([one], 1, size.each, size.tokens),
@@ -153,7 +153,7 @@ def expert_file(factors: Path) -> bytes:
 def _held(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[int]:
     """In a process of its own: its bytes before there are experts, and after each step, as a replica takes them in."""
     model = load_model("tiny", factors, device="cpu")
-    follower = Follower(Registry(registry), model.base_digest, model.svf.layout)
+    follower = Follower(Registry(registry), model.base_digest, model.adapter.layout, model.adapter.join)
     engine = OnlineEngine(model)
     names, held = sorted(path.name for path in shelf.iterdir()), []
     for count in [0, *steps]:

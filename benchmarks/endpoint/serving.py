@@ -81,7 +81,7 @@ class Pair:
 def paired(folder: Path, factors: Path, runner: asyncio.Runner, size: Size) -> Iterator[Pair]:
     """Starts both; the engine with the shipped experts, which the endpoint has too."""
     with private(folder, factors, {"num_replicas": 1}) as endpoint, started(factors) as engine:
-        follower = Follower(Registry(SHIPPED), engine.model.base_digest, engine.model.svf.layout)
+        follower = Follower(Registry(SHIPPED), engine.base_digest, engine.layout, engine.model.adapter.join)
         follower.sync()
         engine.set_experts(follower.snapshot.tensors)
         client = runner.run(Client(endpoint.url).__aenter__())

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2ray.adapters.base import Adapter
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.svf import SVF
 from t2ray.models.chat import Chat
@@ -21,16 +22,17 @@ from t2ray.models.weights import Weights, resolve
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), its `svf` layers and `chat`."""
+    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), the `adapter` in its layers, and
+    its `chat`. `base_digest` names the weights."""
 
     hf: Any
-    svf: SVF
+    adapter: Adapter
     chat: Chat
     base_digest: str
 
     @property
     def device(self) -> torch.device:
-        return self.svf.s_K.device
+        return self.adapter.neutral.device
 
     @property
     def context(self) -> int:
@@ -59,4 +61,4 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
     folder = resolve(ref)
     opened = Factors.open(factors, base_digest=Weights(folder).digest)  # before the model is read, which takes longer
     hf, chat = load_base(folder, device)
-    return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)
+    return Model(hf=hf, adapter=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)

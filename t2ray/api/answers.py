@@ -37,7 +37,6 @@ class AnswerRow:
     number: int
     dispatch: Dispatch
     sampling: SamplingParams
-    request_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,7 +103,6 @@ async def answer(
             number=number,
             dispatch=dispatches[number],
             sampling=params if params.seed is None else replace(params, seed=(params.seed + i) % 2**63),
-            request_id=f"{trace.request_id}-{uuid.uuid4().hex[:8]}",  # a client may send its id twice
         )
         for number, prompt in enumerate(prompts)
         for i in range(body.n or 1)
@@ -140,20 +138,20 @@ async def _dispatch(backend: Backend, route: Route, prompt: Prompt, trace: Trace
 
 async def _whole(job: AnswerJob, request: Request, log_answers: bool) -> Response:
     backend, start = job.backend, time.perf_counter()
-    calls = [backend.generate(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
-    deltas = await unless_gone(request.receive, together(calls))
+    calls = [backend.generate(row.prompt, row.dispatch.mixture, row.sampling) for row in job.rows]
+    answers = await unless_gone(request.receive, together(calls))
     seconds = time.perf_counter() - start
     job.trace.backend_s += seconds
     several = job.rows[-1].number > 0
     choices = [
-        job.shape.choice(i, delta, job.logprobs, job.extension(row, seconds) if several else None)
-        for i, (row, delta) in enumerate(zip(job.rows, deltas, strict=True))
+        job.shape.choice(i, answer, job.logprobs, job.extension(row, seconds) if several else None)
+        for i, (row, answer) in enumerate(zip(job.rows, answers, strict=True))
     ]
-    usage = _usage(job, [delta.prompt_tokens for delta in deltas], sum(len(delta.tokens) for delta in deltas))
+    usage = _usage(job, [len(answer.prompt_ids) for answer in answers], sum(len(answer.tokens) for answer in answers))
     if usage.completion_tokens:
-        backend.observe("time_per_token_seconds", seconds / max(len(delta.tokens) for delta in deltas))
+        backend.observe("time_per_token_seconds", seconds / max(len(answer.tokens) for answer in answers))
     if log_answers:
-        job.trace.shown["answers"] = [delta.text for delta in deltas]
+        job.trace.shown["answers"] = [answer.text for answer in answers]
     reply = job.head(job.shape.whole) | {
         "choices": choices,
         "usage": usage,
@@ -200,7 +198,7 @@ async def _chunks(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
     head = job.head(job.shape.chunk) | ({"usage": None} if job.body.include_usage else {})
     tallies = [_Tally() for _ in job.rows]
     start = first = last = time.perf_counter()
-    streams = [backend.stream(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
+    streams = [backend.stream(row.prompt, row.dispatch.mixture, row.sampling) for row in job.rows]
     waiting = start
     async with aclosing(merged(streams)) as turns:
         async for turn in turns:

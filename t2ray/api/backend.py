@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from t2ray.adapt.strategies import Dispatch
-from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams
 from t2ray.experts.heatmap import HeatMap
 
 
@@ -110,14 +110,12 @@ class Backend(Protocol):
         """Runs pass 1 by the strategy `prompt` or `cls`."""
         ...
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
-        """Returns the whole answer as one delta. Cancelling the call aborts the generation."""
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion:
+        """The whole answer (`core.Generate`). Cancelling the call aborts the generation."""
         ...
 
-    def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
-        """Yields the answer piece by piece; the last delta has a finish reason. Closing the iterator aborts it."""
+    def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
+        """The answer piece by piece; the last delta has a finish reason. Closing the iterator aborts the generation."""
         ...
 
     async def heat(self, name: str) -> HeatMap:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from pydantic_core import to_json
 
-from t2ray.core import Delta, Mixture, Token
+from t2ray.core import Completion, Delta, Mixture, Token
 
 LOWEST = -9999.0  # least log-probability shown, as in OpenAI's API: JSON has no -inf
 MixtureWeights = Mapping[str, float | tuple[float, ...]]
@@ -141,7 +141,7 @@ class AnswerShape(Protocol):
     whole: str
     chunk: str
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> Any: ...
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> Any: ...
 
     def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
         """A choice of a stream's chunk; `offset` is the number of characters of the tokens before it."""
@@ -153,12 +153,12 @@ class ChatShape:
 
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> ChatChoice:
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> ChatChoice:
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=delta.text),
-            logprobs=_chat_logprobs(delta.tokens) if logprobs else None,
-            finish_reason=delta.finish_reason,
+            message=ChatMessage(content=answer.text),
+            logprobs=_chat_logprobs(answer.tokens) if logprobs else None,
+            finish_reason=answer.finish_reason,
         )
 
     def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
@@ -176,12 +176,12 @@ class TextShape:
 
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> TextChoice:
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> TextChoice:
         return TextChoice(
             index=index,
-            text=delta.text,
-            logprobs=_text_logprobs(delta.tokens, 0) if logprobs else None,
-            finish_reason=delta.finish_reason,
+            text=answer.text,
+            logprobs=_text_logprobs(answer.tokens, 0) if logprobs else None,
+            finish_reason=answer.finish_reason,
             t2ray=own,
         )
 

@@ -55,7 +55,7 @@ def adapt(args: argparse.Namespace) -> None:
         "task": args.task, "data": args.data, "shots": len(examples), "experts": list(experts),
         "accuracy": result.accuracy, "log_likelihood": result.log_likelihood, "rounds": len(result.history),
         "prompts": last.prompts, "seconds": last.seconds, "per_layer": args.per_layer,
-        "max_tokens": sampling.max_tokens, "base_digest": bench.engine.model.base_digest,
+        "max_tokens": sampling.max_tokens, "base_digest": bench.engine.base_digest,
         "settings": settings.model_dump(),
     }  # fmt: skip
     registry = bench.place.registry()
@@ -93,8 +93,8 @@ def _experts(bench: Workbench, only: str | None) -> tuple[str, ...]:
         return bench.experts
     names = tuple(name.strip() for name in only.split(","))
     for name in names:
-        if name not in bench.engine.model.svf.bank:
-            raise UnknownExpert(f"--only {only!r}: no expert {name!r}{nearest(name, bench.engine.model.svf.bank)}")
+        if name not in bench.engine.experts:
+            raise UnknownExpert(f"--only {only!r}: no expert {name!r}{nearest(name, bench.engine.experts)}")
     return names
 
 
@@ -121,5 +121,5 @@ async def _search(
         return await fewshot(
             engine.generate, engine.score, verify, examples, experts,
             settings=settings, sampling=sampling, gold=task.gold, progress=tell,
-            n_layers=max(target.layer for target in engine.model.svf.layout) + 1 if per_layer else None,
+            n_layers=max(target.layer for target in engine.layout) + 1 if per_layer else None,
         )  # fmt: skip

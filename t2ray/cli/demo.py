@@ -14,7 +14,6 @@ import platform
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from statistics import median
@@ -32,18 +31,16 @@ from t2ray.cli.output import bar, console
 from t2ray.cluster.train.launch import train
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import Mixture, SamplingParams
-from t2ray.engine.offline import OfflineEngine
 from t2ray.evals.evaluate import Cell, build_report, dispatch_counts, evaluate
 from t2ray.evals.report import text_tables, write_report
 from t2ray.experts.heatmap import HeatMap, mean_shift
-from t2ray.models.chat import Chat
 from t2ray.runs.folder import prepare
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics
 from t2ray.workbench import Place, open_workbench
 
 OWN = {"math": "math", "code": "code", "pick": "pick", "math_long": "math", "code_long": "code", "pick_more": "pick"}
@@ -82,7 +79,7 @@ def demo(args: argparse.Namespace) -> None:
         **measured,
     )  # fmt: skip
     folder = Path(config.out, config.run)
-    curves = {domain: read_metrics(domain_store(config, domain)) for domain in config.domains}
+    curves = {domain: [step.row() for step in read_metrics(domain_store(config, domain))] for domain in config.domains}
     write_report(folder, report, curves, bench.shifts())
     console.print(text_tables(report), markup=False)
     console.print(f"\nreport: {folder}/report.html (also .md, .json)")
@@ -171,14 +168,12 @@ class Demo:
 
     async def _pass1_share(self, strategy: Strategy) -> float:
         """Time of pass 1 over that of pass 2 at 64 new tokens: 16 requests of all tasks in a batch, median of 5."""
-        model = self.engine.model
-        endless = OfflineEngine(replace(model, chat=Chat(model.chat.tokenizer, [model.hf.config.vocab_size])))
         prompts = [x.messages for task in self.tasks.values() for x in task.examples("test", 3)][:16]
         shares = []
         for _ in range(5):
             dispatches, pass1 = await _timed([strategy(messages) for messages in prompts])
-            sampling = SamplingParams(max_tokens=64)
-            jobs = [endless.generate(m, d.mixture, sampling) for m, d in zip(prompts, dispatches, strict=True)]
+            sampling = SamplingParams(max_tokens=64, ignore_eos=True)
+            jobs = [self.engine.generate(m, d.mixture, sampling) for m, d in zip(prompts, dispatches, strict=True)]
             completions, pass2 = await _timed(jobs)
             assert all(len(c.token_ids) == 64 for c in completions)
             shares.append(pass1 / pass2)
@@ -186,8 +181,8 @@ class Demo:
 
     def shifts(self) -> dict[str, HeatMap]:
         """Each expert's mean z - 1, per decoder layer and kind of matrix."""
-        svf = self.engine.model.svf
-        return {name: mean_shift(svf.layout, svf.bank[name]) for name in (*TRAINED, CLASSIFIER)}
+        names = (*TRAINED, CLASSIFIER)
+        return {name: mean_shift(self.engine.layout, self.engine.vector(Mixture.of({name: 1.0}))) for name in names}
 
 
 SHOTS, ROUNDS = 40, 6

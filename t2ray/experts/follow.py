@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -33,8 +33,15 @@ class Snapshot:
 class Follower:
     """The latest version of each expert, and the saved mixtures: `held`, which a look replaces and never changes."""
 
-    def __init__(self, registry: Registry, base_digest: str, layout: Sequence[Target]) -> None:
-        self.registry, self.base_digest, self.layout = registry, base_digest, layout
+    def __init__(
+        self,
+        registry: Registry,
+        base_digest: str,
+        layout: Sequence[Target],
+        join: Callable[[Mapping[str, Tensor]], Tensor],
+    ) -> None:
+        """`join` makes one vector of an expert's named parts (`Adapter.join`)."""
+        self.registry, self.base_digest, self.layout, self.join = registry, base_digest, layout, join
         self.snapshot = Snapshot()
         self._stamps: dict[str, Stamp] = {}
         self._syncing = threading.Lock()
@@ -83,7 +90,7 @@ class Follower:
             version = stamp[0]
             assert isinstance(version, int)
             expert = self.registry.load(name, version, base_digest=self.base_digest, layout=self.layout)
-            snapshot.tensors[name], snapshot.manifests[name] = expert.flat(self.layout), expert.manifest
+            snapshot.tensors[name], snapshot.manifests[name] = self.join(expert.z), expert.manifest
         except (ExpertError, ConfigError) as error:
             snapshot.problems[mixture or name] = str(error)
         except UnknownExpert:  # deleted since the listing; the next look tells

@@ -86,10 +86,6 @@ class Expert:
     z: Mapping[str, Tensor]
     manifest: ExpertManifest
 
-    def flat(self, layout: Sequence[Target]) -> Tensor:
-        """All z in the order of `layout`, shape (K,), float32; 1, which changes nothing, where this expert has none."""
-        return torch.cat([self.z.get(target.name, torch.ones(target.rank)) for target in layout])
-
 
 class Registry:
     """The experts and mixtures under a URI. Versions are never overwritten; the highest finished one is the latest."""

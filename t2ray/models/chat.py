@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from t2ray.core import Message
+from t2ray.core import Message, Prompt
 
 
 class Chat:
@@ -22,6 +22,10 @@ class Chat:
         self.eos_ids = tuple(eos_ids)
         self._tokens: dict[int, str] = {}
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
+
+    def ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The ids of a conversation up to where the answer begins, or of a text that is continued as it stands."""
+        return self.encode_text(prompt) if isinstance(prompt, str) else self.encode(prompt)
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The prompt's ids, up to where the assistant's answer begins."""

@@ -1,69 +1,21 @@
-"""The status of a run, read from its folder alone: also while it runs, on any storage, from any machine. No ray.
-
-Workers write heartbeats into the folder (`start_heartbeat`), and faults are noted there (`note_fault`); the rest is
-what training writes anyway.
-"""
+"""The status of a run, read from its folder alone: also while it runs, on any storage, from any machine. No ray."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import socket
-import threading
 import time
-import weakref
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
-
-import psutil
+from dataclasses import dataclass
+from typing import Literal
 
 from t2ray.config.train import TrainConfig
-from t2ray.core import ResourceError
+from t2ray.runs.heartbeat import Fault, Heartbeat, heartbeats, read_fault
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.training.domain import Result, domain_store, finished
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics, seconds_left
 from t2ray.training.trackers import Track, tracks
 
-WORKERS, FAULT = "workers", "fault.json"
-BEAT_S = 2.0
 STALE_S = 30.0  # a worker whose last heartbeat is older does not run any more
-_GIB = 2**30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heartbeat:
-    """A worker's sign of life: `Heartbeat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
-
-    `rss_gib` is the memory of the process; the whole machine uses `used_gib` of `total_gib`. `began` is the time of the
-    worker's first heartbeat. Times are in seconds since 1970.
-    """
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    at: float
-    rss_gib: float
-    used_gib: float
-    total_gib: float
-    began: float = 0.0
-
-    @property
-    def memory(self) -> str:
-        return f"the worker held {self.rss_gib:.1f} GiB, the machine {self.used_gib:.1f} of {self.total_gib:.1f} GiB"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fault:
-    """The last fault of a domain: `Fault(at=1.7e9, message="...", ended=False)`; after `ended`, it did not go on."""
-
-    at: float
-    message: str
-    ended: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,67 +39,6 @@ class DomainStatus:
     fault: Fault | None
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
-
-
-def start_heartbeat(store: Store, rank: int) -> Callable[[int], None]:
-    """Starts to write a heartbeat into the run folder every two seconds. Call what it returns with each step's number.
-
-    A thread of its own writes, because a large model's first step takes minutes, and because a machine's memory is
-    fullest in the middle of a step. The thread ends with the thread that called this, or when the returned object is
-    deleted.
-    """
-    return _HeartbeatWriter(store, rank)
-
-
-class _HeartbeatWriter:
-    def __init__(self, store: Store, rank: int) -> None:
-        self.store, self.rank, self.step, self.began = store, rank, 0, time.time()
-        self.beat()
-        threading.Thread(target=_write_while_alive, args=(weakref.ref(self), threading.current_thread())).start()
-
-    def __call__(self, step: int) -> None:
-        self.step = step
-
-    def beat(self) -> None:
-        """Writes a heartbeat."""
-        machine = psutil.virtual_memory()
-        here = Heartbeat(
-            rank=self.rank,
-            host=socket.gethostname(),
-            pid=os.getpid(),
-            step=self.step,
-            at=time.time(),
-            rss_gib=psutil.Process().memory_info().rss / _GIB,
-            used_gib=(machine.total - machine.available) / _GIB,
-            total_gib=machine.total / _GIB,
-            began=self.began,
-        )
-        self.store.write_text(f"{WORKERS}/{self.rank}.json", json.dumps(asdict(here)))
-
-
-def _write_while_alive(writer: weakref.ref[_HeartbeatWriter], owner: threading.Thread) -> None:
-    while owner.is_alive() and (mine := writer()) is not None:
-        with suppress(ResourceError):  # a full disk will end the run at its records, with a better message
-            mine.beat()
-        del mine
-        owner.join(BEAT_S)
-
-
-def note_fault(store: Store, message: str, *, ended: bool) -> None:
-    """Notes a fault in a domain's folder, in place of an earlier one."""
-    store.write_text(FAULT, json.dumps(asdict(Fault(at=time.time(), message=message, ended=ended))))
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def heartbeats(store: Store) -> tuple[Heartbeat, ...]:
-    """Returns the newest heartbeat of each worker, by rank."""
-    rows = [json.loads(store.read_text(f"{WORKERS}/{name}")) for name in store.names(WORKERS)]
-    return tuple(sorted((Heartbeat(**row) for row in rows), key=lambda worker: worker.rank))
-
-
 def read_status(config: TrainConfig) -> list[DomainStatus]:
     """Returns the status of every domain of a run, in the job's order."""
     return [_domain(config, domain) for domain in config.domains]
@@ -155,15 +46,11 @@ def read_status(config: TrainConfig) -> list[DomainStatus]:
 
 def _domain(config: TrainConfig, domain: str) -> DomainStatus:
     store, now = domain_store(config, domain), time.time()
-    rows, workers, result = read_metrics(store), heartbeats(store), finished(store)
-    fault = Fault(**json.loads(store.read_text(FAULT))) if store.exists(FAULT) else None
+    rows, workers, result, fault = read_metrics(store), heartbeats(store), finished(store), read_fault(store)
     steps = config.domain_rl(domain).steps
-    last: dict[str, Any] = rows[-1] if rows else {}
-    recent = rows[-10:]
-    pace_s = sum(row["seconds"] for row in recent) / max(1, len(recent))
-    alive = [worker for worker in workers if now - worker.at < STALE_S]
+    last = rows[-1] if rows else None
+    alive = tuple(worker for worker in workers if now - worker.at < STALE_S)
     began = max((worker.began for worker in workers), default=0.0)
-    names = [match for match in map(re.compile(r"step_(\d+)\.").match, store.names(CHECKPOINTS)) if match]
     state: Literal["waiting", "running", "done", "failed", "stopped"]
     if result is not None:
         state = "done"
@@ -176,17 +63,23 @@ def _domain(config: TrainConfig, domain: str) -> DomainStatus:
     return DomainStatus(
         domain=domain,
         state=state,
-        step=last.get("step", 0),
+        step=last.step if last else 0,
         steps=steps,
-        reward=last.get("reward_mean"),
-        accuracy=last.get("accuracy"),
-        validation=next((row["validation"] for row in reversed(rows) if "validation" in row), None),
-        kl=last.get("kl"),
-        tokens_per_s=last.get("tokens_per_s"),
-        left_s=(steps - last["step"]) * pace_s if state == "running" and rows else None,
-        checkpoint=int(names[-1][1]) if names else None,
+        reward=last.reward_mean if last else None,
+        accuracy=last.accuracy if last else None,
+        validation=next((row.validation for row in reversed(rows) if row.validation is not None), None),
+        kl=last.kl if last else None,
+        tokens_per_s=last.tokens_per_s if last else None,
+        left_s=seconds_left(rows, steps) if state == "running" and rows else None,
+        checkpoint=_newest(store),
         result=result,
-        workers=tuple(alive) if state == "running" else workers,
+        workers=alive if state == "running" else workers,
         trackers=tracks(store),
         fault=fault,
     )
+
+
+def _newest(store: Store) -> int | None:
+    """The step of the newest checkpoint."""
+    steps = [int(match[1]) for match in map(re.compile(r"step_(\d+)\.").match, store.names(CHECKPOINTS)) if match]
+    return max(steps, default=None)

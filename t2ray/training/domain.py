@@ -10,15 +10,14 @@ import json
 from dataclasses import asdict, dataclass
 
 import torch
-from torch import distributed
 
-from t2ray.adapters.model import load_model
-from t2ray.adapters.svf import by_target
+from t2ray.adapters.model import Model, load_model
 from t2ray.config.train import TrainConfig
 from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
 from t2ray.tasks.verifier import Verifier
+from t2ray.training.trackers import Trackers
 from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 
 RESULT, EXPERT = "result.json", "expert.safetensors"
@@ -55,24 +54,27 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     torch.manual_seed(config.seed)
     store = domain_store(config, domain)
     task = build_task(config, domain)
-    engine = OfflineEngine(load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None))
+    model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
+    engine = OfflineEngine(model)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
         unsafe_code=config.unsafe_code,
     )  # fmt: skip
     with verifier as verify:
         trainer = Trainer(
-            engine, task, verify, config.domain_rl(domain), store,
+            model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+            task, verify, config.domain_rl(domain), store,
             seed=config.seed, digest=config.digest, shares=config.span[1],
         )  # fmt: skip
-        trained = asyncio.run(trainer.run(report))
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
-        _leave(store, trained, engine)
+        first = trainer.shares.rank == 0
+        trackers = Trackers(config, domain, store) if config.track and first else None
+        trained = asyncio.run(trainer.run(report, trackers))
+    if first:
+        _leave(store, trained, model)
 
 
-def _leave(store: Store, trained: Trained, engine: OfflineEngine) -> None:
+def _leave(store: Store, trained: Trained, model: Model) -> None:
     """Writes the expert, then the result that says it is complete."""
-    z = by_target(trained.z_K, engine.model.svf.layout)
-    store.write_tensors(EXPERT, z, {"base_digest": engine.model.base_digest})
+    store.write_tensors(EXPERT, model.adapter.split(trained.z_K), {"base_digest": model.base_digest})
     figures = {key: value for key, value in asdict(trained).items() if key != "z_K"}
     store.write_text(RESULT, json.dumps(asdict(Result(**figures)), indent=1))

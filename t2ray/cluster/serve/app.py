@@ -28,9 +28,9 @@ from t2ray.core import ResourceError
 from t2ray.models.weights import Weights, resolve
 from t2ray.runs.folder import factors_folder
 from t2ray.store import Store
+from t2ray.workbench import SHIPPED
 
 RUN_EXPERTS = "runs/demo/experts"
-SHIPPED = Path(__file__).parents[2] / "tiny" / "experts"
 
 
 def build_app(args: Mapping[str, Any]) -> Any:

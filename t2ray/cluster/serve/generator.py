@@ -25,18 +25,18 @@ from t2ray.api.backend import Catalog, ExpertInfo
 from t2ray.cluster.serve.monitor import Pulse
 from t2ray.config.serve import VERIFIERS, ServeConfig
 from t2ray.core import (
+    Completion,
     Delta,
     ExpertError,
     GenerationError,
-    Message,
     Mixture,
     Prompt,
     SamplingParams,
     UnknownExpert,
     check_name,
-    joined,
 )
 from t2ray.engine.online import OnlineEngine
+from t2ray.engine.protocol import Engine
 from t2ray.experts.exchange import import_expert
 from t2ray.experts.follow import Follower, Snapshot
 from t2ray.experts.heatmap import HeatMap, mean_distance
@@ -60,11 +60,12 @@ class Generator:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
-        self.model = load_model(self.config.model, self.config.factors)
-        self.follower = Follower(Registry(self.config.experts), self.model.base_digest, self.model.svf.layout)
+        model = load_model(self.config.model, self.config.factors)
+        self.engine: Engine = OnlineEngine(model, self.config.engine)
+        registry = Registry(self.config.experts)
+        self.follower = Follower(registry, self.engine.base_digest, self.engine.layout, model.adapter.join)
         self._syncing = threading.Lock()
         self._made: tuple[Snapshot | None, str, Any] = None, "", None
-        self.engine = OnlineEngine(self.model, self.config.engine)
         self._sync()
         self.engine.start()
         self._gauges = {
@@ -83,42 +84,42 @@ class Generator:
 
     # --------------------------------------------------------------------------------------------------------- passes
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
-        """The whole answer at once."""
-        deltas = await self._known(mixture, prompt, sampling, request_id, whole=True)
-        return joined([delta async for delta in deltas])
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
+        """See `core.Generate`."""
+        await self._known(mixture)
+        return await self.engine.generate(prompt, mixture, sampling)
 
-    async def generate_many(self, requests: Sequence[tuple[Prompt, Mixture]], sampling: SamplingParams) -> list[Delta]:
+    async def generate_many(
+        self, requests: Sequence[tuple[Prompt, Mixture]], sampling: SamplingParams
+    ) -> list[Completion]:
         """The answers of a few-shot search's members."""
-        return list(await asyncio.gather(*(self.generate(p, mixture, sampling, "search") for p, mixture in requests)))
+        return list(await asyncio.gather(*(self.generate(p, mixture, sampling) for p, mixture in requests)))
 
-    async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """The answer as it grows."""
-        async for delta in await self._known(mixture, prompt, sampling, request_id, whole=False):
+        await self._known(mixture)
+        async for delta in self.engine.stream(prompt, mixture, sampling):
             yield delta
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
-        """Log-likelihoods of `labels`."""
-        return await self.engine.score(messages, labels, mixture)
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        """See `core.Score`."""
+        return await self.engine.score(prompt, labels, mixture)
 
-    async def score_many(self, requests: Sequence[tuple[tuple[Message, ...], tuple[str, ...], Mixture]]) -> Any:
+    async def score_many(self, requests: Sequence[tuple[Prompt, tuple[str, ...], Mixture]]) -> Any:
         """The scores of a few-shot search's members."""
         return list(await asyncio.gather(*(self.score(*request) for request in requests)))
 
-    async def _known(
-        self, mixture: Mixture, prompt: Prompt, sampling: SamplingParams, request_id: str, *, whole: bool
-    ) -> AsyncIterator[Delta]:
-        """A stream; an expert that is not known yet may have come to the registry since the last look."""
-        if any(name not in self.model.svf.bank for name in mixture.names):
+    async def _known(self, mixture: Mixture) -> None:
+        """An expert that is not known yet may have come to the registry since the last look.
+
+        Raises:
+            ExpertError: the registry has an expert of that name, and it cannot be used.
+        """
+        if any(name not in self.engine.experts for name in mixture.names):
             await asyncio.to_thread(self._sync)
         for name in mixture.names:
             if name in self.follower.snapshot.problems:
                 raise ExpertError(self.follower.snapshot.problems[name])
-        return self.engine.stream(prompt, mixture, sampling, request_id, whole=whole)
 
     # -------------------------------------------------------------------------------------------------------- experts
 
@@ -155,7 +156,7 @@ class Generator:
             experts=experts,
             mixtures=dict(sorted(snapshot.mixtures.items())),
             verifiers=tuple(VERIFIERS),
-            context=self.model.context,
+            context=self.engine.context,
         )
 
     async def heat(self, name: str) -> HeatMap:
@@ -167,7 +168,7 @@ class Generator:
         z_K = self.follower.snapshot.tensors.get(name)
         if z_K is None:
             raise UnknownExpert(f"unknown expert {name!r}")
-        return mean_distance(self.model.svf.layout, z_K)
+        return mean_distance(self.engine.layout, z_K)
 
     async def put_expert(self, name: str, data: bytes) -> int:
         """Checks an uploaded file as when loading, and saves it as the next version.
@@ -202,9 +203,11 @@ class Generator:
 
     def _sync(self) -> None:
         with self._syncing:  # who finds nothing new must find it in the engine, too
+            before = self.follower.snapshot.tensors
             if self.follower.sync():
-                device = self.model.device
-                self.engine.set_experts({name: z_K.to(device) for name, z_K in self.follower.snapshot.tensors.items()})
+                now = self.follower.snapshot.tensors
+                changed = {name: z_K for name, z_K in now.items() if before.get(name) is not z_K}
+                self.engine.set_experts(changed, before.keys() - now.keys())
 
     async def _follow(self) -> None:
         while True:

@@ -23,7 +23,7 @@ from t2ray.api.binding import check_host
 from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import PAUSE_S, TRIES, retried, translated
 from t2ray.config.serve import ServeConfig
-from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams, user
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams, user
 from t2ray.experts.heatmap import HeatMap
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -65,18 +65,16 @@ class RayBackend:
         decided: Dispatch = await retried(lambda: _called(self._dispatcher.decide, strategy, messages))
         return decided
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """Pass 2, whole."""
-        answer: Delta = await retried(lambda: _called(self._generator.generate, prompt, mixture, sampling, request_id))
+        answer: Completion = await retried(lambda: _called(self._generator.generate, prompt, mixture, sampling))
         return answer
 
-    async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """Pass 2, piece by piece. A replica that dies before the first piece is replaced unnoticed; later it cannot."""
         handle = self._generator.options(stream=True).stream
         for attempt in range(TRIES):
-            pieces, begun = handle.remote(prompt, mixture, sampling, request_id), False
+            pieces, begun = handle.remote(prompt, mixture, sampling), False
             try:
                 async for delta in pieces:
                     begun = True
@@ -126,7 +124,7 @@ class RayBackend:
 
     async def ready(self) -> None:
         """One token of the base model."""
-        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1), "health")
+        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1))
 
     async def metrics(self) -> str:
         """What the metrics agents of all nodes have of t2ray and of Serve."""

@@ -20,10 +20,11 @@ from t2ray.cluster.train.nodes import head_answers
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.runs.folder import CONFIG
-from t2ray.runs.status import heartbeats, note_fault, start_heartbeat
+from t2ray.runs.heartbeat import heartbeats, note_fault, start_heartbeat
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.training.domain import domain_store, train_domain
+from t2ray.training.metrics import StepMetrics
 from t2ray.training.trainer import ReportMetrics
 
 Tick = Callable[[TrainConfig], None]
@@ -164,9 +165,9 @@ def work(job: dict[str, Any], rank: int = 0, report: ReportMetrics = lambda row:
 
     beat = start_heartbeat(domain_store(config, job["domain"]), rank)
 
-    def step(row: dict[str, Any]) -> None:
-        beat(row["step"])
-        if "validation" in row:
+    def step(row: StepMetrics) -> None:
+        beat(row.step)
+        if row.validation is not None:
             report(row)
 
     train_domain(config, job["domain"], step)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from t2ray.runs.status import Heartbeat
+from t2ray.runs.heartbeat import Heartbeat
 
 _NEARLY_FULL = 0.9  # of a machine's memory at the last sign of life
 _DIED = re.compile(r"died|is dead|low on memory|OutOfMemory|preempt")

@@ -61,4 +61,4 @@ def _raised(cause: Exception) -> BaseException:
 
 def _worker(job: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
-    work(job, ray_train.get_context().get_world_rank(), ray_train.report)
+    work(job, ray_train.get_context().get_world_rank(), lambda metrics: ray_train.report(metrics.row()))

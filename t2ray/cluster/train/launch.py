@@ -19,9 +19,10 @@ from t2ray.experts.registry import Registry
 from t2ray.models.weights import Weights, resolve
 from t2ray.prompts import OTHERS
 from t2ray.runs.folder import open_run, prepare
-from t2ray.runs.status import note_fault, start_heartbeat
+from t2ray.runs.heartbeat import note_fault, start_heartbeat
 from t2ray.store import Store
 from t2ray.training.domain import EXPERT, Result, domain_store, finished, train_domain
+from t2ray.training.metrics import StepMetrics
 
 
 def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:
@@ -56,8 +57,8 @@ def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
     store = domain_store(config, domain)
     beat = start_heartbeat(store, 0)
 
-    def report(row: dict[str, Any]) -> None:
-        beat(row["step"])
+    def report(row: StepMetrics) -> None:
+        beat(row.step)
         tick(config)
 
     try:

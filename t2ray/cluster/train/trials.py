@@ -23,7 +23,7 @@ from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics
 from t2ray.workbench import Workbench, locate, open_workbench
 
 TRIALS = "trials"
@@ -44,13 +44,13 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
     def tick(config: TrainConfig) -> None:
         nonlocal told
         checked = [
-            [row for row in read_metrics(domain_store(config, domain)) if "validation" in row and row["step"] < last]
-            for domain in config.domains
+            [row for row in read_metrics(domain_store(config, name)) if row.validation is not None and row.step < last]
+            for name in config.domains
         ]
         while told < min(map(len, checked)):
             told += 1
-            best = [max(row["validation"] for row in rows[:told]) for rows in checked]
-            report(max(rows[told - 1]["step"] for rows in checked), fmean(best))
+            best = [max(row.validation or 0.0 for row in rows[:told]) for rows in checked]
+            report(max(rows[told - 1].step for rows in checked), fmean(best))
 
     results = train(config, resume=True, tick=tick)
     return fmean(result.accuracy for result in results.values())
@@ -84,7 +84,7 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
     shots = _slice(task.examples("train"), seed, job.shots)
     experts = tuple(word.strip() for word in job.only.split(",")) if job.only else bench.experts
     sampling = SamplingParams(max_tokens=bench.answer_tokens(job.max_tokens, task.max_tokens))
-    layers = max(target.layer for target in bench.engine.model.svf.layout) + 1 if job.per_layer else None
+    layers = max(target.layer for target in bench.engine.layout) + 1 if job.per_layer else None
     path = (bench.place.run.code or None) if bench.place.run else str(Path.cwd())
     with Verifier(task.reward, workers=_VERIFIERS, path=path) as verify:
         found = await fewshot(
