@@ -273,10 +273,7 @@ class Rollout:
 
 
 class Generate(Protocol):
-    """Answers a prompt with a mixture. Engines, handles of an endpoint and `FakeGenerate` satisfy it.
-
-    Calls that are awaited together (`asyncio.gather`) share a batch.
-    """
+    """Answers a prompt with a mixture: an engine, a handle of an endpoint. Calls awaited together share a batch."""
 
     async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 
@@ -288,4 +285,4 @@ class Score(Protocol):
 
 
 Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
-"""The rewards in [-1, 1] of completions, in their order; `verify(texts, rows)` takes one task row per completion."""
+"""`verify(completions, rows)`: the reward in [-1, 1] of each completion for its task row, in order."""

@@ -19,7 +19,7 @@ from t2ray.cluster.train.launch import train
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import RewardError
 from t2ray.runs import heartbeat, status
-from t2ray.runs.heartbeat import Beat, beats, heart, note_fault
+from t2ray.runs.heartbeat import Heartbeat, heartbeats, note_fault, start_heartbeat
 from t2ray.runs.status import DomainStatus, read_status
 from t2ray.store import Store
 from t2ray.training.domain import domain_store
@@ -89,14 +89,14 @@ def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
     assert now.state == "failed" and now.fault is not None and "ZeroDivisionError: unlucky" in now.fault.message
     assert main(["status", f"{config.out}/own"]) == 0
     assert "last error" in capsys.readouterr().out
-    heart(domain_store(config, "own"), 0)
+    start_heartbeat(domain_store(config, "own"), 0)
     assert only(config).state == "running"
 
 
 def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     store = domain_store(config, "own")
-    beat = heart(store, 0)
+    beat = start_heartbeat(store, 0)
     assert only(config).state == "running"
     monkeypatch.setattr(status, "STALE_S", -1.0)
     assert only(config).state == "stopped"
@@ -106,25 +106,25 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
     del beat
 
 
-def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also within a long step; a thread that ends and a heart that is let go of are no sign of life."""
+def test_a_heartbeat_goes_on_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a long step; none is written after the thread has ended or the writer was deleted."""
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
     config, threads = job(tmp_path), threading.active_count()
     store = domain_store(config, "own")
 
-    def at(rank: int) -> Beat:
-        return {beat.rank: beat for beat in beats(store)}[rank]
+    def at(rank: int) -> Heartbeat:
+        return {beat.rank: beat for beat in heartbeats(store)}[rank]
 
-    hearts = [heart(store, 0)]
-    worker = threading.Thread(target=lambda: hearts.append(heart(store, 1)))
+    writers = [start_heartbeat(store, 0)]
+    worker = threading.Thread(target=lambda: writers.append(start_heartbeat(store, 1)))
     worker.start()
     worker.join()
     first = at(0)
-    hearts[0](7)
+    writers[0](7)
     wait_for(lambda: at(0).step == 7 and at(0).at > first.at)
     assert at(0).began == first.began
     wait_for(lambda: threading.active_count() == threads + 1)  # the second worker has ended
-    hearts.clear()
+    writers.clear()
     wait_for(lambda: threading.active_count() == threads)
 
 
@@ -158,7 +158,7 @@ The actor is dead because its worker process has died. Worker exit type: SYSTEM_
 unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed \
 by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly \
 due to SIGSEGV or another unexpected error. ..."""
-BEAT = Beat(rank=0, host="node3", pid=1169, step=12, at=0.0, rss_gib=9.1, used_gib=30.0, total_gib=64.0)
+BEAT = Heartbeat(rank=0, host="node3", pid=1169, step=12, at=0.0, rss_gib=9.1, used_gib=30.0, total_gib=64.0)
 
 
 def test_a_dead_workers_end_names_the_place_the_memory_and_the_knob() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from t2ray.core import ConfigError, DataError, user
-from t2ray.tasks import BUILTIN, arc, builtin, dispatch, gsm8k, mbpp
+from t2ray.tasks import BUILTIN, arc, builtin, dispatch, gsm8k, mbpp, tiny
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier, verify
 
@@ -40,6 +40,10 @@ def test_an_unknown_task_names_the_nearest() -> None:
         builtin("gsm8")
     with pytest.raises(ConfigError, match="unknown task 'zzz'; there are math, "):
         builtin("zzz")
+
+
+def test_the_built_in_names_are_those_of_the_tasks_modules() -> None:
+    assert {*BUILTIN} - {*tiny.TASKS} == {"gsm8k", "arc_easy", "arc_challenge", "mbpp"} and {*tiny.TASKS} < {*BUILTIN}
 
 
 @pytest.mark.parametrize("name", [name for name in BUILTIN if name not in FILES])

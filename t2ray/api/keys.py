@@ -22,7 +22,7 @@ from typing import Literal, get_args
 from t2ray.config.serve import ApiConfig
 from t2ray.core import ConfigError, check_name
 
-Role = Literal["user", "admin"]
+KeyRole = Literal["user", "admin"]
 SHORTEST = 16  # characters of a secret in the environment, which a person may have made up
 LINE = re.compile(r"(user|admin)\s+(\S+)\s+sha256:([0-9a-f]{64})")
 
@@ -32,14 +32,14 @@ class Key:
     """One API key: `Key(name="ann", role="user", digest=...)`; the name goes into the log."""
 
     name: str
-    role: Role
+    role: KeyRole
     digest: bytes = b""
 
 
 ANYONE = Key(name="anyone", role="admin")
 
 
-def new_key(name: str, role: Role) -> tuple[str, str]:
+def new_key(name: str, role: KeyRole) -> tuple[str, str]:
     """Returns a new secret, which is not stored, and its line for the keys file.
 
     Raises:
@@ -116,7 +116,7 @@ def _from_file(path: Path) -> Iterator[Key]:
 def _from_text(text: str, variable: str) -> Iterator[Key]:
     for number, part in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
         role, _, secret = part.partition(":")
-        if role not in get_args(Role):
+        if role not in get_args(KeyRole):
             raise ConfigError(f"{variable}: key {number} begins with no role; write user:SECRET,admin:SECRET")
         if len(secret) < SHORTEST:
             raise ConfigError(

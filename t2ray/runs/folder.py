@@ -1,4 +1,4 @@
-"""A run folder: `<out>/<run>/config.json` and one folder a domain. Resumed on purpose, never by accident."""
+"""A run folder: `<out>/<run>/config.json` and one folder per domain. A run is only resumed if it is asked for."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CONFIG = "config.json"
 
 
 def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
-    """The job with every path absolute, checked as far as can be without a cluster and without computing anything.
+    """Checks a job as far as possible without a cluster and without computation; returns it with absolute paths.
 
     Raises:
-        RunError: the run exists and is not resumed, or is resumed with another configuration.
-        T2RayError: a mistake in the job, its data, its rewards or its model.
+        RunError: the run exists and `resume` is False, or the run was started with another configuration.
+        T2RayError: the job, its data, its rewards or its model have a mistake.
     """
     config = _absolute(config)
     _check_run(config, resume)
@@ -40,12 +40,12 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
 
 
 def open_run(config: TrainConfig) -> None:
-    """Writes the resolved configuration: from here on the run exists."""
+    """Writes the configuration; with it the run exists."""
     Store(f"{config.out}/{config.run}").write_text(CONFIG, config.model_dump_json(indent=1))
 
 
 def read_run(folder: str) -> TrainConfig:
-    """The configuration of a run.
+    """Reads the configuration of a run.
 
     Raises:
         RunError: there is no run in that folder, or its configuration is damaged.
@@ -77,17 +77,17 @@ def _check_run(config: TrainConfig, resume: bool) -> None:
 
 
 def _check_base(config: TrainConfig) -> None:
-    """Refuses factors and a registry that belong to another model than the job's."""
+    """Raises a T2RayError if the factors or the registry belong to another model than the job's."""
     assert config.factors is not None and config.experts is not None
     digest, registry = Weights(resolve(config.model)).digest, Registry(config.experts)
     if Path(config.factors, FACTORS).exists():
         Factors.open(config.factors, digest)
-    for name in registry.names()[:1]:  # whoever serves a registry refuses it whole when one expert is another model's
+    for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base
         registry.load(name, base_digest=digest)
 
 
 def _differing(before: object, now: object, path: str = "") -> list[str]:
-    """The keys that differ, as `rl.lr: 0.01, now 0.02`."""
+    """Returns one line per key that differs, such as `rl.lr: 0.01, now 0.02`."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [key for key in {**before, **now}]
         return [
@@ -97,13 +97,13 @@ def _differing(before: object, now: object, path: str = "") -> list[str]:
 
 
 def factors_folder(out: str, base_digest: str, targets: Sequence[str] | None, layers: str | None) -> str:
-    """Where the decomposition of a model is kept when nobody says: one folder for each base and choice of targets."""
+    """Returns the default folder of a model's decomposition: one per base model and choice of targets."""
     spec = json.dumps([base_digest, targets, layers]).encode()
     return f"{out}/factors/{hashlib.blake2b(spec, digest_size=6).hexdigest()}"
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
-    """Paths made absolute, since workers run in other folders; defaults that depend on others filled in."""
+    """Makes paths absolute, because workers run in other folders, and fills in defaults that depend on other values."""
     model = resolve(config.model)
     out = config.out if "://" in config.out else str(Path(config.out).absolute())
     factors = config.factors or factors_folder(
@@ -116,7 +116,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "model": config.model if config.model == "tiny" else str(model),  # "tiny" lies elsewhere on another node
+            "model": config.model if config.model == "tiny" else str(model),  # each node has its own "tiny"
             "out": out,
             "factors": str(Path(factors).absolute()),
             "experts": experts if "://" in experts else str(Path(experts).absolute()),

@@ -1,4 +1,4 @@
-"""Signs of life of a run's workers, and what went wrong: small files in each domain's folder, on whatever storage."""
+"""Heartbeats of a run's workers, and its last faults: small files in each domain's folder, on any storage."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ _GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Beat:
-    """A worker's sign of life: `Beat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
+class Heartbeat:
+    """A worker's sign of life: `Heartbeat(rank=0, host="node3", pid=811, step=12, at=1.7e9, rss_gib=9.1, ...)`.
 
-    `rss_gib` is the process's memory, `used_gib` of `total_gib` the whole machine's; the worker's heart `began` then.
+    `rss_gib` is the memory of the process; the whole machine uses `used_gib` of `total_gib`. `began` is the time of the
+    worker's first heartbeat. Times are in seconds since 1970.
     """
 
     rank: int
@@ -46,35 +47,36 @@ class Beat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fault:
-    """What went wrong last: `Fault(at=1.7e9, message="...", ended=False)`; `ended`: the run did not go on by itself."""
+    """The last fault of a domain: `Fault(at=1.7e9, message="...", ended=False)`; after `ended`, it did not go on."""
 
     at: float
     message: str
     ended: bool
 
 
-def heart(store: Store, rank: int) -> Callable[[int], None]:
-    """A worker's heart: call it with each step; it leaves a sign of life in the run folder every two seconds.
+def start_heartbeat(store: Store, rank: int) -> Callable[[int], None]:
+    """Starts to write a heartbeat into the run folder every two seconds. Call what it returns with each step's number.
 
-    A thread of its own does that, since a large model's first step takes minutes, and since a machine is fullest in the
-    middle of a step. It ends when the thread that made the heart ends, or lets go of it.
+    A thread of its own writes, because a large model's first step takes minutes, and because a machine's memory is
+    fullest in the middle of a step. The thread ends with the thread that called this, or when the returned object is
+    deleted.
     """
-    return _Heart(store, rank)
+    return _HeartbeatWriter(store, rank)
 
 
-class _Heart:
+class _HeartbeatWriter:
     def __init__(self, store: Store, rank: int) -> None:
         self.store, self.rank, self.step, self.began = store, rank, 0, time.time()
         self.beat()
-        threading.Thread(target=_beat_on, args=(weakref.ref(self), threading.current_thread())).start()
+        threading.Thread(target=_write_while_alive, args=(weakref.ref(self), threading.current_thread())).start()
 
     def __call__(self, step: int) -> None:
         self.step = step
 
     def beat(self) -> None:
-        """Leaves a sign of life."""
+        """Writes a heartbeat."""
         machine = psutil.virtual_memory()
-        here = Beat(
+        here = Heartbeat(
             rank=self.rank,
             host=socket.gethostname(),
             pid=os.getpid(),
@@ -88,25 +90,25 @@ class _Heart:
         self.store.write_text(f"{WORKERS}/{self.rank}.json", json.dumps(asdict(here)))
 
 
-def _beat_on(heart: weakref.ref[_Heart], owner: threading.Thread) -> None:
-    while owner.is_alive() and (mine := heart()) is not None:
-        with suppress(ResourceError):  # a disk that is full ends the run where it writes its records, with more to say
+def _write_while_alive(writer: weakref.ref[_HeartbeatWriter], owner: threading.Thread) -> None:
+    while owner.is_alive() and (mine := writer()) is not None:
+        with suppress(ResourceError):  # a full disk will end the run at its records, with a better message
             mine.beat()
         del mine
         owner.join(BEAT_S)
 
 
 def note_fault(store: Store, message: str, *, ended: bool) -> None:
-    """Notes what went wrong, in place of what was noted before."""
+    """Notes a fault in a domain's folder, in place of an earlier one."""
     store.write_text(FAULT, json.dumps(asdict(Fault(at=time.time(), message=message, ended=ended))))
 
 
-def beats(store: Store) -> tuple[Beat, ...]:
-    """The newest sign of life of each worker, by rank."""
+def heartbeats(store: Store) -> tuple[Heartbeat, ...]:
+    """Returns the newest heartbeat of each worker, by rank."""
     rows = [json.loads(store.read_text(f"{WORKERS}/{name}")) for name in store.names(WORKERS)]
-    return tuple(sorted((Beat(**row) for row in rows), key=lambda worker: worker.rank))
+    return tuple(sorted((Heartbeat(**row) for row in rows), key=lambda worker: worker.rank))
 
 
 def read_fault(store: Store) -> Fault | None:
-    """What went wrong last in a domain's folder."""
+    """Returns the last fault of a domain, or None if there was none."""
     return Fault(**json.loads(store.read_text(FAULT))) if store.exists(FAULT) else None

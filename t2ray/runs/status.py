@@ -1,4 +1,4 @@
-"""How a run stands, read from its folder alone: while it runs, on whatever storage, from whichever machine. No ray."""
+"""The status of a run, read from its folder alone: also while it runs, on any storage, from any machine. No ray."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from t2ray.config.train import TrainConfig
-from t2ray.runs.heartbeat import Beat, Fault, beats, read_fault
+from t2ray.runs.heartbeat import Fault, Heartbeat, heartbeats, read_fault
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.training.domain import Result, domain_store, finished
 from t2ray.training.metrics import read_metrics, seconds_left
 from t2ray.training.trackers import Track, tracks
 
-STALE_S = 30.0  # a worker that has said nothing for so long is not running
+STALE_S = 30.0  # a worker whose last heartbeat is older does not run any more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainStatus:
-    """One domain of a run. Figures are the newest step's; `left_s` is at the pace of the last ten steps."""
+    """One domain of a run. Figures are those of the newest step; `left_s` is estimated from the last ten steps."""
 
     domain: str
     state: Literal["waiting", "running", "done", "failed", "stopped"]
@@ -34,19 +34,19 @@ class DomainStatus:
     left_s: float | None
     checkpoint: int | None
     result: Result | None
-    workers: tuple[Beat, ...]
+    workers: tuple[Heartbeat, ...]
     trackers: dict[str, Track]
     fault: Fault | None
 
 
 def read_status(config: TrainConfig) -> list[DomainStatus]:
-    """Every domain of a run, in the job's order."""
+    """Returns the status of every domain of a run, in the job's order."""
     return [_domain(config, domain) for domain in config.domains]
 
 
 def _domain(config: TrainConfig, domain: str) -> DomainStatus:
     store, now = domain_store(config, domain), time.time()
-    rows, workers, result, fault = read_metrics(store), beats(store), finished(store), read_fault(store)
+    rows, workers, result, fault = read_metrics(store), heartbeats(store), finished(store), read_fault(store)
     steps = config.domain_rl(domain).steps
     last = rows[-1] if rows else None
     alive = tuple(worker for worker in workers if now - worker.at < STALE_S)

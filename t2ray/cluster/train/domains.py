@@ -20,7 +20,7 @@ from t2ray.cluster.train.nodes import head_answers
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.runs.folder import CONFIG
-from t2ray.runs.heartbeat import beats, heart, note_fault
+from t2ray.runs.heartbeat import heartbeats, note_fault, start_heartbeat
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
 from t2ray.training.domain import domain_store, train_domain
@@ -44,7 +44,7 @@ class WorkersDied(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Try:
-    """A start of a domain: its number since the newest checkpoint that there was, and when earlier hearts began."""
+    """A start of a domain: its number since the newest checkpoint that there was, and when earlier heartbeats began."""
 
     domain: str
     number: int
@@ -88,7 +88,7 @@ def _try(config: TrainConfig, domain: str, last: _Try | None = None) -> _Try:
     store = domain_store(config, domain)
     newest = store.names(CHECKPOINTS)[-1:]
     number = last.number + 1 if last is not None and newest == last.checkpoint else 1
-    earlier = frozenset(beat.began for beat in beats(store))
+    earlier = frozenset(beat.began for beat in heartbeats(store))
     return _Try(domain=domain, number=number, checkpoint=newest, earlier=earlier)
 
 
@@ -130,8 +130,8 @@ def _after(config: TrainConfig, task: ray.ObjectRef, last: _Try) -> _Try | None:
         if mistake is not None:  # trying again would not help
             note_fault(store, str(mistake), ended=True)
             raise mistake from None
-        # a worker that died before its heart began has left its predecessor's sign of life
-        seen = tuple(beat for beat in beats(store) if beat.began not in last.earlier)
+        # a worker that died before its first heartbeat has left its predecessor's last one
+        seen = tuple(beat for beat in heartbeats(store) if beat.began not in last.earlier)
         what, again = diagnosis(last.domain, causes, seen), _try(config, last.domain, last)
         if again.number > _STARTS:
             what += f"; started {_STARTS} times, it came to no new checkpoint; {_GOES_ON}"
@@ -163,7 +163,7 @@ def work(job: dict[str, Any], rank: int = 0, report: ReportMetrics = lambda row:
         node = ray.util.get_node_ip_address()
         raise ResourceError(f"{run} is not shared: node {node} does not see it; name a folder that all nodes mount")
 
-    beat = heart(domain_store(config, job["domain"]), rank)
+    beat = start_heartbeat(domain_store(config, job["domain"]), rank)
 
     def step(row: StepMetrics) -> None:
         beat(row.step)

@@ -19,7 +19,7 @@ from t2ray.experts.registry import Registry
 from t2ray.models.weights import Weights, resolve
 from t2ray.prompts import OTHERS
 from t2ray.runs.folder import open_run, prepare
-from t2ray.runs.heartbeat import heart, note_fault
+from t2ray.runs.heartbeat import note_fault, start_heartbeat
 from t2ray.store import Store
 from t2ray.training.domain import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.training.metrics import StepMetrics
@@ -55,7 +55,7 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
 def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
     """One domain in this process."""
     store = domain_store(config, domain)
-    beat = heart(store, 0)
+    beat = start_heartbeat(store, 0)
 
     def report(row: StepMetrics) -> None:
         beat(row.step)
