@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
+from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose
 from t2ray.adapters.model import load_model
 from t2ray.config.files import nearest
@@ -26,7 +26,6 @@ from t2ray.runs.folder import CONFIG, factors_folder, read_run
 from t2ray.store import Store
 
 DEFAULT_RUN = "runs/demo"
-FEWSHOT = "fewshot/"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
 _LABEL_TOKENS = 16
 

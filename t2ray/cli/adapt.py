@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2ray.adapt.cem import CEMConfig, Round
+from t2ray.adapt.cem import Round
 from t2ray.adapt.fewshot import FewShotResult, fewshot
+from t2ray.adapt.strategies import FEWSHOT
 from t2ray.cli.output import bar, console, weight_bars
 from t2ray.config.files import nearest, override, validate
+from t2ray.config.search import CEMConfig
 from t2ray.config.train import DomainConfig
 from t2ray.core import ConfigError, Example, SamplingParams, UnknownExpert, check_name
 from t2ray.tasks import builtin, own
@@ -37,7 +39,7 @@ def adapt(args: argparse.Namespace) -> None:
         raise ConfigError(f"--shots is {args.shots}; it must be at least 1")
     task, examples = _labelled(args)
 
-    from t2ray.workbench import FEWSHOT, locate, open_workbench
+    from t2ray.workbench import locate, open_workbench
 
     bench = open_workbench(locate(args), bar)
     experts = _experts(bench, args.only)

@@ -11,10 +11,10 @@ import sys
 import time
 from collections.abc import Iterator
 
-from t2ray.adapt.strategies import Dispatch, Strategy
+from t2ray.adapt.strategies import FEWSHOT, Dispatch, Strategy
 from t2ray.cli.output import bar, console
 from t2ray.core import Completion, ConfigError, Message, SamplingParams, T2RayError
-from t2ray.workbench import FEWSHOT, Workbench, locate, open_workbench
+from t2ray.workbench import Workbench, locate, open_workbench
 
 _HELP = """\
 /strategy NAME  prompt, cls, base, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3

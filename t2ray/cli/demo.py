@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import yaml
 
-from t2ray.adapt.cem import CEMConfig, Round
+from t2ray.adapt.cem import Round
 from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import Strategy, classify, fixed
 from t2ray.adapters.factors import Progress, decompose
 from t2ray.cli.display import TrainingDisplay
 from t2ray.cli.output import bar, console
 from t2ray.cluster.train.launch import train
+from t2ray.config.search import CEMConfig
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import Mixture, SamplingParams
 from t2ray.engine.offline import OfflineEngine

@@ -11,11 +11,12 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from t2ray.adapt.strategies import FEWSHOT
 from t2ray.cli.output import bar, console, weight_bars
 from t2ray.core import UnknownExpert, check_name
 from t2ray.experts import exchange
 from t2ray.experts.registry import MIXTURES, Registry
-from t2ray.workbench import FEWSHOT, locate, open_factors
+from t2ray.workbench import locate, open_factors
 
 
 def list_experts(args: argparse.Namespace) -> None:

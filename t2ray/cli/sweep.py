@@ -21,11 +21,11 @@ from t2ray.cli.output import console
 from t2ray.cluster.session import check_shared, session, slots
 from t2ray.cluster.train.trials import search_trial, train_trial, training_job
 from t2ray.cluster.train.tune import sweep as run_sweep
+from t2ray.config.search import SweepConfig, job_at, load
 from t2ray.config.train import TrainConfig
 from t2ray.runs.folder import prepare
 from t2ray.sweep.pictures import draw
 from t2ray.sweep.results import BEST, Trial, write_results
-from t2ray.sweep.space import SweepConfig, job_at, load
 
 _PLAIN_EVERY_S = 10.0
 
