@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2ray.cli import adapt, evaluate
+from t2ray.cli import adapt
+from t2ray.cli import eval as evaluate
 from t2ray.cli.chat import Talk
 from t2ray.cli.main import build_parser, main
 from t2ray.cli.output import weight_bars

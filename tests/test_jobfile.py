@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t2ray.cli import jobfile
 from t2ray.cli.main import build_parser, main
+from t2ray.cli.options import JOB
 from t2ray.core import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -68,5 +68,5 @@ def test_a_file_that_is_not_named_or_not_there(tmp_path: Path) -> None:
 def test_a_shipped_job_is_accepted(name: str) -> None:
     command = {"evaluate": "eval"}.get(name, name)
     path = ROOT / "jobs" / f"{name}.yaml"
-    args = parsed(command, jobfile.OPTION, str(path))
+    args = parsed(command, JOB, str(path))
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= set(args)

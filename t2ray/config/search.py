@@ -161,8 +161,8 @@ class SweepConfig(Strict):
         description="Values that are laid under the file's: none, or the paper's grid of rl.kl (paper).",
     )
     job: dict[str, Any] = Field(
-        description="The job that is swept: the name of its file, or its keys, which are those of a training job "
-        "(kind: rl) or those that follow here (kind: cem)."
+        description="The job that is swept: the name of its file, or its keys; of kind rl they are those of a training "
+        "job, of kind cem those that are listed here."
     )
     space: dict[str, Dimension] = Field(
         min_length=1, description="Keys of the job, such as rl.lr, each with what it may be: a list, or one of these."

@@ -5,11 +5,14 @@ Ray's own settings (replicas, queues, ports) stand in `serve_config.yaml`, and t
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import Field
 
-from t2ray.config.files import Strict
+from t2ray.config.files import Strict, override, read_yaml, validate
+from t2ray.core import ConfigError
 
 VERIFIERS = {"equal": "t2ray.tasks.equal:reward", "gsm8k": "t2ray.tasks.gsm8k:reward"}
 """What an adaptation may be graded by: rewards of rows that are a prompt and an "answer". Nothing else is imported."""
@@ -69,7 +72,7 @@ class ServeConfig(Strict):
     factors: str | None = Field(
         None,
         description="Folder of the model's decomposition, which is made when it is missing; without one, "
-        "runs/factors/<digest>.",
+        "a folder in runs/factors.",
     )
     experts: str | None = Field(
         None,
@@ -84,3 +87,21 @@ class ServeConfig(Strict):
     poll_s: float = Field(1.0, gt=0, description="Seconds from one look into the registry to the next.")
     engine: EngineConfig = Field(EngineConfig(), description="Settings of the engine of each replica.")
     api: ApiConfig = Field(ApiConfig(), description="Keys and limits of the API.")
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> tuple[dict[str, Any], ServeConfig]:
+    """A `serve_config.yaml`: the document, most of which is Ray's, and the `args` of its one application.
+
+    `overrides` are laid over the `args`, and only over them.
+
+    Raises:
+        ConfigError: the file, a key or a value is wrong.
+    """
+    document = read_yaml(Path(path))
+    applications = document.get("applications")
+    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
+        raise ConfigError(f"{path}: `applications` needs exactly one entry; see serve_config.yaml")
+    for place, key in ((document, "http_options"), (applications[0], "args")):
+        if not isinstance(place.get(key, {}), dict):
+            raise ConfigError(f"{path}: {key}: a mapping of keys, not {place[key]!r}; leave it out for the defaults")
+    return document, validate(ServeConfig, override(applications[0].get("args", {}), overrides), where=f"{path}: args")

@@ -141,12 +141,12 @@ class TrainConfig(Strict):
     run: str = Field("train", description="Name of the run, and of its folder under `out`.")
     out: str = Field("runs", description="Folder that receives the runs: a local one, or a URI that all nodes share.")
     experts: str | None = Field(
-        None, description="Registry that receives the experts; without one, <out>/<run>/experts."
+        None, description="Registry that receives the experts; without one, experts in the run's folder."
     )
     factors: str | None = Field(
         None,
         description="Folder of the model's decomposition, which is made when it is missing; without one, "
-        "<out>/factors/<digest>.",
+        "a folder in factors, under `out`.",
     )
     domains: dict[str, DomainConfig] = Field(
         min_length=1, description="Domains by their names; one expert is trained for each."
