@@ -47,10 +47,10 @@ def test_help_shows_how_a_command_is_written_and_its_defaults() -> None:
     assert train.format_help().startswith("usage: t2ray train CONFIG.yaml [key=value ...] [options]\n")
     assert "`t2ray config train` lists every key" in " ".join(train.format_help().split())
     assert decompose.format_help().startswith("usage: t2ray decompose MODEL --out DIR [options]\n")
-    assert re.search(
-        r"--svd-dtype float32\|float64\n +The precision of the decomposition. Default: float32.",
-        decompose.format_help(),
-    )
+    demo = next(p for p in COMMANDS if p.prog == "t2ray demo")
+    assert "The seed of all randomness. Default: 0." in demo.format_help()
+    told = " ".join(decompose.format_help().split())
+    assert "--svd-dtype float32|float64 The precision of the decomposition. Default: float32." in told
 
 
 def test_the_package_itself_is_the_program() -> None:
@@ -62,9 +62,7 @@ def test_the_package_itself_is_the_program() -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_kind_lists_every_key_with_its_type_default_and_meaning(
-    name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_kind_lists_every_key_with_what_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", name]) == 0
     said = capsys.readouterr().out
     for key in KINDS[name].list_keys():
@@ -79,10 +77,8 @@ def test_keys_have_their_dotted_paths() -> None:
     assert {"engine.kv_tokens", "api.max_tokens"} <= paths["serve"]
     assert {"space.NAME.log", "job.settings.elite"} <= paths["sweep"]
     assert {"task", "shots", "max_tokens", "settings.population"} <= paths["adapt"]
-    assert (
-        len(paths["train"])
-        == 3 + sum(len(m.model_fields) for m in (train.TrainConfig, train.RLConfig, train.DomainConfig)) - 3
-    )
+    models = (train.TrainConfig, train.RLConfig, train.DomainConfig)
+    assert len(paths["train"]) == sum(len(model.model_fields) for model in models)
 
 
 def test_the_overview_has_all_kinds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,7 +135,6 @@ def test_a_shown_search_has_its_options_and_settings() -> None:
         (["--show", "eval.yaml"], "eval.yaml: its keys (tasks) do not tell what kind of configuration it is"),
         (["--show", "eval.yaml", "rl.lr"], "'rl.lr' is not key=value"),
         (["--show", "job.yaml", "rl.stepz=3"], "job.yaml: unknown key 'rl.stepz'; did you mean 'steps'?"),
-        (["--show", "job.yaml", "kind=rl"], "'job' is missing"),
         (["--show", "serve.yaml"], "serve.yaml: args: unknown key 'modle'; did you mean 'model'?"),
         (["--show", "serves.yaml"], "serves.yaml: `applications` needs exactly one entry"),
         (["--show", "args.yaml"], "args.yaml: args: a mapping of keys, not 3"),

@@ -22,14 +22,18 @@ def test_a_file_says_what_the_command_line_says(tmp_path: Path) -> None:
     file = tmp_path / "adapt.yaml"
     file.write_text(
         "task: rows.jsonl\nname: mine\nshots: 5\nper_layer: true\nonly: [math, code]\nunsafe_code: false\n"
-        "max_tokens: null\nsettings: {population: 8, elite: 0.5}\n"
+        "max_tokens: null\nsettings: {population: 8, elite: 5e-1, mean: null}\n"
     )
     words = ("--task", "rows.jsonl", "--name", "mine", "--shots", "5", "--per-layer", "--only", "math,code")
-    assert parsed("adapt", "--config", str(file)) == parsed("adapt", *words, "population=8", "elite=0.5")
+    assert parsed("adapt", "--config", str(file)) == parsed("adapt", *words, "population=8", "elite=0.5", "mean=null")
     # what is typed wins, as an option or as key=value
     assert parsed("adapt", "--config", str(file), "--shots", "7")["shots"] == 7
     changed = parsed("adapt", "--config", str(file), "shots=7", "settings.elite=0.1", "name=other")
-    assert (changed["shots"], changed["name"], changed["settings"]) == (7, "other", ["population=8", "elite=0.1"])
+    assert (changed["shots"], changed["name"], changed["settings"]) == (
+        7,
+        "other",
+        ["population=8", "elite=0.1", "mean=null"],
+    )
 
 
 def test_positionals_and_lists_come_from_a_file_too(tmp_path: Path) -> None:

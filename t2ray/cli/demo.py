@@ -49,7 +49,7 @@ def add(p: Parser) -> None:
         "--out", default="runs", metavar="DIR", help="The folder that receives demo/report.html, .md and .json."
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="The seed of all randomness.")
-    p.add_argument("--limit", type=int, default=500, metavar="N", help="How many test prompts per task; there are 500.")
+    p.add_argument("--limit", type=int, default=500, metavar="N", help="How many of each task's 500 test prompts.")
 
 
 def run(args: argparse.Namespace) -> None:

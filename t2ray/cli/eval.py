@@ -50,7 +50,7 @@ def add(p: Parser) -> None:
         "--split",
         default="test",
         choices=["train", "validation", "test", "all"],
-        help="The split of the tasks' rows that is asked.",
+        help="Which of a task's rows are asked.",
     )
     p.add_argument("--limit", type=int, metavar="N", help="How many prompts per task. Default: all of them.")
     p.add_argument(

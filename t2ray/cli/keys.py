@@ -18,7 +18,7 @@ def add(p: Parser) -> None:
     p.add_argument(
         "--admin", action="store_true", help="Let the key also upload and delete experts and start adaptations."
     )
-    p.add_argument("--file", default="keys.txt", metavar="FILE", help="The file of keys that the key is added to.")
+    p.add_argument("--file", default="keys.txt", metavar="FILE", help="The file that the key is added to.")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def _written(action: argparse.Action, *, short: bool = False) -> str:
 def sentence(action: argparse.Action) -> str:
     """What an option is, and its default where it has one."""
     given = action.default
-    if given in (None, False, argparse.SUPPRESS) or given == []:
+    if isinstance(given, bool | None) or given in (argparse.SUPPRESS, []):
         return action.help or ""
     return f"{action.help} Default: {f'{given:g}' if isinstance(given, float) else given}."
 
