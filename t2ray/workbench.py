@@ -1,18 +1,16 @@
-"""A model with its factors, an engine and all experts of a registry: what adapt, chat and eval work with.
+"""A model with its factors, an engine and all experts of a registry: what `t2ray.open`, adapt, chat and eval work with.
 
-Resolves `--run`, `--model`, `--factors` and `--experts`. Not here: what the commands do with it, and training, which
-loads models in its workers. Called by the commands and by jobs.
+Not here: what they do with it, and training, which loads models in its workers.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
+from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose
 from t2ray.adapters.model import load_model
 from t2ray.config.files import nearest
@@ -29,7 +27,6 @@ from t2ray.store import Store
 DEFAULT_RUN = "runs/demo"
 SHIPPED = Path(__file__).parent / "tiny" / "experts"
 """The tiny model's experts that t2ray ships."""
-FEWSHOT = "fewshot/"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
 _LABEL_TOKENS = 16
 
@@ -54,11 +51,6 @@ class Place:
                 f"no registry: there is no {DEFAULT_RUN} here; name one by --experts or --run, or run `t2ray demo`"
             )
         return Registry(self.experts)
-
-
-def locate(args: argparse.Namespace) -> Place:
-    """As `find_place`, of a command's options."""
-    return find_place(args.run, args.model, args.factors, args.experts)
 
 
 def find_place(

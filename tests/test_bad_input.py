@@ -28,7 +28,8 @@ from ray.cluster_utils import Cluster
 from safetensors.torch import load_file, save_file
 
 from t2ray.adapters.factors import Factors, decompose
-from t2ray.cli import adapt, evaluate
+from t2ray.cli import adapt
+from t2ray.cli import eval as evaluate
 from t2ray.cli.main import main
 from t2ray.cluster.train import launch as cluster_train
 from t2ray.core import Mixture

@@ -270,7 +270,7 @@ def test_load_asks_with_a_key_prints_and_writes(
         (["load", "http://127.0.0.1:1", "--rate", "1", "--key", "NO_SUCH_KEY"], "--key NO_SUCH_KEY: no such"),
         (["load", "http://127.0.0.1:1"], "required: --rate"),
         (["soak", "--minutes", "-1"], "--minutes is -1; it must be above 0"),
-        (["serve", "--json", "nowhere/bench.json"], "no such folder"),
+        (["serve", "--json", "nowhere/bench.json"], "there is no folder"),
         (["serve", "rows"], "unrecognized arguments: rows"),
     ],
 )

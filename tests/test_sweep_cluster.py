@@ -19,9 +19,9 @@ from ray import cloudpickle
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.tune import sweep
+from t2ray.config.search import SweepConfig, load
 from t2ray.core import DataError, ResourceError, RunError
 from t2ray.sweep.results import TRIALS, ReportScore, Trial, write_results
-from t2ray.sweep.space import SweepConfig, load
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 

@@ -2,7 +2,7 @@
 
 In an open loop a request is sent when it is due, however many are under way, and its times count from when it was due:
 an endpoint that falls behind cannot hide it by slowing its clients down. Not here: what is asked of which endpoint
-(`serving`, `soak`, `t2ray bench load`).
+(`t2ray load`, and the benchmarks of the endpoint).
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What `t2ray bench load` prints and writes: counts, throughput, and percentiles in milliseconds.
+    """What `t2ray load` prints and writes: counts, throughput, and percentiles in milliseconds.
 
     TTFT is the time to a stream's first event, TPOT the time per token after it. Both, and latencies, are those of
     requests that were answered whole; the others are counted by status, or by how they broke.
