@@ -11,15 +11,15 @@ import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import fields
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Self, TypeVar
 
 from t2ray.adapt.strategies import Dispatch
 from t2ray.config.files import nearest
-from t2ray.core import Completion, ConfigError, Message, Mixture, Role, SamplingParams, user
+from t2ray.core import Completion, ConfigError, Message, Mixture, SamplingParams, user
 from t2ray.workbench import Workbench
 
 T = TypeVar("T")
-ROLES = get_args(Role)
+ROLES = ("system", "user", "assistant")
 Question = str | Message | Sequence[Message | Mapping[str, str]]
 """One user turn as a text, or a conversation: messages, or `{"role": ..., "content": ...}` as OpenAI's clients have."""
 Choice = str | Mixture | Mapping[str, float] | None

@@ -5,8 +5,6 @@ Every record is frozen, slotted and keyword-only, and crosses processes as it is
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +12,7 @@ from typing import Any, Literal, Protocol
 
 __version__ = "0.1.0"
 
-# --------------------------------------------------------------------------------------------------------------- errors
-# None has an own __init__: Ray must be able to unpickle them on the driver.
+# No error has an own __init__: Ray must be able to unpickle it on the driver.
 
 
 class T2RayError(Exception):
@@ -68,14 +65,11 @@ class RunError(T2RayError, RuntimeError):
 # ---------------------------------------------------------------------------------------------------------------- nouns
 
 
-Role = Literal["system", "user", "assistant"]
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a chat: `Message(role="user", content="17+25")`."""
 
-    role: Role
+    role: Literal["system", "user", "assistant"]
     content: str
 
 
@@ -139,8 +133,8 @@ def check_name(name: str, what: str = "expert") -> str:
 class Mixture:
     """Experts and weights: `z' = 1 + sum_k alpha_k (z_k - 1)`; the base holds what they leave (paper section 3.2).
 
-    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, no zero
-    weights. A weight is one number, or one number for each decoder layer.
+    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, without
+    zeros. A weight is one number, or one number for each decoder layer.
     """
 
     weights: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -192,11 +186,6 @@ class Mixture:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.weights)
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits, equal for equal mixtures in every process: the salt of whatever was computed with it."""
-        return hashlib.blake2b(json.dumps(self.weights).encode(), digest_size=8).hexdigest()
 
     def __str__(self) -> str:
         parts = [f"{name}:{'/'.join(f'{w:.3g}' for w in alpha)}" for name, alpha in self.weights]
@@ -284,7 +273,10 @@ class Rollout:
 
 
 class Generate(Protocol):
-    """Answers a prompt with a mixture: an engine, a handle of an endpoint. Calls awaited together share a batch."""
+    """Answers a prompt with a mixture. Engines, handles of an endpoint and `FakeGenerate` satisfy it.
+
+    Calls that are awaited together (`asyncio.gather`) share a batch.
+    """
 
     async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 
@@ -296,4 +288,4 @@ class Score(Protocol):
 
 
 Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
-"""`verify(completions, rows)`: the reward in [-1, 1] of each completion for its task row, in order."""
+"""The rewards in [-1, 1] of completions, in their order; `verify(texts, rows)` takes one task row per completion."""

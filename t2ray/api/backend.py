@@ -111,11 +111,11 @@ class Backend(Protocol):
         ...
 
     async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion:
-        """The whole answer (`core.Generate`). Cancelling the call aborts the generation."""
+        """Returns the whole answer (`core.Generate`). Cancelling the call aborts the generation."""
         ...
 
     def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
-        """The answer piece by piece; the last delta has a finish reason. Closing the iterator aborts the generation."""
+        """Yields the answer piece by piece; the last delta has a finish reason. Closing the iterator aborts it."""
         ...
 
     async def heat(self, name: str) -> HeatMap:

@@ -181,8 +181,8 @@ class Demo:
 
     def shifts(self) -> dict[str, HeatMap]:
         """Each expert's mean z - 1, per decoder layer and kind of matrix."""
-        names = (*TRAINED, CLASSIFIER)
-        return {name: mean_shift(self.engine.layout, self.engine.vector(Mixture.of({name: 1.0}))) for name in names}
+        engine, names = self.engine, (*TRAINED, CLASSIFIER)
+        return {name: mean_shift(engine.layout, engine.vector(Mixture.of({name: 1.0}))) for name in names}
 
 
 SHOTS, ROUNDS = 40, 6
