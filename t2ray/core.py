@@ -273,7 +273,10 @@ class Rollout:
 
 
 class Generate(Protocol):
-    """Answers a prompt with a mixture: an engine, a handle of an endpoint. Calls awaited together share a batch."""
+    """Answers a prompt with a mixture. Engines, handles of an endpoint and `FakeGenerate` satisfy it.
+
+    Calls that are awaited together (`asyncio.gather`) share a batch.
+    """
 
     async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 

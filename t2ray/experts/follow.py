@@ -1,7 +1,7 @@
-"""All experts of a registry as tensors, following the registry as it changes.
+"""All experts of a registry as tensors, kept up to date while the registry changes.
 
-A look is one listing; only what is new or changed is read. An expert that cannot be used is a `problem` of its own and
-disturbs no other. Not here: the files (experts.py) and who uses the tensors. Called by the serving replicas.
+An update costs one listing; only new and changed files are read. An expert that cannot be used is listed with its
+problem and does not affect the others. Not here: the format of the files (`registry.py`).
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from t2ray.experts.registry import MANIFEST, MIXTURES, TENSORS, VERSION, ExpertM
 from t2ray.models.targets import Target
 
 Stamp = tuple[object, ...]
+"""Equal while the files of an expert or a mixture are unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """What a registry held at one look: z, (K,), float32 by name; what each expert is; why some cannot be used."""
+    """Snapshot of a registry.
+
+    `tensors` has the vector of each expert by name, shape (K,), float32; `manifests` describes these experts.
+    `problems` says of experts and mixtures why they cannot be used. `mixtures` has the saved mixtures by name.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     manifests: dict[str, ExpertManifest] = field(default_factory=dict)
@@ -31,7 +36,14 @@ class Snapshot:
 
 
 class Follower:
-    """The latest version of each expert, and the saved mixtures: `held`, which a look replaces and never changes."""
+    """Keeps `snapshot` up to date: the latest version of each expert, and the saved mixtures.
+
+    `sync` replaces the snapshot and never changes one, so that a reader may keep it.
+
+    Args:
+        layout: the targets that the experts must fit.
+        join: makes one vector of an expert's vectors by target (`Adapter.join`).
+    """
 
     def __init__(
         self,
@@ -40,17 +52,16 @@ class Follower:
         layout: Sequence[Target],
         join: Callable[[Mapping[str, Tensor]], Tensor],
     ) -> None:
-        """`join` makes one vector of an expert's named parts (`Adapter.join`)."""
         self.registry, self.base_digest, self.layout, self.join = registry, base_digest, layout, join
         self.snapshot = Snapshot()
         self._stamps: dict[str, Stamp] = {}
         self._syncing = threading.Lock()
 
     def sync(self) -> bool:
-        """Looks into the registry; whether anything was new, changed or gone.
+        """Updates the snapshot. Returns whether anything in the registry was new, changed or deleted.
 
         Raises:
-            ResourceError: the registry cannot be reached; nothing has changed.
+            ResourceError: the registry cannot be reached; the snapshot is unchanged.
         """
         with self._syncing:
             stamps = self._stamps_now()
@@ -64,7 +75,7 @@ class Follower:
             return True
 
     def _stamps_now(self) -> dict[str, Stamp]:
-        """What identifies the latest version of each expert, and each mixture by its path."""
+        """Returns a stamp of the latest version of each expert, by name, and of each saved mixture, by path."""
         files = self.registry.store.tree()
         versions: dict[str, list[int]] = defaultdict(list)
         stamps: dict[str, Stamp] = {}
@@ -93,7 +104,7 @@ class Follower:
             snapshot.tensors[name], snapshot.manifests[name] = self.join(expert.z), expert.manifest
         except (ExpertError, ConfigError) as error:
             snapshot.problems[mixture or name] = str(error)
-        except UnknownExpert:  # deleted since the listing; the next look tells
+        except UnknownExpert:  # deleted since the listing; the next update removes it
             pass
 
 
@@ -109,6 +120,6 @@ def _without(snapshot: Snapshot, changed: set[str]) -> Snapshot:
 
 
 def _mixture(path: str) -> str | None:
-    """The mixture's name in a path of the registry; None for an expert's."""
+    """The name of the mixture that a path of the registry belongs to, or None for the name of an expert."""
     folder, _, file = path.partition("/")
     return file.removesuffix(".json") if folder == MIXTURES else None
