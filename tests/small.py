@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from waiting import GUARD_S
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
@@ -109,7 +110,9 @@ async def verify_letters(completions: Sequence[str], rows: Sequence[Mapping[str,
 def train_in_parallel(rank: int, world: int, folder: Path, rl: RLConfig, shares: int = 1) -> None:
     """One of `world` workers that train together without Ray; leaves its rows and its z in `folder`."""
     init = f"file://{folder}/rendezvous"
-    distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    distributed.init_process_group(
+        "gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=GUARD_S)
+    )
     rows: list[dict[str, Any]] = []
     trainer = Trainer(
         OfflineEngine(load_model(str(folder / "model"), folder / "factors", device="cpu")),

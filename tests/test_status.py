@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
@@ -41,13 +40,6 @@ def job(folder: Path, reward: str = "good") -> TrainConfig:
     values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
               "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
     return resolve(values, where="job.yaml")
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
 
 
 def only(config: TrainConfig) -> DomainStatus:
@@ -108,11 +100,14 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
 def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also within a long step; a thread that ends and a heart that is let go of are no sign of life."""
     monkeypatch.setattr(status, "BEAT_S", 0.02)
-    config, threads = job(tmp_path), threading.active_count()
+    config, others = job(tmp_path), set(threading.enumerate())
     store = domain_store(config, "own")
 
     def at(rank: int) -> Beat:
         return {beat.rank: beat for beat in beats(store)}[rank]
+
+    def beating() -> int:
+        return len(set(threading.enumerate()) - others)
 
     hearts = [heart(store, 0)]
     worker = threading.Thread(target=lambda: hearts.append(heart(store, 1)))
@@ -120,11 +115,11 @@ def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypat
     worker.join()
     first = at(0)
     hearts[0](7)
-    wait_for(lambda: at(0).step == 7 and at(0).at > first.at)
+    wait_until(lambda: at(0).step == 7 and at(0).at > first.at, "a beat of the seventh step")
     assert at(0).began == first.began
-    wait_for(lambda: threading.active_count() == threads + 1)  # the second worker has ended
+    wait_until(lambda: beating() == 1, "the end of the heart whose worker has ended")
     hearts.clear()
-    wait_for(lambda: threading.active_count() == threads)
+    wait_until(lambda: not beating(), "the end of the heart that was let go of")
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
