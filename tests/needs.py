@@ -1,6 +1,6 @@
-"""What some tests need beside the package, and where to get it: the reasons of skips, which the suite's last lines count.
+"""What some tests need beside the package, and where to get it: the reasons of skips, each beginning with "needs".
 
-Each begins with "needs".
+The suite's last lines count them.
 """
 
 from __future__ import annotations
@@ -39,9 +39,7 @@ def counted(reasons: list[str]) -> list[str]:
     """A line for each reason, the most frequent first: `skipped: 41 tests need chromium (apt-get install chromium)`."""
     lines = []
     for reason in sorted(set(reasons), key=lambda reason: (-reasons.count(reason), reason)):
-        count, (need, _, what) = reasons.count(reason), reason.partition("needs ")
+        count, (_, _, what) = reasons.count(reason), reason.partition("needs ")
         tests, need = ("1 test", "needs") if count == 1 else (f"{count} tests", "need")
-        lines.append(
-            f"skipped: {tests} {need} {what}" if reason.startswith("needs ") else f"skipped: {tests}: {reason}"
-        )
+        lines.append(f"skipped: {tests} {need} {what}" if what else f"skipped: {tests}: {reason}")
     return lines

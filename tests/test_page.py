@@ -617,9 +617,7 @@ def test_nothing_moves_where_motion_is_not_wanted(browser: Browser, site: Site) 
 # ---------------------------------------------------------------------------------------------------------- screenshot
 
 
-@pytest.mark.skipif(
-    "T2RAY_PAGE_PNG" not in os.environ, reason="needs T2RAY_PAGE_PNG (the file to write docs/page.png anew)"
-)
+@pytest.mark.skipif("T2RAY_PAGE_PNG" not in os.environ, reason="needs T2RAY_PAGE_PNG (the picture to write)")
 def test_screenshot(browser: Browser, site: Site) -> None:
     from PIL import Image
 
