@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from waiting import GUARD_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -141,7 +142,7 @@ def test_a_library_stays_at_its_rim(module: str) -> None:
 def loaded_by(code: str) -> set[str]:
     """The heavy libraries that a fresh interpreter has loaded after `code`."""
     code += f"\nimport sys; print(); print('loaded:', *sorted({HEAVY} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("loaded:")[2].split())
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 
@@ -363,9 +364,9 @@ def test_options_that_do_not_exist_are_refused_in_one_line(capsys: pytest.Captur
         assert ended.value.code == 2 and err.startswith("t2ray: ") and err.count("\n") == 1 and "--help" in err
 
 
-def test_a_model_without_a_chat_template_goes_on_with_the_text(shared: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_goes_on_with_the_text(tmp_path: Path) -> None:
     """stories260K, real weights without a chat template: a conversation is its contents, one after the other."""
-    place = Place(model=str(shared / "models/stories260K"), factors=str(tmp_path / "f"), experts=None, run=None)
+    place = Place(model=str(needs.real("models/stories260K")), factors=str(tmp_path / "f"), experts=None, run=None)
     bench = open_workbench(place)
     assert bench.experts == ()
     talk = Talk(bench, "base", SamplingParams(max_tokens=20), generate_label=False)
