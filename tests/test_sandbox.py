@@ -353,13 +353,13 @@ def test_the_walls_hold_against_new_namespaces_mounts_and_users(mode: str) -> No
 
 def test_nothing_is_left_running(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[psutil.Process] = []
-    end = sandbox._end
+    end = sandbox._kill
 
     def noted(process: subprocess.Popen[bytes]) -> None:
         started.extend([psutil.Process(process.pid), *family(process.pid)])
         end(process)
 
-    monkeypatch.setattr(sandbox, "_end", noted)
+    monkeypatch.setattr(sandbox, "_kill", noted)
     for timeout_s in (0.5, 5.0, 50.0):  # the next where the machine was too slow for all of it to begin
         end_of("import time\ntime.sleep(600)", mode, timeout_s=timeout_s)
         if len(started) >= WHOLE:

@@ -355,7 +355,7 @@ from t2ray.config.train import TrainConfig
 from t2ray.training.domain import train_domain
 
 def report(row):
-    while row["step"] == 50:
+    while row.step == 50:
         time.sleep(1)
 
 train_domain(TrainConfig.model_validate_json(open(sys.argv[1]).read()), "letters", report)
