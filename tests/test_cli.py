@@ -21,7 +21,8 @@ from t2ray.cli.output import weight_bars
 from t2ray.config.train import TrainConfig
 from t2ray.core import Message, Mixture, SamplingParams, user
 from t2ray.experts.registry import Registry
-from t2ray.runs.folder import prepare, read_run
+from t2ray.runs.folder import read_run
+from t2ray.runs.prepare import prepare
 from t2ray.tasks.verifier import Verifier
 from t2ray.workbench import Place, Workbench, find_place, open_factors, open_workbench
 

@@ -14,7 +14,8 @@ import pytest
 from waiting import GUARD_S
 
 from t2ray.core import ConfigError, DataError, user
-from t2ray.tasks import BUILTIN, arc, builtin, dispatch, gsm8k, mbpp, tiny
+from t2ray.tasks import BUILTIN, arc, builtin, gsm8k, mbpp, tiny
+from t2ray.tasks.dispatch import dispatch
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier, verify
 

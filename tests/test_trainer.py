@@ -26,7 +26,8 @@ from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
 from t2ray.config.train import RLConfig, resolve
 from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
-from t2ray.runs.folder import open_run, prepare, read_run
+from t2ray.runs.folder import open_run, read_run
+from t2ray.runs.prepare import prepare
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
 from t2ray.training.domain import EXPERT, domain_store, finished, train_domain

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from t2ray.cluster.train.launch import train
     from t2ray.evals.evaluate import build_report
     from t2ray.evals.report import text_tables, write_report
-    from t2ray.runs.folder import prepare
+    from t2ray.runs.prepare import prepare
     from t2ray.training.domain import domain_store
     from t2ray.training.metrics import read_metrics
 

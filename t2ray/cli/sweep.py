@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     from t2ray.cluster.session import check_shared, session
     from t2ray.cluster.train.trials import search_trial, train_trial
     from t2ray.cluster.train.tune import sweep
-    from t2ray.runs.folder import prepare
+    from t2ray.runs.prepare import prepare
     from t2ray.sweep.pictures import draw
     from t2ray.sweep.results import BEST, write_results
 

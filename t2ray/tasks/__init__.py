@@ -9,10 +9,9 @@ import importlib
 
 from t2ray.core import ConfigError
 from t2ray.tasks.data import own
-from t2ray.tasks.dispatch import dispatch
 from t2ray.tasks.task import Task
 
-__all__ = ["BUILTIN", "Task", "builtin", "dispatch", "own"]
+__all__ = ["BUILTIN", "Task", "builtin", "own"]
 
 _TINY = ("math", "math_long", "code", "code_long", "pick", "pick_more", "others")
 _REAL = {"gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task"}
