@@ -1,8 +1,7 @@
 """The report's figures, by matplotlib, as SVG text to put into a page. No torch.
 
-Ink and grid come out as `currentColor` and `var(--line)`, and the text as text, so that one figure suits a light and a
-dark page. Every figure is about 380 px wide: a phone shows one beside nothing, a wide screen several in a row. Called
-by `report` alone.
+Ink and grid have the colours `currentColor` and `var(--line)`, and text stays text, so that one figure suits a light
+and a dark page. Every figure is about 380 px wide: a phone shows one per row, a wide screen several.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
 
 
 def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A run's metrics: accuracy of its rollouts and its greedy validation above, KL to the base (nats) below."""
+    """Draws a domain's metrics: accuracy of rollouts and of greedy validation above, KL to the base (nats) below."""
     steps = [row["step"] for row in rows]
     checked = [row for row in rows if "validation" in row]
 
@@ -65,7 +64,7 @@ def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
-    """A group of bars a task, a bar an expert; a weight for each layer is drawn as their mean and their range."""
+    """Draws one group of bars per task, one bar per expert; of weights per layer, their mean and their range."""
     experts = list(dict.fromkeys(name for row in mixtures.values() for name in row))
     step = 0.8 / max(1, len(experts))
 
@@ -93,7 +92,7 @@ def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str
 
 
 def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
-    """A heat map with kinds of matrices down and layers across; `limit` ends the colour scale of all experts' maps.
+    """Draws a heat map: kinds of matrices down, layers across. `limit` ends the colour scale of all experts' maps.
 
     If any value is negative, the colours diverge from 0; else they start there.
     """

@@ -1,7 +1,7 @@
-"""What a run came to, for people: `report.json`, `report.md` and a self-contained `report.html`. No torch.
+"""A report of measured results: `report.json`, `report.md` and a self-contained `report.html`. No torch.
 
-It lays out the dictionary that `evaluate.build_report` makes and computes no result of its own; `plots` draws the
-figures. Called by the demo and `t2ray eval`. Tables, mixtures and figures of what was not run are left out.
+It lays out the dictionary of `evaluate.build_report` and leaves out tables and figures of what was not measured. Not
+here: the figures (`plots.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TABLES = {"trained": "Trained tasks", "unseen": "Unseen tasks"}
 NOTES = {
     "accuracy": "Accuracy in %, with the 95 % Wilson interval. Own expert: the task's, or its trained sibling's. Best "
     "expert: the best of the base and all experts on these very prompts (an oracle).",
-    "confusion": "A row a task, a column what pass 1 took its prompts for (number of prompts).",
+    "confusion": "One row per task, one column per label that pass 1 chose (number of prompts).",
     "mixtures": "The weight of each expert that the few-shot search found for a task; the base holds the rest.",
     "curves": "Accuracy of the sampled rollouts, greedy validation, and KL to the base model.",
     "shifts": "How far each expert moved the singular values: z - 1, by matrix and layer.",
@@ -38,11 +38,11 @@ def write_report(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     shifts: Mapping[str, HeatMap],
 ) -> None:
-    """Writes report.json, report.md and report.html into `folder`, which is made where it is missing.
+    """Writes report.json, report.md and report.html into `folder`, and makes the folder if it is missing.
 
     Args:
         report: as from `evaluate.build_report`.
-        curves: domain -> the rows of its metrics.jsonl (`step`, `accuracy`, `kl`; `validation` where it was measured).
+        curves: domain -> the rows of its metrics.jsonl (`step`, `accuracy`, `kl`, in some rows `validation`).
         shifts: expert -> the mean of z - 1 per layer and kind of matrix, as from `experts.heatmap.mean_shift`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def write_report(
 
 
 def text_tables(report: Mapping[str, Any]) -> str:
-    """All tables as aligned Markdown, which a terminal shows as well as a page."""
+    """Returns all tables as aligned Markdown, which is readable on a terminal too."""
     parts: list[str] = []
     for kind, title in TABLES.items():
         if table := report["tables"].get(kind):
@@ -91,7 +91,7 @@ def html_page(
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
     shifts: Mapping[str, HeatMap],
 ) -> str:
-    """The report as one HTML page without any reference to another file or host."""
+    """Returns the report as one HTML page without any reference to another file or host."""
     sections = [_accuracy(report), _targets(report), _confusion(report)]
     if report["mixtures"]:
         figures = {"alpha by task and expert": plots.alphas(report["mixtures"])}
@@ -178,7 +178,7 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 
 def _name(task: str) -> str:
-    """Escaped, and allowed to break after each underscore, so that a phone need not scroll a table."""
+    """Escapes a name and lets it break after each underscore, so that a table fits on a phone."""
     return escape(task).replace("_", "_<wbr>")
 
 
