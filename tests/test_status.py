@@ -17,7 +17,7 @@ from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
 from t2ray.cluster.train.launch import train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import RewardError
+from t2ray.core import DomainsFailed
 from t2ray.runs import status
 from t2ray.runs.status import Beat, DomainStatus, beats, heart, note_fault, read_status
 from t2ray.store import Store
@@ -33,13 +33,17 @@ def broken(completion, row):
 """
 
 
-def job(folder: Path, reward: str = "good") -> TrainConfig:
+def job(folder: Path, reward: str = "good", **more: str) -> TrainConfig:
+    """A job of the domain `own`, and of `more` with other rewards."""
     (folder / f"rewards_of_status_{reward}.py").write_text(REWARDS)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(20)))
-    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "reward": f"rewards_of_status_{reward}:{reward}",
-           "max_tokens": 2}  # fmt: skip
+    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "max_tokens": 2}
+    domains = {
+        name: own | {"reward": f"rewards_of_status_{reward}:{function}"}
+        for name, function in {"own": reward, **more}.items()
+    }
     values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
-              "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
+              "workers": 0, "verifiers": 0, "code": str(folder), "domains": domains, "rl": SMALL}  # fmt: skip
     return resolve(values, where="job.yaml")
 
 
@@ -82,7 +86,7 @@ def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = job(tmp_path, "broken")
-    with pytest.raises(RewardError):
+    with pytest.raises(DomainsFailed):
         train(config)
     now = only(config)
     assert now.state == "failed" and now.fault is not None and "ZeroDivisionError: unlucky" in now.fault.message
@@ -90,6 +94,25 @@ def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
     assert "last error" in capsys.readouterr().out
     heart(domain_store(config, "own"), 0)
     assert only(config).state == "running"
+
+
+def test_domains_that_fail_are_told_beside_those_that_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, a line each, and by `t2ray status`."""
+    config = job(tmp_path, "broken", second="good", third="broken")
+    (tmp_path / "job.yaml").write_text(config.model_dump_json())
+    assert main(["train", str(tmp_path / "job.yaml")]) == 2
+    said = capsys.readouterr()
+    first, third = said.err.splitlines()
+    assert first.startswith("t2ray: domain 'own' failed: ") and third.startswith("t2ray: domain 'third' failed: ")
+    assert all("ZeroDivisionError: unlucky; --resume trains the domains that are not done" in x for x in (first, third))
+    assert "second: greedy validation accuracy" in said.out and "own: greedy" not in said.out
+    assert main(["status", f"{config.out}/own", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["domain"], row["state"]) for row in rows] == [
+        ("own", "failed"), ("second", "done"), ("third", "failed"),
+    ]  # fmt: skip
 
 
 def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,8 +131,11 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
 def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also within a long step; a thread that ends and a heart that is let go of are no sign of life."""
     monkeypatch.setattr(status, "BEAT_S", 0.02)
-    config, threads = job(tmp_path), threading.active_count()
+    config, before = job(tmp_path), set(threading.enumerate())
     store = domain_store(config, "own")
+
+    def beating() -> int:
+        return len(set(threading.enumerate()) - before)
 
     def at(rank: int) -> Beat:
         return {beat.rank: beat for beat in beats(store)}[rank]
@@ -122,9 +148,9 @@ def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypat
     hearts[0](7)
     wait_for(lambda: at(0).step == 7 and at(0).at > first.at)
     assert at(0).began == first.began
-    wait_for(lambda: threading.active_count() == threads + 1)  # the second worker has ended
+    wait_for(lambda: beating() == 1)  # the second worker has ended
     hearts.clear()
-    wait_for(lambda: threading.active_count() == threads)
+    wait_for(lambda: beating() == 0)
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

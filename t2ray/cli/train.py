@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from t2ray.adapters.factors import decompose as decompose_here
 from t2ray.cli.display import TrainingDisplay
@@ -10,6 +11,8 @@ from t2ray.cli.output import bar, console
 from t2ray.cluster.train.decompose import decompose_on_ray
 from t2ray.cluster.train.launch import train as train_on_cluster
 from t2ray.config.train import load
+from t2ray.core import DomainsFailed
+from t2ray.training.domain import domain_store, finished
 
 
 def decompose(args: argparse.Namespace) -> None:
@@ -27,14 +30,23 @@ def decompose(args: argparse.Namespace) -> None:
     )
 
 
-def train(args: argparse.Namespace) -> None:
-    """Trains the experts of a job, with a live line for each domain."""
+def train(args: argparse.Namespace) -> int:
+    """Trains the experts of a job, with a live line for each domain; 2 where some failed, each with its own line."""
     config = load(args.config, args.overrides)
+    failed = ""
     with TrainingDisplay() as display:
-        results = train_on_cluster(config, resume=args.resume, tick=display.show)
-    for domain, result in results.items():
-        console.print(
-            f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
-            f"best at step {result.best_step} of {result.steps}"
-        )
+        try:
+            train_on_cluster(config, resume=args.resume, tick=display.show)
+        except DomainsFailed as error:
+            failed = str(error)
+    for domain in config.domains:
+        result = finished(domain_store(config, domain))
+        if result is not None:
+            console.print(
+                f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
+                f"best at step {result.best_step} of {result.steps}"
+            )
     console.print(f"experts: {config.experts or f'{config.out}/{config.run}/experts'}")
+    for line in failed.splitlines():
+        print(f"t2ray: {line}", file=sys.stderr)
+    return 2 if failed else 0

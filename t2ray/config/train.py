@@ -92,7 +92,9 @@ class DomainConfig(Strict):
 
 
 # What does not change the z that a training job ends with.
-FREE = frozenset({"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track"})
+FREE = frozenset(
+    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast"}
+)
 
 
 class TrainConfig(Strict):
@@ -126,6 +128,9 @@ class TrainConfig(Strict):
     verify_timeout_s: float = Field(10.0, gt=0, description="time limit of one verification")
     unsafe_code: bool = Field(False, description="run model-written code where no isolation can be had")
     code: str = Field("", description="folder that holds the reward modules; default: the YAML's own")
+    fail_fast: bool = Field(
+        False, description="whether a domain that fails ends the others at once; otherwise they train to their end"
+    )
     track: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="trackers that are told each step beside TensorBoard, e.g. [wandb]; each is an extra"
     )
