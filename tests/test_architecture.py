@@ -11,6 +11,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -126,6 +127,11 @@ def test_a_module_imports_only_rows_below_its_own(module: str) -> None:
         if other != name and other_row <= row:
             wrong.append(f"{module}:{line} imports {imported}, {'sideways' if other_row == row else 'upward'}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Not by an import within a function, either."""
+    TopologicalSorter({module: {name for _, name in imports(module)} - {module} for module in FILES}).prepare()
 
 
 @pytest.mark.parametrize("module", FILES)

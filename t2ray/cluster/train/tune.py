@@ -1,8 +1,8 @@
 """A sweep's trials over Ray Tune: points in, trials with their scores out; ASHA ends those that fall behind.
 
-What a trial does is a function that it is given (`commands.trials`); the sweep's whole state is `trials.json`
+What a trial does is a function that it is given (`trials`); the sweep's whole state is `trials.json`
 (`sweep.results`), not Tune's: after a kill, settled trials are replayed to the scheduler from it and the others go on
-from their own checkpoints. Called by `t2ray sweep`.
+from their own checkpoints.
 """
 
 from __future__ import annotations
