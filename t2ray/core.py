@@ -288,4 +288,4 @@ class Score(Protocol):
 
 
 Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
-"""The rewards in [-1, 1] of completions, in their order; `verify(texts, rows)` takes one task row per completion."""
+"""`verify(completions, rows)`: the reward in [-1, 1] of each completion for its task row, in order."""

@@ -150,7 +150,7 @@ class Store:
             self.fs.delete_file(full)
 
     def sweep(self) -> None:
-        """Deletes the temporary files that killed writers left in the top folder; local stores only."""
+        """Deletes the temporary files that killed writers left in the top folder of a local store."""
         if self.local is not None:
             for path in self.local.glob(".*.tmp"):
                 if time.time() - path.stat().st_mtime > STALE_S:

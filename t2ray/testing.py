@@ -55,7 +55,7 @@ class FakeGenerate:
 
 
 class FakeScore:
-    """Scores by a function (prompt, label, mixture) -> log-likelihood; `calls` records every request in order.
+    """Log-likelihoods from a function (prompt, label, mixture) -> float; `calls` records every request in order.
 
     >>> score = FakeScore(lambda prompt, label, mixture: 0.0 if label in prompt[-1].content else -9.0)
     """

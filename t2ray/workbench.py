@@ -1,35 +1,30 @@
-"""A model with its factors, an engine and all experts of a registry: what adapt, chat and eval work with.
+"""A model with its factors, an engine and all experts of a registry: what `t2ray.open`, adapt, chat and eval work with.
 
-Resolves `--run`, `--model`, `--factors` and `--experts`. Not here: what the commands do with it, and training, which
-loads models in its workers. Called by the commands and by jobs.
+Not here: what they do with it, and training, which loads models in its workers.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
-from t2ray.adapters.factors import MANIFEST, Factors, decompose
+from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
+from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import load_model
 from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
-from t2ray.experts.registry import Registry
-from t2ray.models.weights import Weights, resolve
+from t2ray.experts.registry import SHIPPED, Registry
+from t2ray.models.weights import open_weights
 from t2ray.prompts import dispatch_prompt
-from t2ray.runs.folder import CONFIG, factors_folder, read_run
+from t2ray.runs.folder import CONFIG, read_run
 from t2ray.store import Store
 
 DEFAULT_RUN = "runs/demo"
-SHIPPED = Path(__file__).parent / "tiny" / "experts"
-"""The tiny model's experts that t2ray ships."""
-FEWSHOT = "fewshot/"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
 _LABEL_TOKENS = 16
 
@@ -54,11 +49,6 @@ class Place:
                 f"no registry: there is no {DEFAULT_RUN} here; name one by --experts or --run, or run `t2ray demo`"
             )
         return Registry(self.experts)
-
-
-def locate(args: argparse.Namespace) -> Place:
-    """As `find_place`, of a command's options."""
-    return find_place(args.run, args.model, args.factors, args.experts)
 
 
 def find_place(
@@ -112,7 +102,7 @@ def open_factors(place: Place, bar: Bar = quiet) -> Factors:
     Raises:
         ModelError: a model that cannot be read, or factors of another one.
     """
-    weights = Weights(resolve(place.model))
+    weights = open_weights(place.model)
     folder = Path(place.factors or factors_folder("runs", weights.digest, None, None))
     if (folder / MANIFEST).exists():
         return Factors.open(folder, weights.digest)
@@ -204,7 +194,7 @@ def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
         raise ConfigError(
             f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
         )
-    digest = Weights(resolve(place.model)).digest
+    digest = open_weights(place.model).digest
     for manifest in manifests:  # an expert of another base is refused before the model is decomposed
         place.registry().load(manifest.name, base_digest=digest)
     factors = open_factors(place, bar)

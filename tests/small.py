@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from waiting import GUARD_S
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
@@ -125,7 +126,9 @@ def sampler(model: Model) -> tuple[Model, Generate, Publish]:
 def train_in_parallel(rank: int, world: int, folder: Path, rl: RLConfig, shares: int = 1) -> None:
     """One of `world` workers that train together without Ray; leaves its rows and its z in `folder`."""
     init = f"file://{folder}/rendezvous"
-    distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    distributed.init_process_group(
+        "gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=GUARD_S)
+    )
     rows: list[StepMetrics] = []
     trainer = Trainer(
         *sampler(load_model(str(folder / "model"), folder / "factors", device="cpu")),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -16,14 +17,15 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from waiting import GUARD_S
 
 ROOT = Path(__file__).parents[1]
 
 # Row by row from the top: a package imports rows below its own and itself, never another package of its row. A name is
 # a package with all that is in it, or a module by itself. docs/architecture.md draws this table.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("jobs", "benchmarks"),
-    ("t2ray.cli", "t2ray.__main__"),
+    ("jobs", "benchmarks", "t2ray.__main__"),
+    ("t2ray.cli",),
     ("t2ray",),
     ("t2ray.adaptive",),
     ("t2ray.cluster", "t2ray.tiny"),
@@ -140,16 +142,68 @@ def test_a_library_stays_at_its_rim(module: str) -> None:
 def loaded_by(code: str) -> set[str]:
     """The heavy libraries that a fresh interpreter has loaded after `code`."""
     code += f"\nimport sys; print(); print('loaded:', *sorted({HEAVY} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.rpartition("loaded:")[2].split())
 
 
-def test_help_loads_no_heavy_library() -> None:
-    assert (
-        loaded_by("from t2ray.cli.main import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code")
-        == set()
-    )
+def test_help_loads_no_heavy_library_and_no_command() -> None:
+    code = "from t2ray.cli.main import main\ntry: main(['--help'])\nexcept SystemExit as e: assert not e.code"
+    assert loaded_by(f"{code}\nimport sys; assert not {{'pydantic', 'yaml', 'rich'}} & set(sys.modules)") == set()
+
+
+# A mistake that each command answers at once: words of the command line, with the files that they name.
+MISTAKES = {
+    "decompose": ("tiny --out f --config job.yaml", "unknown key 'domains'"),
+    "train": ("job.yaml rl.stepz=3", "unknown key 'rl.stepz'; did you mean 'steps'?"),
+    "demo": ("--limit 0", "--limit is 0; it must be at least 1"),
+    "experts": ("import X! file", "'X!' cannot name"),
+    "adapt": ("--task math --name x populaton=3", "unknown key 'populaton'; did you mean 'population'?"),
+    "chat": ("--max-tokens 0", "max_tokens is 0; it must be at least 1"),
+    "eval": ("--tasks math,math", "write names separated by commas, each once"),
+    "verify": ("--task maths", "unknown task 'maths'; did you mean 'math'?"),
+    "serve": ("--config serve.yaml", "unknown key 'modle'; did you mean 'model'?"),
+    "keys": ("X!", "'X!' cannot name"),
+    "load": ("localhost --rate 1", "'localhost' is no address of an endpoint"),
+    "sweep": ("sweep.yaml", "space: unknown key 'rl.lrr'; did you mean 'lr'?"),
+    "status": ("run --jason", "unrecognized arguments: --jason; see t2ray --help"),
+    "plan": ("tiny --tokens 0", "--tokens is 0; it must be at least 1"),
+    "config": ("--show job.yaml rl.lrr=1", "unknown key 'rl.lrr'; did you mean 'lr'?"),
+}
+ANSWERS = """
+import sys
+from t2ray.cli.main import main
+codes = []
+for words in ([sys.argv[1], "--help"], sys.argv[1:]):
+    try:
+        codes.append(main(words))
+    except SystemExit as end:
+        codes.append(end.code)
+print("codes:", *codes, "loaded:", *sorted({"torch", "transformers", "ray", "fastapi"} & set(sys.modules)))
+"""
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_command_tells_its_help_and_a_mistake_without_a_heavy_library(command: str, tmp_path: Path) -> None:
+    job = "domains: {math: {task: math}}"
+    (tmp_path / "job.yaml").write_text(job)
+    (tmp_path / "sweep.yaml").write_text(f"kind: rl\njob: {{{job}}}\nspace: {{rl.lrr: [1e-3]}}\n")
+    (tmp_path / "serve.yaml").write_text("applications: [{args: {modle: tiny}}]\n")
+    words, message = MISTAKES[command]
+    done = subprocess.run(
+        [sys.executable, "-c", ANSWERS, command, *words.split()],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert message in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("t2ray: "), done.stderr
+    assert f"usage: t2ray {command} " in done.stdout
+    assert done.stdout.endswith("codes: 0 2 loaded:\n")
+
+
+def test_every_command_has_a_mistake_to_be_told_and_a_file_of_its_own() -> None:
+    from t2ray.cli.main import COMMANDS
+
+    files = {name.rpartition(".")[2] for name in FILES if under(name, ("t2ray.cli",)) and name.count(".") == 2}
+    assert set(MISTAKES) == set(COMMANDS) == files - {"main", "options", "output", "display", "reference"}
 
 
 def test_torch_free_modules_load_no_heavy_library() -> None:

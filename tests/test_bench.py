@@ -165,7 +165,7 @@ def test_without_peft_its_rows_are_skipped_with_the_reason(subject: Subject, mon
         (["row"], "unknown bench 'row'; did you mean 'rows'?"),
         (["--repeats", "2"], "--repeats is 2; a median with its spread needs at least 5"),
         (["--threads", "0"], "--threads is 0"),
-        (["--json", "nowhere/bench.json"], "no such folder"),
+        (["--json", "nowhere/bench.json"], "there is no folder"),
     ],
 )
 def test_a_mistaken_call_ends_with_one_line(

@@ -14,6 +14,7 @@ import pytest
 import torch
 from small import load_as, random_z
 from torch import Tensor
+from waiting import GUARD_S
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
@@ -50,7 +51,7 @@ def started(model: Model, config: EngineConfig) -> Iterator[OnlineEngine]:
         model.adapter.bank = bank
 
 
-def run(call: Callable[[], Awaitable[T]], timeout_s: float = 60) -> T:
+def run(call: Callable[[], Awaitable[T]], timeout_s: float = GUARD_S) -> T:
     return asyncio.run(asyncio.wait_for(call(), timeout_s))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from t2ray.cli.reference import pages
 from t2ray.config import train as config
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +121,12 @@ def test_every_training_job_on_a_page_is_valid(page: Path) -> None:
 @pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/train*.y*ml")), ids=lambda path: path.name)
 def test_every_shipped_training_job_is_valid(path: Path) -> None:
     assert config.load(path, []).domains
+
+
+@pytest.mark.parametrize("name", pages())
+def test_a_generated_page_says_what_the_program_says(name: str) -> None:
+    stands = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert stands == pages()[name], f"docs/{name} is stale: run `make docs`"
 
 
 def test_the_training_job_is_shipped() -> None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
@@ -42,13 +41,6 @@ def job(folder: Path, reward: str = "good") -> TrainConfig:
     values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
               "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
     return resolve(values, where="job.yaml")
-
-
-def wait_for(what: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.01)
 
 
 def only(config: TrainConfig) -> DomainStatus:
@@ -109,11 +101,14 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
 def test_a_heartbeat_goes_on_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also within a long step; none is written after the thread has ended or the writer was deleted."""
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
-    config, threads = job(tmp_path), threading.active_count()
+    config, others = job(tmp_path), set(threading.enumerate())
     store = domain_store(config, "own")
 
     def at(rank: int) -> Heartbeat:
         return {beat.rank: beat for beat in heartbeats(store)}[rank]
+
+    def beating() -> int:
+        return len(set(threading.enumerate()) - others)
 
     writers = [start_heartbeat(store, 0)]
     worker = threading.Thread(target=lambda: writers.append(start_heartbeat(store, 1)))
@@ -121,11 +116,11 @@ def test_a_heartbeat_goes_on_by_itself_until_its_worker_ends(tmp_path: Path, mon
     worker.join()
     first = at(0)
     writers[0](7)
-    wait_for(lambda: at(0).step == 7 and at(0).at > first.at)
+    wait_until(lambda: at(0).step == 7 and at(0).at > first.at, "a beat of the seventh step")
     assert at(0).began == first.began
-    wait_for(lambda: threading.active_count() == threads + 1)  # the second worker has ended
+    wait_until(lambda: beating() == 1, "the end of the heartbeat whose worker has ended")
     writers.clear()
-    wait_for(lambda: threading.active_count() == threads)
+    wait_until(lambda: not beating(), "the end of the heartbeat whose writer was deleted")
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +20,14 @@ import torch
 from small import letter, letter_task, load_as, sampler, step_metrics, train_in_parallel, verify_letters
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import full_disk
+from waiting import wait_until
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
 from t2ray.config.train import RLConfig, resolve
 from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
-from t2ray.runs.folder import open_run, prepare, read_run
+from t2ray.runs.folder import open_run, read_run
+from t2ray.runs.prepare import prepare
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
 from t2ray.training.domain import EXPERT, domain_store, finished, train_domain
@@ -349,11 +349,17 @@ def test_a_prompt_that_does_not_fit_the_model_is_a_clear_mistake(model: Model, t
 
 # ----------------------------------------------------------------------------------------------------------------- jobs
 
+# Near its end the run stands still, so that whoever kills it is never too late.
 JOB = """
-import json, sys
+import sys, time
 from t2ray.config.train import TrainConfig
 from t2ray.training.domain import train_domain
-train_domain(TrainConfig.model_validate_json(open(sys.argv[1]).read()), "letters", lambda row: None)
+
+def report(row):
+    while row.step == 50:
+        time.sleep(1)
+
+train_domain(TrainConfig.model_validate_json(open(sys.argv[1]).read()), "letters", report)
 """
 
 
@@ -385,11 +391,13 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, t
     folder = Path(killed.out, "killed")
     process = subprocess.Popen([sys.executable, "-c", JOB, folder / "config.json"])
     metrics = folder / "domains" / "letters" / METRICS
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 12):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    try:
+        wait_until(
+            lambda: process.poll() is not None or (metrics.exists() and len(metrics.read_text().splitlines()) >= 12),
+            "twelve steps",
+        )
+    finally:
+        process.kill()
     assert process.wait() == -signal.SIGKILL
     store = domain_store(killed, "letters")
     assert finished(store) is None and 12 <= len(read_metrics(store)) < 60

@@ -9,12 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from t2ray.config.search import CEMConfig as CEMConfig
 from t2ray.core import ConfigError
 
 Array = NDArray[np.float64]
@@ -25,34 +25,6 @@ class Fitness(NamedTuple):
 
     accuracy: float
     log_likelihood: float
-
-
-class CEMConfig(BaseModel):
-    """Settings of the search; the defaults are the paper's: population 32, elite 0.2, alpha in [0, 1], 50 rounds.
-
-    `mean` and `sigma` are the first round's distribution; a mean of None is 1 / (number of experts), plain averaging.
-    The search ends before a round that would exceed `budget_prompts` (generated answers) or `budget_s` (seconds, judged
-    by the slowest round so far), and after a round that leaves no spread to search.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    population: int = Field(32, ge=2)
-    elite: float = Field(0.2, gt=0.0, le=1.0)
-    iterations: int = Field(50, ge=1)
-    low: float = 0.0
-    high: float = 1.0
-    mean: float | None = None
-    sigma: float = Field(0.3, gt=0.0)
-    seed: int = 0
-    budget_prompts: int | None = Field(None, ge=1)
-    budget_s: float | None = Field(None, gt=0.0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low is {self.low} and high is {self.high}; low must be below high")
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from t2ray.adapt.cem import Array, CEMConfig, Fitness, Round, cem
+from t2ray.adapt.cem import Array, Fitness, Round, cem
+from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score, Verify
 
 

@@ -22,6 +22,9 @@ from dataclasses import dataclass, field
 from t2ray.core import ConfigError, Generate, Message, Mixture, SamplingParams, Score, UnknownExpert
 from t2ray.prompts import OTHERS, dispatch_prompt
 
+FEWSHOT = "fewshot/"
+"""What stands before a saved mixture's name where a strategy is asked for: `fewshot/sums`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:

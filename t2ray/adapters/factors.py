@@ -8,6 +8,7 @@ M rows and N columns of a weight as `torch.nn.Linear` stores it, R = min(M, N) s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from t2ray.core import ConfigError, ModelError
 from t2ray.models.targets import Target, select_targets
-from t2ray.models.weights import Weights, resolve
+from t2ray.models.weights import Weights, open_weights
 from t2ray.store import Store
 
 __all__ = [
@@ -155,7 +156,7 @@ def prepare(
     """
     if "://" in str(out):
         raise ConfigError(f"{out}: factors are memory-mapped; name a folder of a file system that every worker sees")
-    weights, out = Weights(resolve(model).absolute()), Path(out).expanduser().absolute()
+    weights, out = open_weights(model), Path(out).expanduser().absolute()
     chosen = select_targets(weights.shapes, targets, layers)
     dtypes = {target.name: weights.entries[f"{target.name}.weight"].dtype for target in chosen}
     for name, found in dtypes.items():
@@ -265,3 +266,9 @@ def _errors(path: Path) -> tuple[float, float]:
     with safe_open(path, framework="pt") as file:
         computed, stored = json.loads(file.metadata()["errors"])
     return computed, stored
+
+
+def factors_folder(out: str, base_digest: str, targets: Sequence[str] | None, layers: str | None) -> str:
+    """Returns the default folder of a model's decomposition: one per base model and choice of targets."""
+    spec = json.dumps([base_digest, targets, layers]).encode()
+    return f"{out}/factors/{hashlib.blake2b(spec, digest_size=6).hexdigest()}"

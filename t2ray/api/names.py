@@ -17,13 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from t2ray.adapt.strategies import FEWSHOT
 from t2ray.api.backend import Catalog, ExpertInfo
 from t2ray.api.errors import SERVER, Refusal
 from t2ray.config.files import nearest
 from t2ray.core import ConfigError, Mixture
 
 STRATEGIES = ("prompt", "cls")
-FEWSHOT = "fewshot/"
 RESERVED = {*STRATEGIES, "base"}
 HEAVIEST = 16.0  # weights far above any that a search finds make the model's numbers overflow
 

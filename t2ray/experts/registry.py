@@ -28,6 +28,7 @@ from t2ray.prompts import OTHERS
 from t2ray.store import Store
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
+SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
 VERSION = re.compile(r"v(\d{4,})")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,22 @@ class Weights:
                     file.seek(entry.start + offset)
                     digest.update(file.read(length))
         return digest.hexdigest()
+
+
+def open_weights(ref: str | Path) -> Weights:
+    """The weights of a model (see `resolve`), opened once per process, and again after one of their files has changed.
+
+    Raises:
+        ModelError: as `resolve` and `Weights` do.
+    """
+    folder = resolve(str(ref)).absolute()
+    files = sorted(folder.glob("*.safetensors*"))
+    return _opened(folder, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=8)
+def _opened(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> Weights:
+    return Weights(folder)
 
 
 def _samples(size: int) -> list[tuple[int, int]]:

@@ -129,7 +129,7 @@ def limit(memory_mb: int, cpu_s: int) -> None:
 
 
 def give_up_rights(refuse_calls: bool) -> None:
-    """Drops all capabilities for good, hides this process's memory from others of its user, may filter its calls."""
+    """Drops all capabilities for good, hides this process's memory from others of its user; may filter its calls."""
     header = struct.pack("=Ii", 0x20080522, 0)
     _call(_libc.capset(header, bytes(24)), "capset")
     _call(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from t2ray.config.search import SweepConfig, job_at, value_at
 from t2ray.store import Store
 from t2ray.sweep.results import Trial, keys
-from t2ray.sweep.space import SweepConfig, job_at, value_at
 
 _CELLS = 6  # cells into which the heat map divides a range
 

@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
+from t2ray.config.files import dump_yaml
+from t2ray.config.search import SweepConfig, job_at, laid_over, value_at
 from t2ray.core import RunError
 from t2ray.store import Store
-from t2ray.sweep.space import Point, SweepConfig, job_at, laid_over, trial_id, value_at
+from t2ray.sweep.space import Point, trial_id
 
 CONFIG, TRIALS, BEST = "sweep.json", "trials.json", "best.yaml"
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
@@ -223,7 +224,7 @@ def best_yaml(config: SweepConfig, point: Point, scores: Sequence[float]) -> str
 
 
 def _dump(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True)
+    return dump_yaml(json.loads(json.dumps(values)))
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
-from t2ray.tasks import builtin, dispatch, own
+from t2ray.tasks import builtin, own
 from t2ray.tasks.data import FORMATS
 from t2ray.tasks.task import Task
 
@@ -27,6 +27,8 @@ def build_task(config: TrainConfig, domain: str) -> Task:
         rest = [build_task(config, name) for name, other in config.domains.items() if other.others is None]
         if not rest:
             raise ConfigError(f"domains.{domain}: a classifier needs at least one other domain to tell apart")
+        from t2ray.tasks.dispatch import dispatch  # as every task: imported when it is asked for
+
         task = dispatch(rest, _others(config, domain, settings.others))
     elif settings.task is not None:
         task = builtin(settings.task, settings.data)

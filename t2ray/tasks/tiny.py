@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, permutations, product
 from typing import Any
 
-from t2ray.core import ConfigError
+from t2ray.core import ConfigError, user
 from t2ray.prompts import OTHERS
+from t2ray.tasks.task import Task
 from t2ray.tasks.tiny_code import long_programs, reward_code, short_programs
 
 __all__ = ["LABELS", "PARENT", "SPLITS", "TASKS", "gold", "reward_code", "reward_dispatch", "reward_math",
-           "reward_others", "reward_pick", "rows"]  # fmt: skip
+           "reward_others", "reward_pick", "rows", "task"]  # fmt: skip
 
 LABELS = ("math", "code", "pick", OTHERS)
 PARENT = {"math_long": "math", "code_long": "code", "pick_more": "pick"}
@@ -111,6 +112,18 @@ _GENERATORS: dict[str, Callable[[], Grouped]] = {
 TASKS = tuple(_GENERATORS)
 
 # ----------------------------------------------------------------------------------------------------------- the splits
+
+
+def task(name: str) -> Task:
+    """Returns one of `TASKS`."""
+    return Task(
+        name=name,
+        rows=lambda split: [row for part in SPLITS if split in (part, "all") for row in rows(name, part)],
+        messages=lambda row: user(row["prompt"]),
+        reward=f"t2ray.tasks.tiny:reward_{PARENT.get(name, name)}",
+        gold=gold,
+        max_tokens=24,
+    )
 
 
 def rows(task: str, split: str) -> list[dict[str, Any]]:

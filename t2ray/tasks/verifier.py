@@ -24,8 +24,6 @@ from typing import Any
 import pebble
 
 from t2ray.core import ConfigError, RewardError, T2RayError
-from t2ray.sandbox import check as sandbox
-from t2ray.sandbox import jail
 from t2ray.tasks.task import Reward, Task, load_reward
 
 TIMED_OUT = -1.0
@@ -145,10 +143,13 @@ def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | N
 
 
 # ------------------------------------------------------------------------------------------------------- in the worker
+# The sandbox is imported here: the process that trains does without it.
 
 
 def _start() -> None:
     """Makes a new worker end together with its owner, however the owner ends, and at once on SIGTERM."""
+    from t2ray.sandbox import jail
+
     jail.die_with_parent()
     owner = multiprocessing.parent_process()
     if owner is None or owner.pid != os.getppid():  # the owner has ended already
@@ -160,7 +161,9 @@ def _grade(
     reward: str, path: str | None, unsafe_code: bool, timeout_s: float | None, items: list[Item]
 ) -> list[float | None]:
     """Returns the rewards of the first items, as many as start within `timeout_s`; None for one that took too long."""
-    sandbox.allow_unsafe(unsafe_code)
+    from t2ray.sandbox import check
+
+    check.allow_unsafe(unsafe_code)
     function = load_reward(reward, path)
     start = time.monotonic()
     rewards: list[float | None] = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,8 +18,10 @@ from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
 from t2ray.tasks.verifier import Verifier
-from t2ray.training.trackers import Trackers
 from t2ray.training.trainer import ReportMetrics, Trained, Trainer
+
+if TYPE_CHECKING:
+    from t2ray.training.trackers import Trackers
 
 RESULT, EXPERT = "result.json", "expert.safetensors"
 
@@ -67,10 +70,17 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             seed=config.seed, digest=config.digest, shares=config.span[1],
         )  # fmt: skip
         first = trainer.shares.rank == 0
-        trackers = Trackers(config, domain, store) if config.track and first else None
-        trained = asyncio.run(trainer.run(report, trackers))
+        trained = asyncio.run(trainer.run(report, _trackers(config, domain, store) if first else None))
     if first:
         _leave(store, trained, model)
+
+
+def _trackers(config: TrainConfig, domain: str, store: Store) -> Trackers | None:
+    if not config.track:
+        return None
+    from t2ray.training.trackers import Trackers  # most runs have none
+
+    return Trackers(config, domain, store)
 
 
 def _leave(store: Store, trained: Trained, model: Model) -> None:

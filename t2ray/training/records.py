@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,7 +22,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from t2ray.core import ResourceError, Rollout
 from t2ray.store import Store
 from t2ray.training.metrics import METRICS, StepMetrics, as_lines, read_metrics
-from t2ray.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from t2ray.training.trackers import Trackers
 
 
 class Records:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ from t2ray.training.metrics import StepMetrics
 from t2ray.training.records import Records
 from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 from t2ray.training.shares import Shares
-from t2ray.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from t2ray.training.trackers import Trackers
 
 ReportMetrics = Callable[[StepMetrics], None]
 Publish = Callable[[str, Tensor], None]

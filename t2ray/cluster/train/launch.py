@@ -16,10 +16,11 @@ from t2ray.cluster.train.nodes import largest
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.experts.registry import Registry
-from t2ray.models.weights import Weights, resolve
+from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
-from t2ray.runs.folder import open_run, prepare
+from t2ray.runs.folder import open_run
 from t2ray.runs.heartbeat import note_fault, start_heartbeat
+from t2ray.runs.prepare import prepare
 from t2ray.store import Store
 from t2ray.training.domain import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.training.metrics import StepMetrics
@@ -101,7 +102,7 @@ def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig,
 def _collect(config: TrainConfig) -> dict[str, Result]:
     """Puts each domain's expert into the registry, once, and returns the figures."""
     assert config.experts is not None
-    registry, results, digest = Registry(config.experts), {}, Weights(resolve(config.model)).digest
+    registry, results, digest = Registry(config.experts), {}, open_weights(config.model).digest
     for domain in config.domains:
         store = domain_store(config, domain)
         result = finished(store)

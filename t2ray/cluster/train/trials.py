@@ -9,7 +9,6 @@ import asyncio
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import fixed
@@ -24,7 +23,7 @@ from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store
 from t2ray.training.metrics import read_metrics
-from t2ray.workbench import Workbench, locate, open_workbench
+from t2ray.workbench import Workbench, find_place, open_workbench
 
 TRIALS = "trials"
 _VERIFIERS = 1
@@ -75,7 +74,7 @@ def search_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float
 
 @cache  # Tune may use a process again, and the model is the same for every trial
 def _bench(run: str | None, model: str | None, factors: str | None, experts: str | None) -> Workbench:
-    return open_workbench(locate(SimpleNamespace(run=run, model=model, factors=factors, experts=experts)))  # type: ignore[arg-type]
+    return open_workbench(find_place(run, model, factors, experts))
 
 
 async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
