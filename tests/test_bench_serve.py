@@ -215,7 +215,7 @@ def test_percentiles_and_the_summary_are_those_of_the_answered() -> None:
     assert nothing["requests"] == 0 and "latency_ms" not in nothing
 
 
-# --------------------------------------------------------------------------------------------------- `t2ray bench load`
+# --------------------------------------------------------------------------------------------------------- `t2ray load`
 
 
 APART = """
@@ -417,7 +417,7 @@ def test_experts_that_are_written_in_bulk_are_held_as_any_other(factors: Path, t
     shelf, registry = tmp_path / "shelf", tmp_path / "experts"
     many.write_experts(shelf, factors, 12)
     registry.mkdir()
-    held = many._held(factors, shelf, registry, [3, 6, 12])
+    held = many._bytes_by_step(factors, shelf, registry, [3, 6, 12])
     assert len(held) == 4 and min(held) > 2**20
     assert len(list(registry.iterdir())) == 12 and not list(shelf.iterdir())
     assert move(registry, shelf) == move(shelf, registry)

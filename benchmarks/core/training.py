@@ -1,4 +1,4 @@
-"""The bench of one REINFORCE + KL update: its time beside the reference's, and its memory.
+"""The bench of one REINFORCE + KL update: its time compared with the reference's, and its memory.
 
 Not here: rollouts (`generation`).
 """
@@ -29,7 +29,7 @@ LAMBDA = 0.1
 
 
 def update(subject: Subject, repeats: int) -> Figures:
-    """One update of all rollouts at once; and the peak memory of one in micro-batches of a quarter."""
+    """Measures one update of all rollouts at once, and the peak memory of one in four micro-batches."""
     rollouts = random_rollouts(subject)
     advantage_B = [1.0 if i % 2 else -1.0 for i in range(len(rollouts))]
     reference = Reference(subject.plain, subject.factors)
@@ -58,7 +58,7 @@ def update(subject: Subject, repeats: int) -> Figures:
 
 
 def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
-    """A trainer of the expert "bench", whose rollouts and rewards come from elsewhere."""
+    """Returns a trainer of the expert "bench"; its `update` is given rollouts and needs no rewards."""
 
     async def unused(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         raise AssertionError("updates are measured without rewards")
@@ -75,7 +75,7 @@ def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
 
 
 def random_rollouts(subject: Subject) -> list[Rollout]:
-    """`shape.rows` rollouts of `shape.sequence` tokens, the prompt's among them."""
+    """Returns `shape.rows` random rollouts of `shape.sequence` tokens, prompt included."""
     shape, draw = subject.shape, random.Random(3)
     return [
         Rollout(
@@ -95,7 +95,7 @@ def random_rollouts(subject: Subject) -> list[Rollout]:
 
 
 def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
-    """Whatever a factored forward of these rollouts allocates, if all of it were kept."""
+    """Returns the bytes that a factored forward pass of these rollouts allocates in all."""
     model = subject.model
     ids_BT = torch.tensor([[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts])
     z_1K = model.adapter.mix(Mixture.parse("bench"))[None]
@@ -107,7 +107,7 @@ def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
 
 
 class Allocations(TorchDispatchMode):
-    """Within `with`: the bytes of all tensors that operations made (`total`), and the most alive at a time (`peak`)."""
+    """Counts within `with` the bytes of all tensors that operations make (`total`), and the most at a time (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -118,7 +118,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation and counts the storages among its results that were not among its arguments'."""
+        """Runs an operation, and counts the storages of its results that are not those of its arguments."""
         result = func(*args, **(kwargs or {}))
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}

@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Client:
-    """A client of one endpoint with lasting connections: `async with Client("http://127.0.0.1:8000") as client:`."""
+    """A client of one endpoint that keeps its connections: `async with Client("http://127.0.0.1:8000") as client:`."""
 
     def __init__(self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
         self._url = url.rstrip("/")
