@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -259,3 +260,29 @@ def test_every_module_that_a_page_names_exists(page: Path) -> None:
     """But for the decisions, which speak of the code as it was then."""
     wrong = missing_modules(page.read_text(encoding="utf-8"))
     assert not wrong, f"{page.name} names what does not exist: {wrong}"
+
+
+@cache
+def literals() -> tuple[str, ...]:
+    """Every text in the source as one piece, with … where a value is put in."""
+    found = []
+    for path in (*ROOT.glob("t2ray/**/*.py"), *ROOT.glob("benchmarks/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return tuple(found)
+
+
+def test_every_error_in_troubleshooting_is_one_that_the_code_says() -> None:
+    rows = MARKDOWN.parse((ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"))
+    firsts = [cell for row, _, cell in zip(rows, rows[1:], rows[2:], strict=False) if row.type == "tr_open"]
+    said = [part.content for cell in firsts for part in cell.children or () if part.type == "code_inline"]
+    wrong = []
+    for symptom in said:
+        pieces = [re.escape(piece) for piece in re.split(r"'?…'?", symptom) if piece.strip()]
+        if not any(re.search("['…].*?".join(pieces), text) for text in literals()):
+            wrong.append(symptom)
+    assert len(said) > 100
+    assert not wrong, "no code says:\n" + "\n".join(wrong)
