@@ -250,7 +250,7 @@ def missing_modules(text: str) -> list[str]:
 
 def test_a_module_that_does_not_exist_is_found() -> None:
     assert missing_modules("t2ray.core.Mixture, `t2ray.adapters.svf`, core.py, jobs/train.py") == []
-    assert missing_modules("`svf.py`, t2ray.rl.loss, t2ray.core.No") == ["svf.py", "t2ray.rl.loss", "t2ray.core.No"]
+    assert missing_modules("`svf.py`, t2ray.rl.loss, t2ray.core.Nil") == ["svf.py", "t2ray.rl.loss", "t2ray.core.Nil"]
 
 
 @pytest.mark.parametrize(
