@@ -23,7 +23,7 @@ from t2ray.core import ConfigError, Generate, Message, Mixture, SamplingParams, 
 from t2ray.prompts import OTHERS, dispatch_prompt
 
 FEWSHOT = "fewshot/"
-"""What stands before a saved mixture's name where a strategy is asked for: `fewshot/sums`."""
+"""The prefix of a saved mixture's name in the place of a strategy's: `fewshot/sums`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

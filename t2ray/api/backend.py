@@ -115,7 +115,7 @@ class Backend(Protocol):
         ...
 
     def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
-        """The answer piece by piece; the last delta has a finish reason. Closing the iterator aborts the generation."""
+        """Yields the answer piece by piece; the last delta has a finish reason. Closing the iterator aborts it."""
         ...
 
     async def heat(self, name: str) -> HeatMap:

@@ -114,10 +114,10 @@ class Weights:
 
 
 def open_weights(ref: str | Path) -> Weights:
-    """The weights of a model (see `resolve`), opened once per process, and again after one of their files has changed.
+    """Returns the weights of a model (see `resolve`). They are opened once per process, and again if a file changes.
 
     Raises:
-        ModelError: as `resolve` and `Weights` do.
+        ModelError: as `resolve` and `Weights` raise it.
     """
     folder = resolve(str(ref)).absolute()
     files = sorted(folder.glob("*.safetensors*"))

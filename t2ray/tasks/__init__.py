@@ -1,6 +1,4 @@
-"""The tasks that t2ray knows by name (`builtin`), and the two ways to make one: from `own` data, or by `dispatch` from
-other tasks.
-"""
+"""The tasks that t2ray knows by name (`builtin`), and tasks of a user's own rows, prompt and reward (`own`)."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ TASKS = tuple(_GENERATORS)
 
 
 def task(name: str) -> Task:
-    """Returns one of `TASKS`."""
+    """Returns the task of that name, which must be one of `TASKS`."""
     return Task(
         name=name,
         rows=lambda split: [row for part in SPLITS if split in (part, "all") for row in rows(name, part)],
