@@ -1,22 +1,18 @@
 """The nouns that the whole program passes around, and its errors. Standard library only.
 
-Not here: anything that computes. Every record is frozen, slotted and keyword-only, and crosses processes as it is;
-tensors never do.
+Every record is frozen, slotted and keyword-only, and crosses processes as it is; tensors never do.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 __version__ = "0.1.0"
 
-# --------------------------------------------------------------------------------------------------------------- errors
-# None has an own __init__: Ray must be able to unpickle them on the driver.
+# No error has an own __init__: Ray must be able to unpickle it on the driver.
 
 
 class T2RayError(Exception):
@@ -66,6 +62,10 @@ class RunError(T2RayError, RuntimeError):
     """A run folder that cannot be started or resumed."""
 
 
+class DomainsFailed(T2RayError, RuntimeError):
+    """Domains of a training job failed, a line for each; the experts of those that are done have been saved."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- nouns
 
 
@@ -79,6 +79,9 @@ class Message:
 
 Prompt = tuple[Message, ...] | str
 """A conversation that the model's chat template formats, or a text to continue as it stands."""
+
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: at an end token or a stop string, or at `max_tokens`."""
 
 
 def user(content: str) -> tuple[Message, ...]:
@@ -134,8 +137,8 @@ def check_name(name: str, what: str = "expert") -> str:
 class Mixture:
     """Experts and weights: `z' = 1 + sum_k alpha_k (z_k - 1)`; the base holds what they leave (paper section 3.2).
 
-    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, no zero
-    weights. A weight is one number, or one number for each decoder layer.
+    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, without
+    zeros. A weight is one number, or one number for each decoder layer.
     """
 
     weights: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -188,57 +191,16 @@ class Mixture:
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.weights)
 
-    @property
-    def digest(self) -> str:
-        """16 hex digits, equal for equal mixtures in every process: the salt of whatever was computed with it."""
-        return hashlib.blake2b(json.dumps(self.weights).encode(), digest_size=8).hexdigest()
-
     def __str__(self) -> str:
         parts = [f"{name}:{'/'.join(f'{w:.3g}' for w in alpha)}" for name, alpha in self.weights]
         return ",".join(parts) or "base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One generated answer.
-
-    `Completion(prompt_ids=(1, 45, 9), token_ids=(30, 2), logprobs=(-0.1, -0.7), text="42", finish_reason="stop",
-    mixture=Mixture.parse("math"))`. `token_ids` are the sampled ids, the end token included when it was sampled;
-    `logprobs` (nats, one a token) are the model's own at temperature 1. The loss uses these ids: text is never
-    tokenised again.
-    """
-
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    mixture: Mixture
-
-    def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What a stream adds to an answer: some text, the tokens behind it, and at the end why it ended.
-
-    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9, finish_reason=None)`. A text
-    that may be the beginning of a stop string is held back, so that `text` can lag behind `tokens`. `joined` makes one
-    whole answer of all deltas.
-    """
-
-    text: str
-    tokens: tuple[Token, ...] = ()
-    prompt_tokens: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A chosen token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
+    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
 
-    `logprob` in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for, falling.
+    `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for.
     """
 
     id: int
@@ -247,8 +209,47 @@ class Token:
     top: tuple[tuple[str, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One generated answer.
+
+    `Completion(prompt_ids=(1, 45, 9), tokens=(Token(id=30, text="42", logprob=-0.1), ...), text="42",
+    finish_reason="stop", mixture=Mixture.parse("math"))`. `tokens` are the sampled ones, a sampled end token included.
+    The loss uses their ids: text is never tokenised again.
+    """
+
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: FinishReason
+    mixture: Mixture
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """The log-probability of each token in nats, at temperature 1."""
+        return tuple(token.logprob for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a stream adds to an answer: some text, the tokens behind it, and in the last delta why the answer ended.
+
+    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9)`. A text that may be the
+    beginning of a stop string is held back, so that `text` can lag behind `tokens`.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    prompt_tokens: int = 0
+    finish_reason: FinishReason | None = None
+
+
 def joined(deltas: Sequence[Delta]) -> Delta:
-    """All deltas of an answer as one."""
+    """Several deltas that follow one another as one."""
     return Delta(
         text="".join(delta.text for delta in deltas),
         tokens=tuple(token for delta in deltas for token in delta.tokens),
@@ -275,23 +276,20 @@ class Rollout:
     reward: float
 
 
-# ---------------------------------------------------------------------------------------------------------------- seams
-
-
 class Generate(Protocol):
-    """Answers a conversation with a mixture. The engine, a Serve handle and `FakeGenerate` satisfy it.
+    """Answers a prompt with a mixture. Engines, handles of an endpoint and `FakeGenerate` satisfy it.
 
     Calls that are awaited together (`asyncio.gather`) share a batch.
     """
 
-    async def __call__(
-        self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams
-    ) -> Completion: ...
+    async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 
 
 class Score(Protocol):
-    """Log-likelihoods (nats, summed over tokens) of each of `labels` as the continuation of a conversation."""
+    """The log-likelihood of each of `labels` as the continuation of a prompt, in nats, summed over a label's tokens."""
 
-    async def __call__(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]: ...
+    async def __call__(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture, /) -> tuple[float, ...]: ...
+
+
+Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+"""`verify(completions, rows)`: the reward in [-1, 1] of each completion for its task row, in order."""

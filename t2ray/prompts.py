@@ -1,7 +1,7 @@
-"""The one prompt that t2ray itself writes: the question of pass 1, "what kind of request is this?". No torch.
+"""The question of pass 1, "what kind of request is this?": the only prompt that t2ray itself writes. No torch.
 
-The dispatch strategies (paper section 3.2, a and b), the classification domain and the tiny model's pretraining all
-build it here, so that they ask the same question.
+The dispatch strategies (paper section 3.2, a and b), the classification domain and the tiny model's pretraining all ask
+this same question.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ OTHERS = "others"
 
 
 def dispatch_prompt(messages: tuple[Message, ...], labels: tuple[str, ...]) -> tuple[Message, ...]:
-    """The classification question about a conversation: one user turn that ends with the conversation's last message.
+    """Returns the classification question about a conversation: one user turn that ends with its last message.
 
     The labels come first, so that the prompts of all requests share a prefix.
     """

@@ -1,7 +1,7 @@
 """Bytes, text and tensors under a URI: a local folder, `s3://bucket/path` or `gs://bucket/path` (pyarrow.fs).
 
-A file is whole or absent: it is written beside its place and moved there. Not here: what the files mean (svd.py,
-experts.py and run folders know that), and no pickle: tensors go through safetensors only.
+A file is whole or absent: it is written under a temporary name beside its place and then moved. Tensors are stored as
+safetensors, never as pickles.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from safetensors import torch as safetensors
 
 from t2ray.core import ConfigError, ResourceError
 
-STALE_S = 3600.0  # a temporary file older than this belongs to no living writer
+STALE_S = 3600.0  # a temporary file older than this was left by a writer that died
 
 
 class Store:
-    """The files under one URI, by their path relative to it.
+    """The files under one URI, named by their paths relative to it. `local` is the folder, or None if it is remote.
 
     Raises:
-        ConfigError: a URI whose scheme is unknown.
+        ConfigError: the URI's scheme is unknown, or the URI names a file.
     """
 
     def __init__(self, uri: str | Path, filesystem: fs.FileSystem | None = None) -> None:
@@ -52,18 +52,22 @@ class Store:
         return bool(self._info(f"{self.root}/{path}").type != fs.FileType.NotFound)
 
     def names(self, path: str = "") -> list[str]:
-        """The names in a folder, sorted; hidden and temporary ones left out. Empty for a folder that is not there."""
+        """The names in a folder, sorted, without hidden and temporary ones; none if there is no such folder."""
         infos = self._info(fs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
     def tree(self) -> dict[str, tuple[int, int]]:
-        """Every file under the URI, hidden ones left out: (size in bytes, time of change in ns), in one listing."""
+        """All files under the URI but hidden ones, by one listing: path -> (size in bytes, time of change in ns)."""
         infos = self._info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
         files = (info for info in infos if info.is_file and not info.base_name.startswith("."))
         return {info.path[len(self.root) :].lstrip("/"): (info.size, info.mtime_ns) for info in files}
 
     def read_bytes(self, path: str) -> bytes:
-        """Raises FileNotFoundError where there is no such file."""
+        """Returns the content of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+        """
         with self.fs.open_input_stream(f"{self.root}/{path}") as file:
             return bytes(file.read())
 
@@ -71,10 +75,10 @@ class Store:
         return self.read_bytes(path).decode()
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Replace a file, or leave it as it was.
+        """Writes a file, in place of one of that name.
 
         Raises:
-            ResourceError: the disk is full or refuses; what stood there before stands.
+            ResourceError: the disk is full or cannot be written; a file of that name is then unchanged.
         """
         with self._replacing(path) as temporary:
             if self.local is None:
@@ -87,7 +91,7 @@ class Store:
         self.write_bytes(path, text.encode())
 
     def write_tensors(self, path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Replace a safetensors file; raises as `write_bytes` does."""
+        """Writes a safetensors file, in place of one of that name; raises as `write_bytes` does."""
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if self.local is None:
             self.write_bytes(path, safetensors.save(contiguous, dict(metadata)))
@@ -96,14 +100,14 @@ class Store:
             Path(temporary).touch()
             mode = Path(temporary).stat().st_mode
             safetensors.save_file(contiguous, temporary, dict(metadata))
-            Path(temporary).chmod(mode)  # the library's own files are for their owner alone
+            Path(temporary).chmod(mode)  # safetensors gives its files to their owner alone
 
     def read_tensors(self, path: str) -> dict[str, torch.Tensor]:
-        """The tensors of a safetensors file, memory-mapped where it is local.
+        """Returns the tensors of a safetensors file by name; those of a local file are memory-mapped.
 
         Raises:
-            FileNotFoundError: no such file.
-            SafetensorError: a file that is truncated or no safetensors file.
+            FileNotFoundError: there is no such file.
+            SafetensorError: the file is truncated or no safetensors file.
         """
         if self.local is None:
             return dict(safetensors.load(self.read_bytes(path)))
@@ -111,10 +115,11 @@ class Store:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
     def claim(self, path: str) -> bool:
-        """Make a folder that this caller alone may fill; False when somebody else has it.
+        """Makes a folder that this caller alone may fill. Returns False if another caller has claimed it.
 
-        Object stores make no folder exclusively: there each caller leaves a mark and then looks, and who sees another's
-        mark stands back. Listings are consistent, so that at most one of them stays; of two at once, neither may.
+        An object store cannot make a folder exclusively. There, each caller writes a mark and then lists the folder; a
+        caller that sees another's mark gives up. Listings are consistent, so that at most one caller succeeds. If two
+        try at once, both may fail.
 
         Raises:
             ResourceError: the folder cannot be made.
@@ -137,7 +142,7 @@ class Store:
         return True
 
     def delete(self, path: str) -> None:
-        """Delete a file, or a folder with all that is in it."""
+        """Deletes a file, or a folder with all its files."""
         full = f"{self.root}/{path}"
         if self._info(full).type == fs.FileType.Directory:
             self.fs.delete_dir(full)
@@ -145,7 +150,7 @@ class Store:
             self.fs.delete_file(full)
 
     def sweep(self) -> None:
-        """Delete the temporary files that killed writers left in the top folder; local only."""
+        """Deletes the temporary files that killed writers left in the top folder of a local store."""
         if self.local is not None:
             for path in self.local.glob(".*.tmp"):
                 if time.time() - path.stat().st_mtime > STALE_S:
@@ -159,7 +164,7 @@ class Store:
 
     @contextmanager
     def _replacing(self, path: str) -> Iterator[str]:
-        """Yields the full name of a temporary file beside `path` and moves it there when the block ends well."""
+        """Yields the full name of a temporary file beside `path`; moves it to `path` if the block does not raise."""
         folder, _, name = f"{self.root}/{path}".rpartition("/")
         temporary, target = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp", f"{folder}/{name}"
         try:
@@ -183,7 +188,7 @@ class Store:
 
 
 def _sync(path: str) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    """Waits until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

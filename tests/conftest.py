@@ -10,7 +10,9 @@ import secrets
 import signal
 from pathlib import Path
 
+import needs
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
 os.environ.update(
@@ -24,8 +26,11 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # else a warning about GPUs where there are none
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # the default of 2 s is most of a short run
-    RAY_TRAIN_METRICS_ENABLED="0",
 )
+
+# How long an example takes is the machine's matter.
+settings.register_profile("t2ray", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("t2ray")
 
 # A suite that runs in a shell's background ignores Ctrl-C, and so would the processes whose Ctrl-C is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -43,16 +48,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
+            pytest.skip(needs.CUDA)
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of real models and data sets that may lie beside the checkout."""
-    folder = Path(__file__).parents[2] / "shared"
-    if not folder.is_dir():
-        pytest.skip(f"no real models and data at {folder}")
-    return folder
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The suite's last lines: how many tests were skipped for want of what, and where to get it."""
+    skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
+    for line in needs.counted([place[2].removeprefix("Skipped: ") for place in skipped]):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

@@ -8,15 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
+import waiting
 import yaml
+from waiting import GUARD_S, family, lives
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "t2ray" / "tiny" / "experts"
@@ -34,15 +36,15 @@ class Endpoint:
         """The process ids of a deployment's replicas (`Proxy` for the HTTP server), of this endpoint alone."""
         assert self.process is not None
         name = "ray::ProxyActor" if deployment == "Proxy" else f"ray::ServeReplica:t2ray:{deployment}"
-        return [pid for pid, title in _processes(self.process.pid) if title.startswith(name)]
+        return [process.pid for process in family(self.process.pid) if _title(process).startswith(name)]
 
     def chat(self, content: str, model: str = "t2ray:math", **more: Any) -> httpx.Response:
         """One request."""
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body(content, model, **more), timeout=90)
+        return httpx.post(f"{self.url}/v1/chat/completions", json=body(content, model, **more), timeout=GUARD_S)
 
     def load(self) -> dict[str, Any]:
         """What the monitor knows."""
-        loaded: dict[str, Any] = httpx.get(f"{self.url}/v1/load", timeout=30).json()
+        loaded: dict[str, Any] = httpx.get(f"{self.url}/v1/load", timeout=GUARD_S).json()
         return loaded
 
 
@@ -57,17 +59,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until(true: Any, timeout_s: float, what: str) -> float:
-    """Seconds until `true()` holds; an exception of the client's counts as not yet."""
-    start = time.monotonic()
-    while time.monotonic() - start < timeout_s:
-        try:
-            if true():
-                return time.monotonic() - start
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"not within {timeout_s:g} s: {what}")
+def wait_until(true: Callable[[], object], what: str) -> None:
+    """`waiting.wait_until`, for an endpoint that may not answer yet."""
+    waiting.wait_until(true, what, unless=(httpx.HTTPError,))
 
 
 def write_config(folder: Path, **generator: Any) -> Path:
@@ -97,41 +91,22 @@ def serving(folder: Path, **generator: Any) -> Iterator[Endpoint]:
     )
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}", registry=folder / "experts", process=process)
     try:
-        wait_until(lambda: process.poll() is not None or "serving on" in Path(log.name).read_text(), 120, "a start")
+        wait_until(lambda: process.poll() is not None or "serving on" in Path(log.name).read_text(), "a start")
         assert process.poll() is None, Path(log.name).read_text()
         yield endpoint
     finally:
-        family = [pid for pid, _ in _processes(process.pid)]
+        started = family(process.pid)
         process.send_signal(signal.SIGTERM)
         try:
-            process.wait(60)
+            process.wait(GUARD_S)
         finally:
             process.kill()
             log.close()
-        wait_until(lambda: not [pid for pid in family if _alive(pid)], 30, "an end of all processes")
+        wait_until(lambda: not any(map(lives, started)), "an end of all processes")
 
 
-def _processes(root: int) -> list[tuple[int, str]]:
-    """(pid, title) of a process' descendants."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                titles[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            except OSError:
-                continue
-            parents[int(entry.name)] = int(stat[1])
-    family = {root}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-    return [(pid, titles[pid]) for pid in sorted(family - {root})]
-
-
-def _alive(pid: int) -> bool:
+def _title(process: psutil.Process) -> str:
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 
@@ -17,7 +18,9 @@ def process(completion: str, row: dict[str, Any]) -> float:
 
 def slow(completion: str, row: dict[str, Any]) -> float:
     if completion == "slow":
-        time.sleep(60)
+        if "begun" in row:
+            Path(row["begun"]).touch()
+        time.sleep(600)
     return 1.0
 
 
@@ -32,7 +35,7 @@ def stubborn(completion: str, row: dict[str, Any]) -> float:
     """Catches the alarm and goes on."""
     while completion == "slow":
         try:
-            time.sleep(60)
+            time.sleep(600)
         except BaseException:
             time.sleep(0.05)
             completion = "later"

@@ -13,6 +13,7 @@ import openai
 import pytest
 from fake_backend import FakeBackend, served
 from safetensors.numpy import save
+from waiting import GUARD_S
 
 from t2ray.api.names import names
 from t2ray.api.replies import model_reply
@@ -29,9 +30,9 @@ def with_client(work: Work, backend: FakeBackend | None = None, config: ApiConfi
     async def main(backend: FakeBackend) -> None:
         async with (
             served(backend, config) as url,
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=GUARD_S) as client,
         ):
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(GUARD_S):
                 await work(client, backend)
 
     backend = backend or FakeBackend()
@@ -303,7 +304,7 @@ def test_an_error_before_the_first_token_is_a_status(error: Exception, status: i
 
 def test_experts_are_uploaded_looked_at_and_deleted() -> None:
     async def main() -> None:
-        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
             z = save({"layers.0": np.ones(4, np.float32)})
             assert (await http.put("/experts/mine", content=z)).json() == {"name": "mine", "version": 1}
             assert (await http.put("/experts/mine", content=z)).json() == {"name": "mine", "version": 2}
@@ -340,7 +341,7 @@ def test_an_adaptation_ends_as_a_model_that_answers() -> None:
     }
 
     async def main(backend: FakeBackend) -> None:
-        async with served(backend) as url, httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+        async with served(backend) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
             started = await http.post("/adaptations", json=asked)
             assert started.status_code == 202 and started.json()["status"] == "queued"
             states = [started.json()]
@@ -373,14 +374,14 @@ def test_an_adaptation_ends_as_a_model_that_answers() -> None:
 
 def test_health_says_whether_a_generation_works() -> None:
     async def main() -> None:
-        async with served(None) as url, httpx2.AsyncClient(base_url=url) as http:
+        async with served(None) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             for path in ("/health", "/v1/models", "/v1/load", "/metrics"):
                 starting = await http.get(path)
                 assert starting.status_code == 503 and starting.json()["error"]["code"] == "starting"
                 assert starting.headers["retry-after"]
         backend = FakeBackend()
         backend.failures["ready"] = GenerationError("the engine is stuck")
-        async with served(backend) as url, httpx2.AsyncClient(base_url=url) as http:
+        async with served(backend) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             sick = await http.get("/health")
             assert sick.status_code == 503 and "the engine is stuck" in sick.json()["error"]["message"]
             backend.failures.clear()
@@ -392,7 +393,7 @@ def test_health_says_whether_a_generation_works() -> None:
 
 def test_the_page_is_served_by_exact_names_under_a_strict_policy() -> None:
     async def main() -> None:
-        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=url) as http:
+        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             page = await http.get("/")
             assert page.headers["content-type"] == "text/html; charset=utf-8" and "<html" in page.text
             script = await http.get("/page/app.js")
@@ -419,7 +420,7 @@ def test_other_origins_are_let_in_only_where_they_are_configured() -> None:
     ask = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
 
     async def allowed(config: ApiConfig, origin: str) -> tuple[str | None, str | None]:
-        async with served(FakeBackend(), config) as url, httpx2.AsyncClient(base_url=url) as http:
+        async with served(FakeBackend(), config) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             preflight = await http.options("/v1/chat/completions", headers=ask | {"origin": origin})
             answer = await http.get("/v1/models", headers={"origin": origin})
         name = "access-control-allow-origin"
@@ -482,7 +483,7 @@ def test_prompts_and_answers_are_logged_only_when_asked_for(caplog: pytest.LogCa
 
 def test_load_and_metrics_come_from_the_backend() -> None:
     async def main() -> None:
-        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=url) as http:
+        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             load = (await http.get("/v1/load")).json()
             assert {"replicas", "running", "waiting", "tokens_per_s", "requests", "kv_used"} <= set(load)
             metrics = await http.get("/metrics")

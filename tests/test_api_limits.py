@@ -13,6 +13,7 @@ import pytest
 from fake_backend import FakeBackend, served
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import GUARD_S
 
 from t2ray.api.app import create_api
 from t2ray.config.serve import ApiConfig
@@ -207,7 +208,7 @@ def test_a_body_that_is_too_large_is_refused_however_it_comes(chunked: bool) -> 
 
     async def main() -> None:
         backend = FakeBackend()
-        async with served(backend, SMALL) as url, httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+        async with served(backend, SMALL) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
             content: Any = endless() if chunked else b" " * 100_000
             for method, path, limit in [
                 ("POST", "/chat/completions", "4,000"),
@@ -251,7 +252,7 @@ def test_a_content_length_that_lies_is_no_fault_of_the_server(length: str) -> No
 
 def test_a_prompt_that_does_not_fit_the_context_is_the_requests_mistake() -> None:
     async def main() -> None:
-        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+        async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
             for stream in (False, True):
                 long = {"model": "t2ray:base", "prompt": "a " * 5000, "stream": stream}
                 response = await http.post("/completions", json=long)
@@ -267,7 +268,7 @@ def test_a_key_has_so_many_requests_at_once_and_no_more() -> None:
         backend.pause_after = 1
         config = ApiConfig(keys_env="KEYS", max_streams=2)
         first, second = ({"authorization": f"Bearer {name}-key-of-the-test"} for name in ("first", "second"))
-        async with served(backend, config) as url, httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+        async with served(backend, config) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
             running = [asyncio.create_task(http.post("/completions", json=TEXT, headers=first)) for _ in range(2)]
             await backend.paused.wait()
             while len(backend.running) < 2:

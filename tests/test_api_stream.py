@@ -11,6 +11,7 @@ import httpx2
 import openai
 import pytest
 from fake_backend import FakeBackend, served
+from waiting import GUARD_S
 
 from t2ray.api.stream import merged, together
 from t2ray.core import Delta, GenerationError
@@ -25,7 +26,7 @@ ASK: dict[str, Any] = {"model": "t2ray:base", "messages": [{"role": "user", "con
 def test_a_stream_that_breaks_ends_with_an_error_in_openais_shape(error: Exception, said: str) -> None:
     async def main() -> None:
         async with served(backend) as url:
-            async with httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+            async with httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
                 response = await http.post("/chat/completions", json=ASK | {"stream": True, "n": 2})
             assert response.status_code == 200
             *chunks, last = [json.loads(line[6:]) for line in response.text.splitlines() if line]
@@ -54,14 +55,14 @@ def test_a_client_that_goes_away_stops_its_generation(n: int, stream: bool, afte
     """Before the first token and after some, streamed and not."""
 
     async def main() -> None:
-        async with served(backend) as url, httpx2.AsyncClient(base_url=f"{url}/v1") as other:
-            async with httpx2.AsyncClient(base_url=f"{url}/v1") as http:
+        async with served(backend) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as other:
+            async with httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
                 asked = asyncio.create_task(read(http))
                 await backend.paused.wait()
                 while len(backend.running) < n:
                     await asyncio.sleep(0)
                 asked.cancel()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(GUARD_S):
                 await backend.idle.wait()
             assert len(backend.aborted) == n and not backend.running
             backend.go.set()

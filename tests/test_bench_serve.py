@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from fake_backend import FakeBackend, served
 from safetensors.torch import save
+from waiting import GUARD_S
 
 from benchmarks.__main__ import main as benchmarks
 from benchmarks.core import suite
@@ -31,16 +33,17 @@ from t2ray.adapters.factors import decompose
 from t2ray.adapters.svf import SVF
 from t2ray.cli.main import main
 from t2ray.core import Busy, GenerationError, ResourceError
+from t2ray.evals import load
 from t2ray.evals.load import Client, Outcome, chat, closed_loop, open_loop, percentile, summary
 
 
 @asynccontextmanager
 async def client(backend: FakeBackend) -> AsyncIterator[Client]:
-    async with served(backend) as url, Client(url, timeout_s=20) as asker:
+    async with served(backend) as url, Client(url, timeout_s=GUARD_S) as asker:
         yield asker
 
 
-def run(call: Callable[[], Awaitable[Any]], timeout_s: float = 60) -> Any:
+def run(call: Callable[[], Awaitable[Any]], timeout_s: float = GUARD_S) -> Any:
     return asyncio.run(asyncio.wait_for(call(), timeout_s))
 
 
@@ -61,20 +64,25 @@ def test_an_outcome_has_the_answers_tokens_and_extension(stream: bool) -> None:
         assert outcome.due < outcome.first <= outcome.end
 
 
-def test_a_streams_first_event_is_timed_when_it_comes_and_not_at_the_end() -> None:
-    async def asked() -> tuple[Outcome, float]:
-        backend = FakeBackend()
-        backend.pause_after = 1
-        async with client(backend) as asker:
-            task = asyncio.create_task(asker.ask(chat("a", "t2ray:base", max_tokens=5, stream=True)))
-            await backend.paused.wait()
-            paused = time.perf_counter()
-            await asyncio.sleep(0.3)  # what the stream is held for; nothing is waited for
-            backend.go.set()
-            return await task, paused
+def test_a_streams_first_event_is_timed_when_it_comes_and_not_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stream goes on only once the clock has been read for its first event."""
+    backend = FakeBackend()
+    backend.pause_after = 1
+    readings: list[float] = []
 
-    outcome, paused = run(asked)
-    assert outcome.first is not None and outcome.first - paused < 0.3 <= outcome.end - paused
+    def clock() -> float:
+        readings.append(time.perf_counter())
+        if len(readings) == 2:  # the first is for the start
+            backend.go.set()
+        return readings[-1]
+
+    async def asked() -> Outcome:
+        async with client(backend) as asker:
+            return await asker.ask(chat("a", "t2ray:base", max_tokens=5, stream=True))
+
+    monkeypatch.setattr(load, "time", SimpleNamespace(perf_counter=clock))
+    outcome = run(asked)
+    assert [outcome.due, outcome.first, outcome.end] == readings
 
 
 @pytest.mark.parametrize(
@@ -121,15 +129,16 @@ def test_a_server_that_is_not_there_and_a_stream_that_is_cut_are_errors() -> Non
 
 
 def test_an_open_loop_sends_when_due_whatever_is_under_way() -> None:
-    """40 requests that all wait for the last one: in a closed loop there would never be a second."""
+    """Requests that all wait for the 20th: in a closed loop there would never be a second."""
     sent: list[tuple[int, float]] = []
 
     async def looped() -> list[int]:
         release = asyncio.Event()
-        asyncio.get_running_loop().call_later(0.6, release.set)
 
         async def send(number: int, due: float) -> int:
             sent.append((number, due))
+            if len(sent) == 20:
+                release.set()
             await release.wait()
             return number
 
@@ -206,7 +215,7 @@ def test_percentiles_and_the_summary_are_those_of_the_answered() -> None:
     assert nothing["requests"] == 0 and "latency_ms" not in nothing
 
 
-# --------------------------------------------------------------------------------------------------- `t2ray bench load`
+# --------------------------------------------------------------------------------------------------------- `t2ray load`
 
 
 APART = """
@@ -270,7 +279,7 @@ def test_load_asks_with_a_key_prints_and_writes(
         (["load", "http://127.0.0.1:1", "--rate", "1", "--key", "NO_SUCH_KEY"], "--key NO_SUCH_KEY: no such"),
         (["load", "http://127.0.0.1:1"], "required: --rate"),
         (["soak", "--minutes", "-1"], "--minutes is -1; it must be above 0"),
-        (["serve", "--json", "nowhere/bench.json"], "no such folder"),
+        (["serve", "--json", "nowhere/bench.json"], "there is no folder"),
         (["serve", "rows"], "unrecognized arguments: rows"),
     ],
 )
@@ -290,8 +299,10 @@ def test_a_mistaken_call_ends_with_one_line(
 # --------------------------------------------------------------------------------------------------------------- soak
 
 
-def soaked(backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> tuple[Soak, dict[str, Any]]:
-    monkeypatch.setattr(soak, "LEFT_S", 1.0)
+def soaked(
+    backend: FakeBackend, monkeypatch: pytest.MonkeyPatch, *, seconds: float, left_s: float
+) -> tuple[Soak, dict[str, Any]]:
+    monkeypatch.setattr(soak, "LEFT_S", left_s)
     monkeypatch.setattr(soak, "SAMPLE_S", 0.05)
 
     async def go() -> tuple[Soak, dict[str, Any]]:
@@ -309,7 +320,7 @@ def test_a_soak_makes_every_kind_of_visit_and_leaves_nothing_running(monkeypatch
     backend = FakeBackend(pace=0.002)
     monkeypatch.setattr(backend, "catalog", lambda: replace(FakeBackend.catalog(backend), verifiers=("equal",)))
     before = set(backend.experts)
-    work, report = soaked(backend, monkeypatch, seconds=2.0)
+    work, report = soaked(backend, monkeypatch, seconds=2.0, left_s=GUARD_S)
     assert report["errors"] == 0, report["error_texts"]
     assert set(report["visits"]) >= {*soak.KINDS, "search"}
     assert not backend.running and backend.aborted and set(backend.experts) == before
@@ -324,7 +335,7 @@ def test_a_soak_makes_every_kind_of_visit_and_leaves_nothing_running(monkeypatch
 def test_a_soak_reports_what_failed_and_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FakeBackend()
     backend.running.add("a request that never ends")
-    _, report = soaked(backend, monkeypatch)
+    _, report = soaked(backend, monkeypatch, seconds=1.0, left_s=1.0)
     texts = [text for text, _ in report["error_texts"]]
     assert report["errors"] >= 2
     assert any("search: 400: unknown verifier 'equal'" in text for text in texts)
@@ -406,7 +417,7 @@ def test_experts_that_are_written_in_bulk_are_held_as_any_other(factors: Path, t
     shelf, registry = tmp_path / "shelf", tmp_path / "experts"
     many.write_experts(shelf, factors, 12)
     registry.mkdir()
-    held = many._held(factors, shelf, registry, [3, 6, 12])
+    held = many._bytes_by_step(factors, shelf, registry, [3, 6, 12])
     assert len(held) == 4 and min(held) > 2**20
     assert len(list(registry.iterdir())) == 12 and not list(shelf.iterdir())
     assert move(registry, shelf) == move(shelf, registry)
@@ -422,7 +433,7 @@ def test_the_endpoints_benches_give_every_figure(
     registry.mkdir()
     size = Size(rounds=2, single=2, rows=2, each=1, tokens=20, open_s=0.4)
     with asyncio.Runner() as runner, apart(registry) as url, started(factors) as engine:
-        engine.set_experts({name: torch.ones(engine.model.svf.K) for name in ("math", "code", "pick")})
+        engine.set_experts({name: torch.ones(engine.model.adapter.size) for name in ("math", "code", "pick")})
         asker = runner.run(Client(url).__aenter__())
         endpoint = serving.Endpoint(url=url, registry=registry, pid=os.getpid())
         pair = serving.Pair(endpoint=endpoint, client=asker, engine=engine, runner=runner, size=size)

@@ -9,19 +9,22 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 
-from t2ray.cli import adapt, evaluate
+from t2ray.cli import adapt
+from t2ray.cli import eval as evaluate
 from t2ray.cli.chat import Talk
 from t2ray.cli.main import build_parser, main
 from t2ray.cli.output import weight_bars
 from t2ray.config.train import TrainConfig
 from t2ray.core import Message, Mixture, SamplingParams, user
 from t2ray.experts.registry import Registry
-from t2ray.runs.folder import prepare, read_run
+from t2ray.runs.folder import read_run
+from t2ray.runs.prepare import prepare
 from t2ray.tasks.verifier import Verifier
-from t2ray.workbench import Place, Workbench, locate, open_factors, open_workbench
+from t2ray.workbench import Place, Workbench, find_place, open_factors, open_workbench
 
 REWARDS = """
 def vowel(completion, row):
@@ -92,11 +95,11 @@ def test_training_leaves_the_dispatchers_labels_in_the_jobs_order(bench: Workben
 
 
 def test_every_expert_is_in_the_bank_as_the_registry_has_it(bench: Workbench, trained: Path) -> None:
-    svf = bench.engine.model.svf
+    svf = bench.engine.model.adapter
     for name in ("letters", "sorter", "vowels"):
         expert = Registry(trained / "runs/small/experts").load(name)
-        assert torch.equal(svf.bank[name], expert.flat(svf.layout))
-        assert not torch.equal(svf.bank[name], torch.ones(svf.K))
+        assert torch.equal(svf.bank[name], svf.join(expert.z))
+        assert not torch.equal(svf.bank[name], svf.neutral)
 
 
 def test_factors_are_shared_with_training_and_made_once(
@@ -115,14 +118,12 @@ def test_factors_are_shared_with_training_and_made_once(
 def test_without_options_the_demos_run_counts_and_else_the_tiny_model(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = type("Args", (), dict.fromkeys(("run", "model", "factors", "experts")))()
-    assert locate(nothing) == Place(model="tiny", factors=None, experts=None, run=None)
+    assert find_place() == Place(model="tiny", factors=None, experts=None, run=None)
     shutil.copytree(run, "runs/demo")
-    assert locate(nothing).experts == f"{run}/experts"
+    assert find_place().experts == f"{run}/experts"
     assert main(["experts", "list"]) == 0
     assert "sorter" in capsys.readouterr().out
-    nothing.model = "tiny"  # somebody who names a model means that model alone
-    assert locate(nothing).experts is None
+    assert find_place(model="tiny").experts is None  # somebody who names a model means that model alone
 
 
 # ---------------------------------------------------------------------------------------------------------------- eval
@@ -364,9 +365,9 @@ def test_options_that_do_not_exist_are_refused_in_one_line(capsys: pytest.Captur
         assert ended.value.code == 2 and err.startswith("t2ray: ") and err.count("\n") == 1 and "--help" in err
 
 
-def test_a_model_without_a_chat_template_goes_on_with_the_text(shared: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_chat_template_goes_on_with_the_text(tmp_path: Path) -> None:
     """stories260K, real weights without a chat template: a conversation is its contents, one after the other."""
-    place = Place(model=str(shared / "models/stories260K"), factors=str(tmp_path / "f"), experts=None, run=None)
+    place = Place(model=str(needs.real("models/stories260K")), factors=str(tmp_path / "f"), experts=None, run=None)
     bench = open_workbench(place)
     assert bench.experts == ()
     talk = Talk(bench, "base", SamplingParams(max_tokens=20), generate_label=False)

@@ -17,6 +17,7 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from t2ray.cli.reference import pages
 from t2ray.config import train as config
 
 ROOT = Path(__file__).parents[1]
@@ -144,6 +145,12 @@ def test_every_shipped_training_job_is_valid(path: Path) -> None:
     assert config.load(path, []).domains
 
 
+@pytest.mark.parametrize("name", pages())
+def test_a_generated_page_says_what_the_program_says(name: str) -> None:
+    stands = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    assert stands == pages()[name], f"docs/{name} is stale: run `make docs`"
+
+
 def test_the_training_job_is_shipped() -> None:
     assert (ROOT / "jobs" / "train.yaml").is_file()
 
@@ -230,6 +237,13 @@ def test_every_page_is_reached_from_the_readme_and_the_index() -> None:
 OF_THE_READER = {"rewards.py"}  # files that a page tells its reader to write
 
 
+def names_in(module: Path) -> set[str]:
+    """The names that a module defines or imports; as a text, too, where it imports them late."""
+    nodes = ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+    names = (getattr(node, key, None) for node in nodes for key in ("name", "id", "value"))
+    return {name for name in names if isinstance(name, str)}
+
+
 def missing_modules(text: str) -> list[str]:
     """The Python files and the modules of t2ray that a text names and that do not exist."""
     files = [name for name in re.findall(r"(?<![\w./-])[\w./-]*\w\.py\b", text) if name not in OF_THE_READER]
@@ -243,7 +257,7 @@ def missing_modules(text: str) -> list[str]:
             parts = parts[1:]
         else:
             module = place / "__init__.py"
-        if parts and not re.search(rf"\b{parts[0]}\b", module.read_text(encoding="utf-8")):
+        if parts and parts[0] not in names_in(module):
             wrong.append(name)
     return wrong
 

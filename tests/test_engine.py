@@ -33,9 +33,9 @@ def loaded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def model(loaded: Model) -> Iterator[Model]:
-    loaded.svf.bank = {"math": random_z(loaded.svf.K, 1), "code": random_z(loaded.svf.K, 2)}
+    loaded.adapter.bank = {"math": random_z(loaded.adapter.size, 1), "code": random_z(loaded.adapter.size, 2)}
     yield loaded
-    loaded.svf.bank = {}
+    loaded.adapter.bank = {}
 
 
 def generate(model: Model, jobs: Any, **limits: int) -> list[Completion]:
@@ -49,7 +49,7 @@ def jobs(sampling: list[SamplingParams]) -> list[tuple[str, Mixture, SamplingPar
 
 def logprobs(model: Model, mixture: Mixture, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
     """Of each token of `answer`, by one forward pass without a cache or padding, (N,)."""
-    with torch.no_grad(), model.svf.rows(model.svf.mix(mixture)[None]):
+    with torch.no_grad(), model.adapter.rows(model.adapter.mix(mixture)[None]):
         logits = model.hf(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
 
@@ -106,19 +106,19 @@ def test_calls_that_are_awaited_together_share_batches_within_the_limits(
 
 def test_folding_or_not_gives_the_same_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [(prompt, Mixture.parse("math"), sampling) for prompt, sampling in zip(PROMPTS, SAMPLED, strict=True)]
-    model.svf.bank["math"] = random_z(model.svf.K, 9)  # one that no test before has folded
-    monkeypatch.setattr(model.svf, "tokens_to_fold", lambda: 10**9)
+    model.adapter.bank["math"] = random_z(model.adapter.size, 9)  # one that no test before has folded
+    monkeypatch.setattr(model.adapter, "tokens_to_fold", lambda: 10**9)
     factored = generate(model, batch)
-    assert not model.svf.is_folded(model.svf.mix(Mixture.parse("math")))
-    monkeypatch.setattr(model.svf, "tokens_to_fold", lambda: 0)
+    assert not model.adapter.is_folded(model.adapter.mix(Mixture.parse("math")))
+    monkeypatch.setattr(model.adapter, "tokens_to_fold", lambda: 0)
     folded = generate(model, batch)
-    assert model.svf.is_folded(model.svf.mix(Mixture.parse("math")))
+    assert model.adapter.is_folded(model.adapter.mix(Mixture.parse("math")))
     assert [c.token_ids for c in folded] == [c.token_ids for c in factored]
 
 
 def test_experts_that_are_added_change_no_answer_bit_for_bit(model: Model) -> None:
     before = generate(model, jobs(SAMPLED)), score(model, PROMPTS, LABELS, MIXTURES)
-    model.svf.bank |= {f"new-{i}": random_z(model.svf.K, 50 + i) for i in range(5)}
+    model.adapter.bank |= {f"new-{i}": random_z(model.adapter.size, 50 + i) for i in range(5)}
     assert (generate(model, jobs(SAMPLED)), score(model, PROMPTS, LABELS, MIXTURES)) == before
 
 
@@ -128,7 +128,7 @@ def test_nothing_is_recorded_for_a_gradient(model: Model, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         model.hf, "forward", lambda *a, **kw: (seen.append(torch.is_grad_enabled()), plain(*a, **kw))[1]
     )
-    model.svf.bank["math"].requires_grad_()
+    model.adapter.bank["math"].requires_grad_()
     generate(model, jobs(GREEDY)[:2])
     score(model, PROMPTS[:2], LABELS, MIXTURES[:2])
     assert seen and not any(seen)
@@ -146,7 +146,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: Model) -> None:
 
 def test_greedy_takes_the_likeliest_token(model: Model) -> None:
     for done in generate(model, jobs(GREEDY)):
-        with torch.no_grad(), model.svf.rows(model.svf.mix(done.mixture)[None]):
+        with torch.no_grad(), model.adapter.rows(model.adapter.mix(done.mixture)[None]):
             logits = model.hf(input_ids=torch.tensor([done.prompt_ids + done.token_ids])).logits[0]
         assert tuple(logits[len(done.prompt_ids) - 1 : -1].argmax(-1).tolist()) == done.token_ids
 

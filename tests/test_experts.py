@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from t2ray.adapters.factors import Factors, Target, decompose
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
 from t2ray.experts.exchange import export_expert, histogram, import_expert
+from t2ray.experts.heatmap import HeatMap, mean_distance, mean_shift
 from t2ray.experts.registry import Expert, Registry
 from t2ray.store import Store
 
@@ -74,14 +75,6 @@ def test_an_expert_is_loaded_as_it_was_saved(registry: Registry) -> None:
     assert (kept.domain, kept.config, kept.metrics, kept.seed) == ("math", {"lr": 0.02}, {"accuracy": 0.9}, 7)
     assert kept.rescaled and kept.parametrisation == "scale" and kept.base_digest == BASE
     assert kept.targets == tuple((target.name, target.rank) for target in LAYOUT)
-
-
-def test_flat_follows_the_layout_and_is_one_where_there_is_no_target(local: Registry) -> None:
-    z = vectors(targets=LAYOUT[1:])
-    local.save("code", z, base_digest=BASE)
-    flat = local.load("code", layout=LAYOUT).flat(LAYOUT)
-    assert flat.dtype == torch.float32
-    assert torch.equal(flat, torch.cat([torch.ones(4), z[LAYOUT[1].name], z[LAYOUT[2].name]]))
 
 
 def test_versions_rise_and_the_latest_is_loaded(registry: Registry) -> None:
@@ -332,7 +325,7 @@ def test_equal_numbers_in_a_reference_checkpoint_are_the_base(
 ) -> None:
     torch.save({f"{target.name}.weight": torch.full((target.rank,), 0.1) for target in LAYOUT}, tmp_path / "p.pt")
     import_expert(local, "same", tmp_path / "p.pt", factors)
-    torch.testing.assert_close(local.load("same").flat(LAYOUT), torch.ones(10))
+    torch.testing.assert_close(torch.cat(list(local.load("same").z.values())), torch.ones(10))
 
 
 @pytest.mark.parametrize(
@@ -394,3 +387,16 @@ def test_the_histogram_has_a_line_a_kind_with_its_figures(local: Registry) -> No
 def test_the_histogram_of_the_base_is_one_bar(local: Registry) -> None:
     local.save("same", {"l.0.q": torch.ones(3)}, base_digest=BASE)
     assert histogram(local.load("same")).splitlines()[1].split() == ["q", "█", "1.000", "1.000", "1.000", "3"]
+
+
+# ------------------------------------------------------------------------------------------------------- the heat map
+
+
+def test_a_heat_map_is_the_mean_over_all_singular_values_of_a_layer_and_kind() -> None:
+    """Two matrices share a layer and a kind, as those of MoE experts do; layer 0 has no `v_proj`."""
+    names = (("0.q_proj", 0, 2), ("3.experts.0.q_proj", 3, 1), ("3.experts.1.q_proj", 3, 3), ("3.v_proj", 3, 1))
+    layout = [Target(name=name, layer=layer, m=4, n=rank, rank=rank) for name, layer, rank in names]
+    z_K = torch.tensor([1.5, 0.5, 2.0, 0.0, 1.0, 0.0, 1.25])
+    places = {"layers": (0, 3), "kinds": ("q_proj", "v_proj")}
+    assert mean_shift(layout, z_K) == HeatMap(values=((0.0, 0.0), (-0.25, 0.25)), **places)
+    assert mean_distance(layout, z_K) == HeatMap(values=((0.5, 0.0), (0.75, 0.25)), **places)

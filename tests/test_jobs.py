@@ -6,14 +6,13 @@ before it does anything, and so they go in parallel where they do not need each 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,11 +20,12 @@ from pathlib import Path
 import psutil
 import pytest
 from endpoint import Endpoint, wait_until
+from waiting import GUARD_S, end_all, family
 
 from t2ray.adapters.factors import Factors
 from t2ray.experts.registry import Registry
 from t2ray.store import Store
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -60,7 +60,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a cluster of its own, with two CPUs, the suite's token and its dashboard on the loopback."""
     # Ray's sockets have a path of at most 107 characters.
     folder = Path(tmp_path_factory.mktemp("ray", numbered=True))
-    temp = Path(f"/tmp/ray-{os.getpid()}")
+    temp = tempfile.mkdtemp(prefix="t2ray")
     gcs, dashboard, agent, client = free_ports(4)
     with open(folder / "head.log", "w") as log:
         head = subprocess.Popen(
@@ -72,19 +72,13 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )  # fmt: skip
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in (folder / "head.log").read_text():
-            assert head.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
-            time.sleep(0.1)
+        started = folder / "head.log"
+        wait_until(lambda: head.poll() is not None or "Ray runtime started" in started.read_text(), "a head node")
+        assert head.poll() is None, started.read_text()
         yield url
     finally:
-        processes = psutil.Process(head.pid).children(recursive=True)
-        for process in processes:  # asked to stop, Ray takes half a minute
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.kill()
-        head.wait(20)
-        psutil.wait_procs(processes, timeout=10)
+        end_all([*family(head.pid), psutil.Process(head.pid)])  # asked to stop, Ray takes half a minute
+        head.wait()
         shutil.rmtree(temp, ignore_errors=True)
 
 
@@ -112,7 +106,8 @@ def submit(address: str, place: Path) -> Submit:
         env = {key: value for key, value in os.environ.items() if token or key not in ("RAY_AUTH_TOKEN",)}
         return subprocess.run(
             [RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *command],
-            cwd=place, env=env | {"HOME": str(place), "COLUMNS": "200"}, capture_output=True, text=True, timeout=150,
+            cwd=place, env=env | {"HOME": str(place), "COLUMNS": "200"}, capture_output=True, text=True,
+            timeout=GUARD_S,
         )  # fmt: skip
 
     return run
@@ -149,7 +144,7 @@ def test_jobs_are_submitted_fail_and_are_resumed(submit: Submit, place: Path) ->
     again = submit(*train[:3], "workers=0", *train[3:])  # how many do the work changes nothing
     assert again.returncode == 0, again.stdout + again.stderr
     assert "best at step" in again.stdout and "succeeded" in again.stdout
-    assert [row["step"] for row in read_metrics(store)] == [1, 2, 3, 4]
+    assert [row.step for row in read_metrics(store)] == [1, 2, 3, 4]
 
 
 def test_a_run_is_adapted_evaluated_and_swept_by_jobs(submit: Submit, place: Path) -> None:
@@ -182,12 +177,12 @@ def test_serve_deploy_starts_the_shipped_file(address: str, tmp_path: Path) -> N
         [*serve, "deploy", "-a", address, str(tmp_path / "serve_config.yaml")],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=GUARD_S,
     )
     assert deployed.returncode == 0, deployed.stderr
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}", registry=tmp_path, process=None)
-    wait_until(lambda: endpoint.chat("17+25", "t2ray").status_code == 200, 90, "an answer")
+    wait_until(lambda: endpoint.chat("17+25", "t2ray").status_code == 200, "an answer")
     answer = endpoint.chat("17+25", "t2ray").json()
     assert answer["choices"][0]["message"]["content"] == "42" and answer["t2ray"]["mixture"] == {"math": 1.0}
-    ended = subprocess.run([*serve, "shutdown", "-y", "-a", address], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([*serve, "shutdown", "-y", "-a", address], capture_output=True, text=True, timeout=GUARD_S)
     assert ended.returncode == 0, ended.stderr

@@ -23,10 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import needs
 import pytest
 import uvicorn
 from fake_backend import FakeBackend, expert
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from waiting import GUARD_S
 
 from t2ray.api.app import create_api
 from t2ray.config.serve import ApiConfig
@@ -38,8 +40,9 @@ KEY = "a-key-that-only-this-test-knows"
 WIDE = {"width": 1600, "height": 1000}
 POLL_MS = 2000
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; Debian's package `chromium` has it")
-expect.set_options(timeout=15_000)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=needs.CHROMIUM)
+GUARD_MS = 120_000  # what does not come by then, never does
+expect.set_options(timeout=GUARD_MS)
 
 
 def free_port() -> int:
@@ -60,7 +63,7 @@ class Site:
         self._up = threading.Event()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
         self._thread.start()
-        assert self._up.wait(30)
+        assert self._up.wait(GUARD_S)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -75,11 +78,11 @@ class Site:
         self._loop.call_soon_threadsafe(call)
 
     def wait(self, event: asyncio.Event) -> None:
-        asyncio.run_coroutine_threadsafe(event.wait(), self._loop).result(15)
+        asyncio.run_coroutine_threadsafe(event.wait(), self._loop).result(GUARD_S)
 
     def close(self) -> None:
         self._server.should_exit = True
-        self._thread.join(30)
+        self._thread.join(GUARD_S)
 
 
 @contextmanager
@@ -106,7 +109,7 @@ def site(open_site: Site) -> Site:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM)
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, timeout=GUARD_MS)
         yield chromium
         chromium.close()
 
@@ -116,6 +119,7 @@ def visit(browser: Browser, url: str, *, online: bool = True, **options: object)
     """A page in a fresh profile, whose clock can be put forward to its next poll. At the end it must have kept to its
     origin, its policy and a clean console."""
     context = browser.new_context(**{"viewport": WIDE, "reduced_motion": "reduce"} | options)
+    context.set_default_timeout(GUARD_MS)
     page = context.new_page()
     page.clock.install()
     complaints: list[str] = []
@@ -613,7 +617,7 @@ def test_nothing_moves_where_motion_is_not_wanted(browser: Browser, site: Site) 
 # ---------------------------------------------------------------------------------------------------------- screenshot
 
 
-@pytest.mark.skipif("T2RAY_PAGE_PNG" not in os.environ, reason="T2RAY_PAGE_PNG names no file to write")
+@pytest.mark.skipif("T2RAY_PAGE_PNG" not in os.environ, reason="needs T2RAY_PAGE_PNG (the picture to write)")
 def test_screenshot(browser: Browser, site: Site) -> None:
     from PIL import Image
 

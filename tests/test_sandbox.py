@@ -7,21 +7,26 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
+import uuid
+from functools import partial
 from pathlib import Path
 
+import needs
+import psutil
 import pytest
+from waiting import GUARD_S, family, lives, wait_until
 
 from t2ray.core import ResourceError
 from t2ray.sandbox import check as sandbox
 from t2ray.sandbox import child
-from t2ray.sandbox.check import check
 
 SQUARE = ["assert f(3) == 9", "assert f(-2) == 4"]
+# What the clock ends is only what a test lets it end: elsewhere a slow machine would fail an honest candidate.
+check = partial(sandbox.check, timeout_s=GUARD_S)
 
 
 MODES = [
-    pytest.param(mode, marks=pytest.mark.skipif(not sandbox._works(mode), reason=f"this system offers no {mode}"))
+    pytest.param(mode, marks=pytest.mark.skipif(not sandbox._works(mode), reason=needs.WALLS[mode]))
     for mode in ("namespaces", "bubblewrap")
 ]
 
@@ -31,7 +36,7 @@ def mode(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def passes(code: str, *tests: str, mode: str | None = None, **limits: int) -> bool:
+def passes(code: str, *tests: str, mode: str | None = None, **limits: float) -> bool:
     return check(textwrap.dedent(code), tests or SQUARE, names=["f"], mode=mode, **limits).passed
 
 
@@ -205,10 +210,16 @@ def test_bytes_that_no_encoder_wrote_never_become_a_value() -> None:
 # ---------------------------------------------------------------------------------------------------------- containment
 
 
-def seconds(code: str, mode: str | None, **limits: int) -> float:
-    start = time.monotonic()
-    assert not passes(code, mode=mode, **limits)
-    return time.monotonic() - start
+def end_of(code: str, mode: str | None, **limits: float) -> str:
+    """Why a candidate that never answers was ended; by the clock only where the limits say so."""
+    verdict = check(code, SQUARE, names=["f"], mode=mode, **limits)
+    assert not verdict.passed
+    return verdict.reason
+
+
+WHOLE = 3  # processes of an isolated sandbox that runs: what holds the walls, the checker, the candidate
+ENDED = "the code: the program ended before it answered"
+BOMB = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
 
 
 def ok(body: str, mode: str) -> bool:
@@ -218,11 +229,11 @@ def ok(body: str, mode: str) -> bool:
 
 
 def test_an_endless_loop_ends_by_its_cpu_time() -> None:
-    assert seconds("while True: pass", None, cpu_s=1) < 8
+    assert end_of("while True: pass", None, cpu_s=1) == ENDED
 
 
 def test_endless_sleep_ends_by_the_clock(mode: str) -> None:
-    assert seconds("import time\nwhile True: time.sleep(1)", mode, timeout_s=1) < 8
+    assert end_of("import time\nwhile True: time.sleep(1)", mode, timeout_s=1) == "it took longer than 1 s"
 
 
 def test_a_memory_bomb_ends_in_a_memory_error(mode: str) -> None:
@@ -259,10 +270,8 @@ def test_no_process_thread_or_program_can_be_started(mode: str) -> None:
 
 
 def test_a_fork_bomb_goes_nowhere(mode: str) -> None:
-    bomb = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    before = len(os.listdir("/proc"))
-    assert seconds(bomb, mode, cpu_s=1) < 8
-    assert len(os.listdir("/proc")) < before + 50
+    assert refused(["import os; os.fork()"] * 1000, mode)
+    assert end_of(BOMB, mode, cpu_s=1) == ENDED
 
 
 def test_nobody_is_home(mode: str, tmp_path: Path) -> None:
@@ -292,28 +301,29 @@ def test_the_folder_is_empty_writable_and_gone_afterwards(mode: str) -> None:
 
 
 def test_nothing_can_be_written_outside(mode: str) -> None:
-    paths = ["/x", "/usr/lib/x", "/tmp/x", "/box/../x", os.path.dirname(os.__file__) + "/x.py", str(Path.home() / "x")]
+    folders = ["", "/usr/lib", "/tmp", "/box/..", os.path.dirname(os.__file__), str(Path.home())]
+    paths = [f"{folder}/{uuid.uuid4().hex}.py" for folder in folders]
     assert refused([f"open({path!r}, 'w')" for path in paths], mode)
     assert not any(os.path.exists(path) for path in paths)
 
 
 def test_files_cannot_fill_the_disk(mode: str) -> None:
-    assert seconds("with open('big', 'wb') as f:\n    while True: f.write(bytes(1 << 20))", mode) < 8
+    assert "File too large" in end_of("with open('big', 'wb') as f:\n    while True: f.write(bytes(1 << 20))", mode)
     many = "for i in range(64):\n    with open(f'{i}', 'wb') as f: f.write(bytes(1 << 20))"
     assert not passes(many + "\ndef f(x): return x * x", mode=mode)
 
 
 def test_printing_gigabytes_costs_nothing(mode: str) -> None:
-    assert seconds("while True: print('x' * (1 << 20))", mode, cpu_s=1) < 8
+    assert end_of("while True: print('x' * (1 << 20))", mode, cpu_s=1) == ENDED
     assert ok("import sys\nfor _ in range(100): sys.stdout.write('x' * (1 << 20))", mode)
 
 
 def test_there_is_no_network(mode: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.05)
+        server.setblocking(False)
         ways = (f"create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)", "socket(AF_UNIX)", "socketpair()")
         assert refused([f"from socket import *; {way}" for way in ways], mode)
-        with pytest.raises(TimeoutError):
+        with pytest.raises(BlockingIOError):
             server.accept()
 
 
@@ -341,40 +351,37 @@ def test_the_walls_hold_against_new_namespaces_mounts_and_users(mode: str) -> No
     )
 
 
-def test_nothing_is_left_running(mode: str) -> None:
-    check("import time\ntime.sleep(60)", SQUARE, names=["f"], mode=mode, timeout_s=0.5)
-    end = time.monotonic() + 5
-    while time.monotonic() < end and (left := _running()):
-        time.sleep(0.05)
-    assert not left
+def test_nothing_is_left_running(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[psutil.Process] = []
+    end = sandbox._kill
+
+    def noted(process: subprocess.Popen[bytes]) -> None:
+        started.extend([psutil.Process(process.pid), *family(process.pid)])
+        end(process)
+
+    monkeypatch.setattr(sandbox, "_kill", noted)
+    for timeout_s in (0.5, 5.0, 50.0):  # the next where the machine was too slow for all of it to begin
+        end_of("import time\ntime.sleep(600)", mode, timeout_s=timeout_s)
+        if len(started) >= WHOLE:
+            break
+    assert len(started) >= WHOLE
+    wait_until(lambda: not any(map(lives, started)), "the end of a sandbox whose time was up")
 
 
 def test_the_sandbox_ends_when_its_owner_is_killed(mode: str) -> None:
     program = f"""
-from t2ray.tasks import sandbox
-sandbox.check('import time; time.sleep(60)', [], names=['f'], mode={mode!r}, timeout_s=60)
+from t2ray.sandbox.check import check
+check('import time; time.sleep(600)', [], names=['f'], mode={mode!r}, timeout_s=600)
 """
     owner = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[1])
-    end = time.monotonic() + 20
-    while time.monotonic() < end and len(_running()) < 3:
-        time.sleep(0.05)
-    owner.kill()
-    owner.wait()
-    while time.monotonic() < end and _running():
-        time.sleep(0.05)
-    assert not _running()
-
-
-def _running() -> list[str]:
-    """Processes of any sandbox, by their command line."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if b"child.py" in (folder / "cmdline").read_bytes():
-                found.append(folder.name)
-        except OSError:  # it has just ended
-            continue
-    return found
+    try:
+        wait_until(lambda: owner.poll() is not None or len(family(owner.pid)) >= WHOLE, "a sandbox that runs")
+        started = family(owner.pid)
+    finally:
+        owner.kill()
+        owner.wait()
+    assert len(started) >= WHOLE
+    wait_until(lambda: not any(map(lives, started)), "the end of a sandbox whose owner was killed")
 
 
 # ---------------------------------------------------------------------------------------------------- without isolation
@@ -396,7 +403,7 @@ def test_without_isolation_it_refuses_unless_told(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.filterwarnings("ignore:model-written code runs without isolation")
 def test_limits_hold_without_isolation_too() -> None:
-    assert seconds("while True: pass", "none", cpu_s=1) < 8
+    assert end_of("while True: pass", "none", cpu_s=1) == ENDED
     assert not ok("import os\nos.fork()", "none")
     assert not ok("import os\nos.kill(os.getppid(), 9)", "none")
     assert not ok("import socket\nsocket.socket()", "none")

@@ -15,6 +15,7 @@ import openai
 import pytest
 import yaml
 from endpoint import ROOT, Endpoint, body, serving, wait_until
+from waiting import GUARD_S
 
 from t2ray.experts.registry import Registry
 from t2ray.tasks import tiny
@@ -71,21 +72,27 @@ def test_requests_of_many_mixtures_share_batches_and_each_is_as_if_alone(endpoin
 def test_a_client_that_disconnects_stops_its_generation(endpoint: Endpoint) -> None:
     before = endpoint.load()["aborted"]
     request = body("17+25", max_tokens=400, ignore_eos=True, stream=True)
-    with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=request, timeout=30) as stream:
-        next(stream.iter_lines())
-    wait_until(lambda: endpoint.load()["aborted"] > before, 5, "an aborted generation")
-    wait_until(lambda: (load := endpoint.load())["running"] == 0 == load["tokens_per_s"], 5, "an idle engine")
+
+    def aborted() -> bool:
+        """Asks again where the client was too slow to go before its answer had ended."""
+        with httpx.stream("POST", f"{endpoint.url}/v1/chat/completions", json=request, timeout=GUARD_S) as stream:
+            next(stream.iter_lines())
+        wait_until(lambda: endpoint.load()["running"] == 0, "an engine that generates nothing")
+        return endpoint.load()["aborted"] > before
+
+    wait_until(aborted, "an aborted generation")
+    wait_until(lambda: (load := endpoint.load())["running"] == 0 == load["tokens_per_s"], "an idle engine")
 
 
 def test_experts_come_change_and_go_on_all_replicas_without_a_failed_request(endpoint: Endpoint) -> None:
-    """Two replicas share the load; a request to the new expert must be answered the same by both within 5 s."""
+    """Two replicas share the load; a request to the new expert must be answered the same by both."""
     math = (endpoint.registry / "math" / "v0001" / "expert.safetensors").read_bytes()
     code = (endpoint.registry / "code" / "v0001" / "expert.safetensors").read_bytes()
     failed: list[str] = []
     stop = threading.Event()
 
     def keep_asking() -> None:
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=GUARD_S) as client:
             while not stop.is_set():
                 reply = client.post(f"{endpoint.url}/v1/chat/completions", json=body("17+25"))
                 if reply.status_code != 200 or reply.json()["choices"][0]["message"]["content"] != "42":
@@ -95,21 +102,21 @@ def test_experts_come_change_and_go_on_all_replicas_without_a_failed_request(end
     for asker in askers:
         asker.start()
     try:
-        put = httpx.put(f"{endpoint.url}/v1/experts/fresh", content=math, timeout=30)
+        put = httpx.put(f"{endpoint.url}/v1/experts/fresh", content=math, timeout=GUARD_S)
         assert put.json() == {"name": "fresh", "version": 1}
         assert [endpoint.chat("17+25", "t2ray:fresh").json()["choices"][0]["message"]["content"] for _ in range(8)] == [
             "42"
         ] * 8
-        assert httpx.put(f"{endpoint.url}/v1/experts/fresh", content=code, timeout=30).json()["version"] == 2
+        assert httpx.put(f"{endpoint.url}/v1/experts/fresh", content=code, timeout=GUARD_S).json()["version"] == 2
         expected = endpoint.chat("add 3", "t2ray:code").json()["choices"][0]["message"]["content"]
 
         def everywhere() -> bool:
             replies = [endpoint.chat("add 3", "t2ray:fresh").json() for _ in range(8)]
             return [reply["choices"][0]["message"]["content"] for reply in replies] == [expected] * 8
 
-        wait_until(everywhere, 5, "the new version on both replicas")
+        wait_until(everywhere, "the new version on both replicas")
         Registry(endpoint.registry).delete("fresh")  # behind the API's back
-        wait_until(lambda: endpoint.chat("17+25", "t2ray:fresh").status_code == 404, 5, "a 404 for what is gone")
+        wait_until(lambda: endpoint.chat("17+25", "t2ray:fresh").status_code == 404, "a 404 for what is gone")
     finally:
         stop.set()
         for asker in askers:
@@ -121,12 +128,12 @@ def test_a_corrupt_expert_is_unavailable_by_name_and_the_others_serve(endpoint: 
     registry = Registry(endpoint.registry)
     expert = registry.load("math")
     registry.save("corrupt", expert.z, base_digest=expert.manifest.base_digest)
-    wait_until(lambda: endpoint.chat("17+25", "t2ray:corrupt").status_code == 200, 5, "a new expert")
+    wait_until(lambda: endpoint.chat("17+25", "t2ray:corrupt").status_code == 200, "a new expert")
     (endpoint.registry / "corrupt" / "v0001" / "expert.safetensors").write_bytes(b"\xff" * 4000)
-    wait_until(lambda: endpoint.chat("17+25", "t2ray:corrupt").status_code == 503, 5, "a problem")
+    wait_until(lambda: endpoint.chat("17+25", "t2ray:corrupt").status_code == 503, "a problem")
     assert "corrupt" in endpoint.chat("17+25", "t2ray:corrupt").json()["error"]["message"]
     assert endpoint.chat("17+25").json()["choices"][0]["message"]["content"] == "42"
-    problem = httpx.get(f"{endpoint.url}/v1/experts/corrupt", timeout=30).json()["problem"]
+    problem = httpx.get(f"{endpoint.url}/v1/experts/corrupt", timeout=GUARD_S).json()["problem"]
     assert "damaged" in problem
     registry.delete("corrupt")
 
@@ -142,24 +149,24 @@ def test_a_search_in_the_background_makes_a_mixture_that_can_be_asked_for_at_onc
             "settings": {"iterations": 2, "population": 6},
             "max_tokens": 16,
         },
-        timeout=30,
+        timeout=GUARD_S,
     )
     assert search.status_code == 202, search.text
     url = f"{endpoint.url}/v1/adaptations/{search.json()['id']}"
-    wait_until(lambda: httpx.get(url, timeout=30).json()["status"] != "running", 90, "an outcome")
-    outcome = httpx.get(url, timeout=30).json()
+    wait_until(lambda: httpx.get(url, timeout=GUARD_S).json()["status"] != "running", "an outcome")
+    outcome = httpx.get(url, timeout=GUARD_S).json()
     assert outcome["status"] == "succeeded" and outcome["accuracy"] > 0.5 and outcome["progress"] == 1.0
     answer = endpoint.chat(rows[0]["prompt"], outcome["model"])
     assert answer.json()["t2ray"]["mixture"] == outcome["mixture"]
-    assert httpx.get(f"{endpoint.url}/v1/adaptations/none", timeout=30).status_code == 404
+    assert httpx.get(f"{endpoint.url}/v1/adaptations/none", timeout=GUARD_S).status_code == 404
 
 
 def test_health_metrics_and_the_page(endpoint: Endpoint) -> None:
-    assert httpx.get(f"{endpoint.url}/health", timeout=30).json() == {"status": "ok"}
-    assert "<title>" in httpx.get(endpoint.url, timeout=30).text
+    assert httpx.get(f"{endpoint.url}/health", timeout=GUARD_S).json() == {"status": "ok"}
+    assert "<title>" in httpx.get(endpoint.url, timeout=GUARD_S).text
 
     def told() -> bool:
-        text = httpx.get(f"{endpoint.url}/metrics", timeout=30).text
+        text = httpx.get(f"{endpoint.url}/metrics", timeout=GUARD_S).text
         return all(
             f"ray_t2ray_{name}" in text for name in ("requests_total", "ttft_seconds", "batch_mixtures", "kv_used")
         )
@@ -186,6 +193,6 @@ def test_a_wrong_configuration_is_refused_in_one_line(tmp_path: Path, change: An
     path = tmp_path / "wrong.yaml"
     path.write_text(yaml.safe_dump(document))
     command = [str(Path(sys.executable).with_name("t2ray")), "serve", "--config", str(path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=GUARD_S)
     assert done.returncode == 2 and said in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from hypothesis import given, settings
@@ -309,7 +310,7 @@ for line in open("/proc/self/smaps"):
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc/self/smaps on this system")
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason=needs.SMAPS)
 def test_processes_share_the_pages_of_the_factors(model: str, tmp_path: Path) -> None:
     decompose(model, tmp_path / "f")
     command = [sys.executable, "-c", SHARE, str(tmp_path / "f")]
@@ -338,10 +339,8 @@ def test_writing_to_factors_leaves_the_file(model: str, tmp_path: Path) -> None:
     assert factors.load(name)[0].any()
 
 
-def test_a_real_llama_is_decomposed_whole(shared: Path, tmp_path: Path) -> None:
-    source = shared / "models" / "stories260K"
-    if not source.is_dir():
-        pytest.skip(f"no {source}")
+def test_a_real_llama_is_decomposed_whole(tmp_path: Path) -> None:
+    source = needs.real("models/stories260K")
     factors, weights = decompose(str(source), tmp_path / "f"), load_file(source / "model.safetensors")
     assert len(factors.layout) == 35
     assert {target.layer for target in factors.layout} == set(range(5))
@@ -350,10 +349,8 @@ def test_a_real_llama_is_decomposed_whole(shared: Path, tmp_path: Path) -> None:
         torch.testing.assert_close((u * s) @ vh, weights[f"{target.name}.weight"], atol=1e-5, rtol=0)
 
 
-def test_a_truncated_copy_of_a_real_llama_is_refused(shared: Path, tmp_path: Path) -> None:
-    source = shared / "models" / "stories260K" / "model.safetensors"
-    if not source.is_file():
-        pytest.skip(f"no {source}")
+def test_a_truncated_copy_of_a_real_llama_is_refused(tmp_path: Path) -> None:
+    source = needs.real("models/stories260K") / "model.safetensors"
     shutil.copyfile(source, tmp_path / "model.safetensors")
     with open(tmp_path / "model.safetensors", "r+b") as file:
         file.truncate(700_000)

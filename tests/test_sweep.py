@@ -15,11 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2ray.config import train as training
+from t2ray.config.search import CEMJob, Dimension, SweepConfig, job_at, load
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, RunError
 from t2ray.sweep.pictures import draw
 from t2ray.sweep.results import Trial, finalists, open_sweep, save, standings, start, write_results
-from t2ray.sweep.space import CEMJob, Dimension, SweepConfig, job_at, load, points, trial_id
+from t2ray.sweep.space import points, trial_id
 
 ROOT = Path(__file__).parents[1]
 JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9}}

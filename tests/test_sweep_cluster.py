@@ -16,12 +16,13 @@ import pytest
 import ray
 import yaml
 from ray import cloudpickle
+from waiting import wait_until
 
 from t2ray.cli.main import main
-from t2ray.cluster.train.tune import Report, sweep
+from t2ray.cluster.train.tune import sweep
+from t2ray.config.search import SweepConfig, load
 from t2ray.core import DataError, ResourceError, RunError
-from t2ray.sweep.results import TRIALS, Trial, write_results
-from t2ray.sweep.space import SweepConfig, load
+from t2ray.sweep.results import TRIALS, ReportScore, Trial, write_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -50,7 +51,7 @@ def made(folder: Path, **values: Any) -> SweepConfig:
     return load(path)
 
 
-def rising(config: SweepConfig, trial: Trial, report: Report) -> float:
+def rising(config: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """A run whose score is its learning rate, from the first step on; the best of the search is bad by other seeds."""
     lr = float(trial.point["rl.lr"])
     score = lr if trial.seed == 0 or lr < 0.06 else 0.0
@@ -59,7 +60,7 @@ def rising(config: SweepConfig, trial: Trial, report: Report) -> float:
     return score
 
 
-def fails_at_its_best(config: SweepConfig, trial: Trial, report: Report) -> float:
+def fails_at_its_best(config: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """The highest score is that of a trial that then fails: one by a mistake, one by its process's death."""
     lr = float(trial.point["rl.lr"])
     report(3, lr)
@@ -100,14 +101,13 @@ def test_a_trial_that_failed_never_wins_and_is_tried_again_by_a_resume(tmp_path:
     assert by_lr(again)[0.05].status == "done" and by_lr(again)[0.04] == search[0.04]
 
 
-def test_more_than_the_cluster_has_is_refused_at_once(tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_more_than_the_cluster_has_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="a trial of sweep 'sweep' needs 8 CPU, the cluster has 2 CPU"):
         sweep(made(tmp_path), rising, steps=9, holds={"CPU": 8}, needs={"CPU": 8})
-    assert time.monotonic() - began < 10 and not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
-def counted(config: SweepConfig, trial: Trial, report: Report) -> float:
+def counted(config: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """Leaves a mark for each time it runs; once four trials have begun, none ends before the gate opens."""
     folder = Path(config.out)
     with open(folder / f"ran-{trial.id}", "a") as file:
@@ -143,11 +143,14 @@ def test_a_killed_sweep_goes_on_and_runs_no_finished_trial_again(tmp_path: Path)
 
     first = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     with first:
-        deadline = time.monotonic() + 90
-        while len(settled()) < 2 or len(list(out.glob("ran-*"))) < 4:
-            assert first.poll() is None and time.monotonic() < deadline, first.stdout and first.stdout.read()
-            time.sleep(0.05)
-        os.killpg(first.pid, signal.SIGKILL)
+        try:
+            wait_until(
+                lambda: first.poll() is not None or (len(settled()) >= 2 and len(list(out.glob("ran-*"))) >= 4),
+                "two trials that are done and two that run",
+            )
+            assert first.poll() is None, first.stdout and first.stdout.read()
+        finally:
+            os.killpg(first.pid, signal.SIGKILL)
     before = settled()
     assert 2 <= len(before) < 6
 
@@ -217,11 +220,10 @@ def test_a_sweep_that_does_not_fit_ends_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    began = time.monotonic()
     made(tmp_path, job=JOB | {"cpus": 7})
     assert main(["sweep", "sweep.yaml"]) == 2
     assert "a trial of sweep 'sweep' needs 7 CPU, the cluster has 2 CPU" in capsys.readouterr().err
     made(tmp_path, job=JOB | {"gpus": 1})
     assert main(["sweep", "sweep.yaml"]) == 2
     assert "needs 1 GPU, the cluster has 0 GPU" in capsys.readouterr().err
-    assert time.monotonic() - began < 10 and not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs").exists()

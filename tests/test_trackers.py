@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
+from small import step_metrics
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.launch import train
@@ -21,6 +23,7 @@ from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ConfigError, RewardError
 from t2ray.runs.folder import open_run
 from t2ray.training.domain import domain_store
+from t2ray.training.metrics import StepMetrics
 from t2ray.training.trackers import Trackers, check_trackers, tracks
 
 REWARDS = """
@@ -62,15 +65,14 @@ def job(folder: Path, **changes: Any) -> TrainConfig:
 @pytest.fixture(scope="module")
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """MLflow's database as it begins: making one takes seconds."""
-    pytest.importorskip("sqlalchemy")
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = needs.extra("mlflow")
     file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     mlflow.MlflowClient(f"sqlite:///{file}").get_experiment_by_name("t2ray")
     return Path(file)
 
 
-def rows(*steps: int) -> list[dict[str, Any]]:
-    return [{"step": step, "reward_mean": step / 10, "seconds": 0.5} for step in steps]
+def rows(*steps: int) -> list[StepMetrics]:
+    return [step_metrics(step) for step in steps]
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:
@@ -93,7 +95,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
 
 def wandb_steps(folder: Path) -> list[tuple[str, str, int]]:
     """(the run's id, its group, step) of each step in W&B's files."""
-    pytest.importorskip("wandb")
+    needs.extra("wandb")
     found, run = [], ("", "")
     for record in wandb_records(folder):
         if record.HasField("run"):
@@ -105,7 +107,7 @@ def wandb_steps(folder: Path) -> list[tuple[str, str, int]]:
 
 def mlflow_steps(config: TrainConfig) -> dict[str, list[int]]:
     """The steps of each run in MLflow's database, by the run's name."""
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = needs.extra("mlflow")
     client = mlflow.MlflowClient(f"sqlite:///{config.out}/mlflow.db")
     experiment = client.get_experiment_by_name("t2ray")
     runs = client.search_runs([experiment.experiment_id], f"tags.`t2ray.run` = '{config.run}'")
@@ -121,7 +123,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_runs_and_doubles_no_step(
     place: Path, empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ended by its reward in step 4, after the checkpoint of step 2: step 3 is repeated."""
-    pytest.importorskip("wandb")
+    needs.extra("wandb")
     config = job(place, track=["wandb", "mlflow"])
     (place / "runs").mkdir()
     shutil.copy(empty, place / "runs")
@@ -158,7 +160,7 @@ def opened(place: Path, empty: Path) -> TrainConfig:
 
 
 def test_a_tracker_that_a_resumed_run_adds_gets_the_steps_before(opened: TrainConfig) -> None:
-    pytest.importorskip("wandb")
+    needs.extra("wandb")
     config = opened.model_copy(update={"track": ("mlflow", "wandb")})
     store = domain_store(config, "own")
     assert store.local is not None
@@ -193,7 +195,7 @@ def test_a_server_that_is_away_ends_no_run_and_is_told_everything_when_it_is_bac
 def test_a_new_run_whose_tracker_does_not_answer_says_so_and_tells_no_password(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("mlflow")
+    needs.extra("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", REFUSED)
     config = job(place, track=["mlflow"])
     with pytest.raises(ConfigError, match="mlflow does not start .*; set MLFLOW_TRACKING_URI") as told:
@@ -222,7 +224,7 @@ def test_a_folder_that_wandb_left_is_no_package(place: Path, monkeypatch: pytest
 
 
 def test_mlflow_needs_a_place_where_runs_have_none_on_a_disk(place: Path) -> None:
-    pytest.importorskip("mlflow")
+    needs.extra("mlflow")
     with pytest.raises(ConfigError, match="mlflow cannot write into s3://bucket/runs; set MLFLOW_TRACKING_URI"):
         check_trackers(job(place, track=["mlflow"], out="s3://bucket/runs"))
 

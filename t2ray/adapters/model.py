@@ -12,25 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from t2ray.adapters.base import Adapter
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.svf import SVF
 from t2ray.models.chat import Chat
 from t2ray.models.load import load_base
-from t2ray.models.weights import Weights, resolve
+from t2ray.models.weights import open_weights, resolve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), its `svf` layers and `chat`."""
+    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), the `adapter` in its layers, and
+    its `chat`. `base_digest` names the weights."""
 
     hf: Any
-    svf: SVF
+    adapter: Adapter
     chat: Chat
     base_digest: str
 
     @property
     def device(self) -> torch.device:
-        return self.svf.s_K.device
+        return self.adapter.neutral.device
 
     @property
     def context(self) -> int:
@@ -57,6 +59,6 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
         ExpertError: the decomposition was made from another model.
     """
     folder = resolve(ref)
-    opened = Factors.open(factors, base_digest=Weights(folder).digest)  # before the model is read, which takes longer
+    opened = Factors.open(factors, base_digest=open_weights(folder).digest)  # before the slow part
     hf, chat = load_base(folder, device)
-    return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)
+    return Model(hf=hf, adapter=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)

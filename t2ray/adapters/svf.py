@@ -8,7 +8,7 @@ Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -133,10 +133,12 @@ class SVF:
             setattr(modules[parent], child, layer)
             self.layers.append(layer)
             start += target.rank
-        self.K = start
+        self.size = start
         self.s_K = torch.cat([s_r.to(singular[0].device) for s_r in singular])
+        self.neutral = torch.ones(self.size, device=self.s_K.device)
+        self.ranks = [target.rank for target in self.layout]
         self.layer_of_K = torch.repeat_interleave(
-            torch.tensor([t.layer for t in self.layout]), torch.tensor([t.rank for t in self.layout])
+            torch.tensor([t.layer for t in self.layout]), torch.tensor(self.ranks)
         ).to(self.s_K.device)
 
     def tokens_to_fold(self) -> int:
@@ -154,7 +156,7 @@ class SVF:
         Without `row_index`, R must be 1 and all rows use that z. Differentiable in `z_RK`.
         """
         assert not self._busy(), "rows are bound already: bindings do not nest"
-        assert z_RK.shape[-1] == self.K and (row_index is not None or len(z_RK) == 1), (z_RK.shape, self.K)
+        assert z_RK.shape[-1] == self.size and (row_index is not None or len(z_RK) == 1), (z_RK.shape, self.size)
         gain_RK = z_RK * self.s_K
         if row_index is not None and len(row_index) <= 2 * len(z_RK):
             # Decoding: gathered once rather than by every matrix. Of many tokens this would be too large.
@@ -204,13 +206,17 @@ class SVF:
 
     def table(self, z: Sequence[Tensor | None]) -> Tensor:
         """The rows of several requests' z, (R, K); None is the base model."""
-        ones = torch.ones(self.K, device=self.s_K.device)
-        return torch.stack([ones if z_K is None else z_K for z_K in z])
+        return torch.stack([self.neutral if z_K is None else z_K for z_K in z])
 
     def _busy(self) -> bool:
         return self.bound.gain_RK is not None or self.bound.folded
 
     # -------------------------------------------------------------------------------------------------------- experts
+
+    def set_experts(self, changed: Mapping[str, Tensor], gone: Collection[str] = ()) -> None:
+        """See `Adapter.set_experts`."""
+        bank = {name: z_K.to(self.s_K.device) for name, z_K in changed.items()}
+        self.bank = {name: z_K for name, z_K in {**self.bank, **bank}.items() if name not in gone}
 
     def mix(self, mixture: Mixture) -> Tensor:
         """`z' = 1 + sum_k alpha_k (z_k - 1)`, (K,), float32 (paper section 3.2).
@@ -219,7 +225,7 @@ class SVF:
             UnknownExpert: the mixture names an expert that is not in the bank.
             ExpertError: it has weights by layer, and not one for each layer.
         """
-        z_K = torch.ones(self.K, device=self.s_K.device)
+        z_K = self.neutral.clone()
         for name, alpha in mixture.weights:
             if name not in self.bank:
                 raise UnknownExpert(f"unknown expert {name!r}{nearest(name, self.bank)}")
@@ -234,20 +240,34 @@ class SVF:
             z_K = z_K + weight * (self.bank[name] - 1)
         return z_K
 
+    def split(self, z_K: Tensor) -> Mapping[str, Tensor]:
+        """z as one vector per target, by the target's name: what an expert's file holds."""
+        return dict(zip((t.name for t in self.layout), z_K.split(self.ranks), strict=True))
 
-def parametrise(p_K: Tensor, kind: str, s_K: Tensor, ranks: list[int]) -> Tensor:
-    """z of the trained parameters, (K,).
+    def join(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """The z, (K,), float32, of one vector per target; 1, which changes nothing, for a target without one."""
+        ones = (torch.ones(target.rank) for target in self.layout)
+        vectors = [parts.get(target.name, one) for target, one in zip(self.layout, ones, strict=True)]
+        return torch.cat([z_r.to(self.s_K.device, torch.float32) for z_r in vectors])
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def initial(self, kind: str, noise_K: Tensor) -> Tensor:
+        """The parameters, (K,), that training starts from: `scale` starts at z = 1, `sigmoid` at p = 0.1 (Table 6)."""
+        return (1.0 if kind == "scale" else 0.1) + noise_K.to(self.s_K.device)
+
+    def vector(self, kind: str, p_K: Tensor) -> Tensor:
+        """z of trained parameters, (K,); see `parametrise`."""
+        return parametrise(p_K, kind, self.s_K, self.ranks)
+
+
+def parametrise(p_K: Tensor, kind: str, s_K: Tensor, ranks: Sequence[int]) -> Tensor:
+    """z of trained parameters, (K,); differentiable. `ranks` are the numbers of singular values of the matrices.
 
     `scale`: z = p. `sigmoid`: the reference code's `z = sigmoid(p)`, each matrix rescaled by `sum(s) / sum(s z)`, so
     that equal parameters are the base model.
     """
     if kind == "scale":
         return p_K
-    z_K = torch.sigmoid(p_K)
-    parts = zip(z_K.split(ranks), s_K.split(ranks), strict=True)
-    return torch.cat([z * (s.sum() / (s * z).sum()) for z, s in parts])
-
-
-def by_target(z_K: Tensor, layout: tuple[Target, ...]) -> Mapping[str, Tensor]:
-    """The flat z as one vector a target: what an expert's file holds."""
-    return dict(zip((t.name for t in layout), z_K.split([t.rank for t in layout]), strict=True))
+    parts = zip(torch.sigmoid(p_K).split(list(ranks)), s_K.split(list(ranks)), strict=True)
+    return torch.cat([z_r * (s_r.sum() / (s_r * z_r).sum()) for z_r, s_r in parts])

@@ -1,10 +1,10 @@
-"""The FastAPI application: `create_api(config)`. Its owner sets `app.state.backend` before the first request.
+"""The FastAPI application: `create_api(config)`. Until its owner sets `app.state.backend`, routes answer 503.
 
     app = create_api(ApiConfig())
     app.state.backend = backend
 
-A request passes the guard (id, key, slot, headers, log), then its route. Not here: the model, Ray, the port. Called by
-`cluster.serve`, which gives the backend of Ray Serve's handles, and by tests, which give a fake.
+Every request passes `Guard` (request id, API key, limit of running requests, headers, log) before its route. This
+module adds what a monitor asks for, `/health` and `/metrics`, and corrects FastAPI's `/openapi.json`.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
 from t2ray.config.serve import ApiConfig
 from t2ray.core import T2RayError, __version__
 
-HEALTH_S = 10.0  # a generation of one token that takes longer counts as none
-FRESH_S = 1.0  # a good answer is given again for so long: the check is open to everyone, and a generation costs
+HEALTH_S = 10.0  # the health check fails when its generation of one token takes longer
+FRESH_S = 1.0  # a good result is reused for so long: anyone may ask, and each check costs a generation
 
-monitor = APIRouter()
+monitoring = APIRouter()
 
 
 def create_api(config: ApiConfig) -> FastAPI:
-    """The application.
+    """Returns the application with all its routes and error handlers, and without a backend.
 
     Raises:
-        ConfigError: the keys cannot be read.
+        ConfigError: the API keys cannot be read.
     """
     keys = Keys.load(config)
     app = FastAPI(title="t2ray", version=__version__, docs_url=None, redoc_url=None)
@@ -49,7 +49,7 @@ def create_api(config: ApiConfig) -> FastAPI:
     app.state.backend = None
     app.state.health = Health()
     app.include_router(routes.router)
-    app.include_router(monitor)
+    app.include_router(monitoring)
     app.include_router(page.router)
     app.add_exception_handler(Refusal, on_error)
     app.add_exception_handler(T2RayError, on_error)
@@ -57,7 +57,7 @@ def create_api(config: ApiConfig) -> FastAPI:
     app.add_exception_handler(ClientDisconnect, on_gone)
     app.add_exception_handler(Exception, on_fault)
     app.add_middleware(Guard, config=config, keys=keys)
-    if config.cors_origins:  # outside the guard: a preflight has no key, and a refusal must be readable too
+    if config.cors_origins:  # outside the guard: a preflight request has no key, and scripts must see refusals too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
@@ -70,14 +70,19 @@ def create_api(config: ApiConfig) -> FastAPI:
 
 
 class Health:
-    """Whether a generation works, asked once for all who want to know at the same time."""
+    """The health check: one generation answers all requests that ask at the same time."""
 
     def __init__(self) -> None:
         self._lock = asyncio.Lock()
         self._good_until = 0.0
 
     async def check(self, request: Request) -> None:
-        """Raises Refusal or T2RayError where it does not."""
+        """Returns if a generation of one token works.
+
+        Raises:
+            Refusal: it did not end within `HEALTH_S` seconds, or there is no backend yet.
+            T2RayError: it failed.
+        """
         async with self._lock:
             if time.monotonic() < self._good_until:
                 return
@@ -90,7 +95,7 @@ class Health:
             self._good_until = time.monotonic() + FRESH_S
 
 
-@monitor.get(
+@monitoring.get(
     "/health",
     responses={
         200: {"content": {"application/json": {"schema": {"type": "object", "required": ["status"]}}}},
@@ -98,24 +103,24 @@ class Health:
     },
 )
 async def health(request: Request) -> Response:
-    """200 when a generation works."""
+    """Answers 200 if a generation of one token works."""
     await request.app.state.health.check(request)
     return reply({"status": "ok"})
 
 
-@monitor.get(
+@monitoring.get(
     "/metrics",
     response_class=Response,
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **refused()},
 )
 async def metrics(request: Request) -> Response:
-    """All metrics in Prometheus' text format."""
+    """Answers all metrics in Prometheus' text format."""
     text = await backend_of(request).metrics()
     return Response(text, media_type="text/plain; version=0.0.4")
 
 
 def _document(openapi: Callable[[], dict[str, Any]], *, secured: bool) -> dict[str, Any]:
-    """`/openapi.json`: FastAPI's, with the bodies that routes read themselves, and without errors of its own making."""
+    """Returns FastAPI's document, with the bodies that routes read themselves and without FastAPI's own 422 errors."""
     document = openapi()
     bodies = [(model, "validation") for model in (ChatRequest, CompletionRequest, AdaptationBody)]
     _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]

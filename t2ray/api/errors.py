@@ -1,7 +1,6 @@
-"""Refusals in OpenAI's error shape, and which error of t2ray is which status.
+"""Errors in OpenAI's shape, and the HTTP status of each of t2ray's errors.
 
-`{"error": {"message": "...", "type": "invalid_request_error", "param": "n", "code": null}}`. Not here: what is refused,
-which stands where it is found. Called by every module of the API.
+`{"error": {"message": "...", "type": "invalid_request_error", "param": "n", "code": null}}`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,8 @@ from t2ray.core import (
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 
-# The nearest class of an error decides; what is not here is a fault of the server's own: 500.
+# Status, type, code and seconds to wait before another try. An error's nearest listed class decides; an error without
+# one is the server's own fault: 500.
 STATUSES: dict[type[BaseException], tuple[int, str, str, int | None]] = {
     UnknownExpert: (404, INVALID, "not_found", None),
     ConfigError: (400, INVALID, "invalid_value", None),
@@ -37,13 +37,13 @@ STATUSES: dict[type[BaseException], tuple[int, str, str, int | None]] = {
     ResourceError: (503, SERVER, "unavailable", 5),
     GenerationError: (503, SERVER, "generation_failed", 1),
 }
-# The codes of refusals that Starlette makes: an unknown path, a method that a path has not.
+# The codes of the errors that Starlette itself raises: unknown path, method that the path does not have.
 CODES = {404: "unknown_path", 405: "method_not_allowed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorDetail:
-    """What went wrong: `param` is the request's parameter at fault, `code` is for programs."""
+    """What went wrong: `param` names the parameter at fault, `code` is stable and meant for programs."""
 
     message: str
     type: str
@@ -60,7 +60,10 @@ class ErrorReply:
 
 @dataclass(kw_only=True)
 class Refusal(Exception):
-    """A request that is answered with an error: `Refusal(status=400, message="n is 9; ...", param="n")`."""
+    """Raised to answer a request with an error: `Refusal(status=400, message="n is 9; ...", param="n")`.
+
+    `retry_after` is in seconds.
+    """
 
     status: int
     message: str
@@ -83,7 +86,7 @@ class Refusal(Exception):
 
 
 def refusal(error: BaseException, param: str | None = None) -> Refusal:
-    """The refusal that an error means. One that is no `T2RayError` says nothing of the server's inside."""
+    """The refusal that answers an error. The message of an error that is no `T2RayError` is not shown to clients."""
     if isinstance(error, Refusal):
         return error
     for kind in type(error).__mro__:
@@ -103,7 +106,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http(request: Request, error: Exception) -> Response:
-    """The handler of Starlette's own refusals."""
+    """The exception handler of the errors that Starlette itself raises."""
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
@@ -111,14 +114,17 @@ async def on_http(request: Request, error: Exception) -> Response:
 
 
 async def on_fault(request: Request, error: Exception) -> Response:
-    """The handler of everything else, outside the middleware that adds headers; Starlette raises the error again."""
+    """The exception handler of all other errors.
+
+    It runs outside the middleware that adds headers, so it adds them itself. Starlette raises the error again after it.
+    """
     response = refusal(error).response()
     response.headers.update(request.state.trace.headers)
     return response
 
 
 async def on_gone(request: Request, error: Exception) -> Response:
-    """The handler of a client that has gone: nobody reads this."""
+    """The exception handler for a client that has disconnected: nobody reads the response."""
     assert isinstance(error, ClientDisconnect)
     return Response(status_code=499)
 

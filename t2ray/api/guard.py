@@ -1,7 +1,7 @@
-"""The ASGI middleware around every request: its id, its key, its slot, its headers, its line in the log.
+"""The ASGI middleware around every request: request id, API key, limit of running requests, headers, log line.
 
-`Trace` is where a route notes what the log and the metrics say of its request. A key's slots are counted in each
-ingress process. Not here: what a role may do, and what a body holds (the routes). Called by `app`.
+Routes write into `Trace` what the log and the metrics say about their request. Running requests per key are counted in
+each ingress process by itself. Not here: what a role may do (`routes.py`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from t2ray.config.serve import ApiConfig
 
 LOG = logging.getLogger("t2ray.api")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-# Without keys a page of any web site could have its own name point to this machine; a browser then sends that name.
+# Without keys, a web site could let its own name point to this machine and so reach the endpoint through a visitor's
+# browser. The browser sends that name as the host, so that only hosts of this form are served.
 OWN_HOST = re.compile(r"(localhost|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", re.IGNORECASE)
 OPEN = {"/", "/health", "/openapi.json"}
 POLICY = (
@@ -42,20 +43,20 @@ SECURITY = {
 
 @dataclass(slots=True, kw_only=True)
 class Trace:
-    """One request, as the log has it."""
+    """What the log and the metrics say about one request."""
 
     request_id: str
     started: float = field(default_factory=time.perf_counter)
-    key: Key | None = None  # whose it is, once that is known
-    slot: str | None = None  # the key whose number of running requests it counts in
-    status: int = 499  # what it stays when the client has gone before an answer
+    key: Key | None = None  # the key of the request, once it is checked
+    slot: str | None = None  # the name of the key in whose running requests it counts
+    status: int = 499  # stays if the client disconnects before there is an answer
     error: str | None = None
     model: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    ttft: float | None = None
-    backend_s: float = 0.0
-    shown: dict[str, Any] = field(default_factory=dict)  # prompts and answers, where they are logged
+    ttft: float | None = None  # seconds to the first token of a stream
+    backend_s: float = 0.0  # seconds spent waiting for the backend
+    shown: dict[str, Any] = field(default_factory=dict)  # prompts and answers, if they are logged
 
     @property
     def headers(self) -> dict[str, str]:
@@ -67,7 +68,7 @@ class Trace:
 
 
 class Guard:
-    """Wraps the application; see the module."""
+    """Wraps the application: admits or refuses each request, and records it."""
 
     def __init__(self, app: ASGIApp, *, config: ApiConfig, keys: Keys) -> None:
         self._app = app
@@ -103,7 +104,7 @@ class Guard:
             self._record(scope, trace)
 
     def _admit(self, scope: Scope, headers: Headers, trace: Trace) -> ASGIApp:
-        """The application, or what refuses this request instead. Every path that is not open needs a key."""
+        """Returns the application, or the response that refuses the request. All paths that are not open need a key."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not len(self._keys) and not OWN_HOST.fullmatch(headers.get("host", "")):
             return self._refuse(
@@ -130,7 +131,7 @@ class Guard:
                 ),
             )
         trace.key = key
-        if scope["method"] != "POST":  # what the page and a monitor read costs little and goes on under load
+        if scope["method"] != "POST":  # reads of the page and of monitors cost little and must work under load
             return self._app
         if self._running[key.name] >= self._config.max_streams:
             return self._refuse(

@@ -9,32 +9,48 @@ import argparse
 import signal
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from t2ray.api.binding import check_host
+from t2ray.cli.options import Parser
 from t2ray.cli.output import console
-from t2ray.config.files import read_yaml, validate
-from t2ray.config.serve import ServeConfig
-from t2ray.core import ConfigError
+from t2ray.config.serve import load
 
 PACKAGED = Path(__file__).parents[1] / "serve_config.yaml"
 START_S = 600.0
 
 
-def serve(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument(
+        "--config",
+        metavar="FILE",
+        help="A serve_config.yaml; `t2ray config serve` lists the keys of its args. Default: the one that t2ray ships, "
+        "for the tiny model.",
+    )
+    p.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        help="The address to listen on; one that others can reach needs API keys. Default: that of the configuration, "
+        "else 127.0.0.1.",
+    )
+    p.add_argument(
+        "--port", type=int, metavar="N", help="The port to listen on. Default: that of the configuration, else 8000."
+    )
+
+
+def run(args: argparse.Namespace) -> None:
     """Deploys, waits until it answers, prints how to ask, and stays."""
-    document = read_yaml(Path(args.config or PACKAGED))
-    application = _application(document)
+    document, config = load(args.config or PACKAGED)
     http = document.setdefault("http_options", {})
     http["host"], http["port"] = args.host or http.get("host", "127.0.0.1"), args.port or http.get("port", 8000)
-    config = validate(ServeConfig, application.get("args") or {}, where="args")
     check_host(http["host"], config.api)
 
     from t2ray.cluster.serve.app import resolved
     from t2ray.cluster.serve.deploy import deployed
     from t2ray.cluster.session import session
 
-    application["args"] = resolved(config).model_dump(mode="json")
+    document["applications"][0]["args"] = resolved(config).model_dump(mode="json")
     with session():
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end this process at once
             signal.signal(number, signal.default_int_handler)
@@ -44,14 +60,6 @@ def serve(args: argparse.Namespace) -> None:
             with suppress(KeyboardInterrupt):
                 signal.pause()
             console.print("ending: what is being answered may finish")
-
-
-def _application(document: dict[str, Any]) -> dict[str, Any]:
-    applications = document.get("applications")
-    if not isinstance(applications, list) or len(applications) != 1 or not isinstance(applications[0], dict):
-        raise ConfigError("the configuration needs exactly one entry in `applications`; see serve_config.yaml")
-    application: dict[str, Any] = applications[0]
-    return application
 
 
 def _shown(host: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, ConfigError, Message, Mixture, Prompt, SamplingParams
+from t2ray.core import Completion, ConfigError, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 
@@ -53,12 +53,12 @@ class Request:
 
 
 def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
-    """The ids of a conversation, or of a text that is continued as it stands.
+    """The ids of a prompt (`Chat.ids`).
 
     Raises:
         ConfigError: the prompt and `answer` further tokens exceed the model's context.
     """
-    ids = model.chat.encode_text(prompt) if isinstance(prompt, str) else model.chat.encode(prompt)
+    ids = model.chat.ids(prompt)
     if len(ids) + answer > model.context:
         raise ConfigError(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
@@ -67,10 +67,10 @@ def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
     return ids
 
 
-def scoring(model: Model, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture) -> Request:
+def scoring(model: Model, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> Request:
     """The request for the log-likelihoods of `labels`; raises as `prompt_ids` does."""
     label_ids = tuple(model.chat.encode_answer(label) for label in labels)
-    ids = prompt_ids(model, messages, max(map(len, label_ids)))
+    ids = prompt_ids(model, prompt, max(map(len, label_ids)))
     return Request(prompt_ids=ids, mixture=mixture, labels=label_ids)
 
 
@@ -108,18 +108,18 @@ class StaticBatches:
 
     def _bind(self, batch: Sequence[Request], repeat: int = 1) -> AbstractContextManager[None]:
         """The cheapest exact way to give every row its z: the base for free, a fold that pays, else rows."""
-        svf = self.model.svf
+        adapter = self.model.adapter
         distinct = {id(request.z_K): request.z_K for request in batch}
         only = next(iter(distinct.values()))
         if len(distinct) == 1:
             if only is None:
                 return nullcontext()
             tokens = sum(request.tokens for request in batch)
-            if svf.is_folded(only) or tokens >= svf.tokens_to_fold():
-                return svf.folded(only)
-            return svf.rows(only[None])
-        index_B = torch.tensor([list(distinct).index(id(request.z_K)) for request in batch], device=svf.s_K.device)
-        return svf.rows(svf.table(list(distinct.values())), index_B.repeat_interleave(repeat))
+            if adapter.is_folded(only) or tokens >= adapter.tokens_to_fold():
+                return adapter.folded(only)
+            return adapter.rows(only[None])
+        index_B = torch.tensor([list(distinct).index(id(request.z_K)) for request in batch], device=self.model.device)
+        return adapter.rows(adapter.table(list(distinct.values())), index_B.repeat_interleave(repeat))
 
     def _left_padded(self, batch: Sequence[Request], skip: int = 0) -> tuple[Tensor, Tensor]:
         """Ids (B, T) of the prompts without their first `skip` tokens, and the mask (B, skip + T) of all of them."""
@@ -162,8 +162,10 @@ class StaticBatches:
         ended = bool(cuts) or (tokens[-1] in self.model.chat.eos_ids and not sampling.ignore_eos)
         return Completion(
             prompt_ids=request.prompt_ids,
-            token_ids=tuple(tokens),
-            logprobs=tuple(logprobs),
+            tokens=tuple(
+                Token(id=token, text=self.model.chat.token(token), logprob=logprob)
+                for token, logprob in zip(tokens, logprobs, strict=True)
+            ),
             text=text[: min(cuts)] if cuts else text,
             finish_reason="stop" if ended else "length",
             mixture=request.mixture,

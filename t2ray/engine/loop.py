@@ -14,13 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Delta, GenerationError, SamplingParams, Token
+from t2ray.core import Delta, FinishReason, GenerationError, SamplingParams, Token
 from t2ray.engine.batches import Request, StaticBatches
 from t2ray.engine.sampling import sample
 from t2ray.engine.text import TextStream
@@ -44,7 +43,6 @@ class Row:
     text: TextStream
     loop: asyncio.AbstractEventLoop
     streams: bool
-    name: str | None
     pieces: deque[Delta] = field(default_factory=deque)
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     due: float = 0.0
@@ -88,7 +86,7 @@ class Loop:
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
         """Folds when the rows have had one mixture alone for as many tokens as a fold costs, so that folding at most
         doubles the least possible time, however the mixtures alternate."""
-        svf = self.model.svf
+        adapter = self.model.adapter
         z = [row.z_K if (row := self.rows.get(id)) else None for id, _ in requests]
         distinct = {id(z_K): z_K for z_K in z}
         tokens = sum(length for _, length in requests)
@@ -97,21 +95,21 @@ class Loop:
         if len(distinct) > 1:
             self._alone = (None, 0)
             if tokens == len(requests):
-                return svf.each(z)
+                return adapter.each(z)
             place = {key: i for i, key in enumerate(distinct)}
             index = [place[id(z_K)] for z_K, (_, length) in zip(z, requests, strict=True) for _ in range(length)]
-            return svf.rows(svf.table(list(distinct.values())), torch.tensor(index, device=svf.s_K.device))
+            return adapter.rows(adapter.table(list(distinct.values())), torch.tensor(index, device=self.model.device))
         (only,) = distinct.values()
         if only is None:
             return nullcontext()
-        if svf.is_folded(only):
-            return svf.folded(only)
+        if adapter.is_folded(only):
+            return adapter.folded(only)
         before = self._alone[1] if self._alone[0] is only else 0
         self._alone = (only, before + tokens)
-        if before >= svf.tokens_to_fold():
+        if before >= adapter.tokens_to_fold():
             self.count["folds"] += 1
-            return svf.folded(only)
-        return svf.rows(only[None])
+            return adapter.folded(only)
+        return adapter.rows(only[None])
 
     def choose(self, requests: list[str], logits_BV: Tensor) -> Tensor:
         """Each row's next token, by its own temperature, top_p and stream of random numbers."""
@@ -146,7 +144,7 @@ class Loop:
             top = tuple((chat.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
         piece = row.text.push(token)
         stopped = row.text.stopped or (token in chat.eos_ids and not sampling.ignore_eos)
-        reason: Literal["stop", "length"] | None = None
+        reason: FinishReason | None = None
         if stopped or row.length == sampling.max_tokens:
             reason = "stop" if stopped else "length"
         row.pieces.append(

@@ -1,6 +1,6 @@
-"""Experts in and out of a registry: files of other programs, folders to hand on, and a drawing for the terminal.
+"""Experts in and out of a registry: importing files of other programs, exporting folders, and a drawing of z as text.
 
-Not here: the registry's own files (experts.py). Called by `t2ray experts import | export | show`.
+Not here: the registry's own files (`registry.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read
 from t2ray.models.targets import Target
 from t2ray.store import Store
 
-# What torch.load raises for files that are damaged, hold code, or are missing (seen with random bytes changed).
+# The errors of torch.load for files that are damaged, contain code or are missing (found by changing random bytes).
 DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
@@ -31,14 +31,18 @@ BARS, BINS = " ▁▂▃▄▅▆▇█", 24
 
 
 def import_expert(registry: Registry, name: str, path: str | Path, factors: Factors) -> int:
-    """Save an expert from outside as the next version of `name`; returns the version.
+    """Saves an expert from outside as the next version of `name`; returns the version.
 
-    `path` is a folder that `export_expert` wrote, a safetensors file `{target name: z}`, or the reference code's `.pt`
-    dictionary `{parameter name: p}`, of which `z = sigmoid(p)` is kept with that code's rescaling `sum(s) / sum(s * z)`
-    folded in. No pickle but such a dictionary of tensors is read. Names may carry ".weight" or underscores for dots.
+    Args:
+        path: a folder that `export_expert` wrote; or a safetensors file `{target name: z}`; or a `.pt` file of the
+            paper's reference code, a dictionary `{parameter name: p}`. Of the last, `z = sigmoid(p)` is saved, times
+            that code's rescaling `sum(s) / sum(s * z)`. Other pickles are refused. Names may end in ".weight" and have
+            underscores in place of dots.
+        factors: the decomposition whose targets the expert must fit.
 
     Raises:
-        ExpertError: a file that cannot be read, unknown names, wrong shapes, numbers that are not finite, another base.
+        ExpertError: the file cannot be read, has unknown names, wrong shapes or numbers that are not finite, or belongs
+            to another base model.
     """
     path = Path(path)
     if path.is_dir():
@@ -57,11 +61,11 @@ def import_expert(registry: Registry, name: str, path: str | Path, factors: Fact
 
 
 def export_expert(expert: Expert, path: str | Path) -> None:
-    """Write an expert as a folder of safetensors and manifest, which `import_expert` reads.
+    """Writes an expert as a folder with a safetensors file and a manifest, which `import_expert` reads.
 
     Raises:
-        ConfigError: something is there already.
-        ResourceError: it cannot be written.
+        ConfigError: `path` exists and is not an empty folder.
+        ResourceError: the files cannot be written.
     """
     if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
         raise ConfigError(f"{path} exists and is not an empty folder; name a new one")
@@ -88,7 +92,7 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
 
 
 def _place(path: Path, found: Mapping[str, Any], layout: Sequence[Target]) -> dict[str, Tensor]:
-    """The vectors under the names of `layout` and in its order, float32."""
+    """Returns the vectors in float32, under the names of `layout` and in its order."""
     by_name = {target.name.replace(".", "_"): target for target in layout}
     placed: dict[str, Tensor] = {}
     for name, vector in found.items():
@@ -110,7 +114,7 @@ def _rescaled(z_R: Tensor, s_R: Tensor) -> Tensor:
 
 
 def histogram(expert: Expert) -> str:
-    """A line for each kind of matrix (q_proj, ...): the distribution of z over one range, and its min, mean and max."""
+    """Draws z as text, one line per kind of matrix (q_proj, ...): its distribution, and its min, mean and max."""
     kinds: dict[str, list[Tensor]] = defaultdict(list)
     for name, z_R in expert.z.items():
         kinds[name.rpartition(".")[2]].append(z_R)

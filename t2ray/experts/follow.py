@@ -1,14 +1,14 @@
-"""All experts of a registry as tensors, following the registry as it changes.
+"""All experts of a registry as tensors, kept up to date while the registry changes.
 
-A look is one listing; only what is new or changed is read. An expert that cannot be used is a `problem` of its own and
-disturbs no other. Not here: the files (experts.py) and who uses the tensors. Called by the serving replicas.
+An update costs one listing; only new and changed files are read. An expert that cannot be used is listed with its
+problem and does not affect the others. Not here: the format of the files (`registry.py`).
 """
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -18,11 +18,16 @@ from t2ray.experts.registry import MANIFEST, MIXTURES, TENSORS, VERSION, ExpertM
 from t2ray.models.targets import Target
 
 Stamp = tuple[object, ...]
+"""Equal while the files of an expert or a mixture are unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holdings:
-    """What a registry held at one look: z, (K,), float32 by name; what each expert is; why some cannot be used."""
+class Snapshot:
+    """Snapshot of a registry.
+
+    `tensors` has the vector of each expert by name, shape (K,), float32; `manifests` describes these experts.
+    `problems` says of experts and mixtures why they cannot be used. `mixtures` has the saved mixtures by name.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     manifests: dict[str, ExpertManifest] = field(default_factory=dict)
@@ -30,34 +35,47 @@ class Holdings:
     mixtures: dict[str, Mixture] = field(default_factory=dict)
 
 
-class Bank:
-    """The latest version of each expert, and the saved mixtures: `held`, which a look replaces and never changes."""
+class Follower:
+    """Keeps `snapshot` up to date: the latest version of each expert, and the saved mixtures.
 
-    def __init__(self, registry: Registry, base_digest: str, layout: Sequence[Target]) -> None:
-        self.registry, self.base_digest, self.layout = registry, base_digest, layout
-        self.held = Holdings()
+    `sync` replaces the snapshot and never changes one, so that a reader may keep it.
+
+    Args:
+        layout: the targets that the experts must fit.
+        join: makes one vector of an expert's vectors by target (`Adapter.join`).
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        base_digest: str,
+        layout: Sequence[Target],
+        join: Callable[[Mapping[str, Tensor]], Tensor],
+    ) -> None:
+        self.registry, self.base_digest, self.layout, self.join = registry, base_digest, layout, join
+        self.snapshot = Snapshot()
         self._stamps: dict[str, Stamp] = {}
-        self._looking = threading.Lock()
+        self._syncing = threading.Lock()
 
     def sync(self) -> bool:
-        """Looks into the registry; whether anything was new, changed or gone.
+        """Updates the snapshot. Returns whether anything in the registry was new, changed or deleted.
 
         Raises:
-            ResourceError: the registry cannot be reached; nothing has changed.
+            ResourceError: the registry cannot be reached; the snapshot is unchanged.
         """
-        with self._looking:
-            stamps = self._look()
+        with self._syncing:
+            stamps = self._stamps_now()
             if stamps == self._stamps:
                 return False
             changed = {name for name in {*stamps, *self._stamps} if stamps.get(name) != self._stamps.get(name)}
-            held = _without(self.held, changed)
+            snapshot = _without(self.snapshot, changed)
             for name in changed & stamps.keys():
-                self._read(name, stamps[name], held)
-            self.held, self._stamps = held, stamps
+                self._read(name, stamps[name], snapshot)
+            self.snapshot, self._stamps = snapshot, stamps
             return True
 
-    def _look(self) -> dict[str, Stamp]:
-        """What identifies the latest version of each expert, and each mixture by its path."""
+    def _stamps_now(self) -> dict[str, Stamp]:
+        """Returns a stamp of the latest version of each expert, by name, and of each saved mixture, by path."""
         files = self.registry.store.tree()
         versions: dict[str, list[int]] = defaultdict(list)
         stamps: dict[str, Stamp] = {}
@@ -74,34 +92,34 @@ class Bank:
             stamps[name] = (latest, files[f"{folder}/{MANIFEST}"], files.get(f"{folder}/{TENSORS}"))
         return stamps
 
-    def _read(self, name: str, stamp: Stamp, held: Holdings) -> None:
+    def _read(self, name: str, stamp: Stamp, snapshot: Snapshot) -> None:
         mixture = _mixture(name)
         try:
             if mixture is not None:
-                held.mixtures[mixture] = self.registry.load_mixture(mixture)
+                snapshot.mixtures[mixture] = self.registry.load_mixture(mixture)
                 return
             version = stamp[0]
             assert isinstance(version, int)
             expert = self.registry.load(name, version, base_digest=self.base_digest, layout=self.layout)
-            held.tensors[name], held.manifests[name] = expert.flat(self.layout), expert.manifest
+            snapshot.tensors[name], snapshot.manifests[name] = self.join(expert.z), expert.manifest
         except (ExpertError, ConfigError) as error:
-            held.problems[mixture or name] = str(error)
-        except UnknownExpert:  # deleted since the listing; the next look tells
+            snapshot.problems[mixture or name] = str(error)
+        except UnknownExpert:  # deleted since the listing; the next update removes it
             pass
 
 
-def _without(held: Holdings, changed: set[str]) -> Holdings:
+def _without(snapshot: Snapshot, changed: set[str]) -> Snapshot:
     gone = {_mixture(name) or name for name in changed}
     mixtures = {_mixture(name) for name in changed}
-    return Holdings(
-        tensors={name: z_K for name, z_K in held.tensors.items() if name not in changed},
-        manifests={name: manifest for name, manifest in held.manifests.items() if name not in changed},
-        problems={name: text for name, text in held.problems.items() if name not in gone},
-        mixtures={name: mixture for name, mixture in held.mixtures.items() if name not in mixtures},
+    return Snapshot(
+        tensors={name: z_K for name, z_K in snapshot.tensors.items() if name not in changed},
+        manifests={name: manifest for name, manifest in snapshot.manifests.items() if name not in changed},
+        problems={name: text for name, text in snapshot.problems.items() if name not in gone},
+        mixtures={name: mixture for name, mixture in snapshot.mixtures.items() if name not in mixtures},
     )
 
 
 def _mixture(path: str) -> str | None:
-    """The mixture's name in a path of the registry; None for an expert's."""
+    """The name of the mixture that a path of the registry belongs to, or None for the name of an expert."""
     folder, _, file = path.partition("/")
     return file.removesuffix(".json") if folder == MIXTURES else None

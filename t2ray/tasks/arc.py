@@ -1,8 +1,8 @@
 """ARC-Easy and ARC-Challenge, science multiple choice (Clark et al. 2018; hub: allenai/ai2_arc). No rows are shipped.
 
-A row: `{"question": "Which factor ...?", "choices": {"text": ["a leg ...", ...], "label": ["A", "B", "C", "D"]},
-"answerKey": "B"}`; some rows are labelled 1 to 4, some have three or five choices. The hub's three splits are used as
-they are; a local file is divided as GSM8K's is.
+One row: `{"question": "Which factor ...?", "choices": {"text": ["a leg ...", ...], "label": ["A", "B", "C", "D"]},
+"answerKey": "B"}`. Some rows have the labels 1 to 4, some have three or five choices. The hub's three splits are used
+as they are; a local file is split as GSM8K's is.
 """
 
 from __future__ import annotations
@@ -14,37 +14,37 @@ from typing import Any
 
 from t2ray.core import DataError, Message, user
 from t2ray.tasks.data import Table, read
-from t2ray.tasks.gsm8k import quarters
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.gsm8k import split_rows
+from t2ray.tasks.task import DataRow, Task
 
 HUB = "allenai/ai2_arc"
 COLUMNS = {"question": str, "choices": dict, "answerKey": str}
 
 
 def easy(data: str | None = None) -> Task:
-    """ARC-Easy, from the hub or from a local file of the same columns.
+    """The task ARC-Easy, from the hub or from a local file with the same columns.
 
     Raises:
-        DataError: the local file, or one of its rows, is not what is needed.
+        DataError: the local file cannot be read, or one of its rows is not as above.
     """
     return _task("arc_easy", f"{HUB}:ARC-Easy", data)
 
 
 def challenge(data: str | None = None) -> Task:
-    """ARC-Challenge, from the hub or from a local file of the same columns.
+    """The task ARC-Challenge, from the hub or from a local file with the same columns.
 
     Raises:
-        DataError: the local file, or one of its rows, is not what is needed.
+        DataError: the local file cannot be read, or one of its rows is not as above.
     """
     return _task("arc_challenge", f"{HUB}:ARC-Challenge", data)
 
 
 def _task(name: str, hub: str, data: str | None) -> Task:
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         if data is not None:
-            return quarters(_checked(read(data)))
-        parts: dict[str, list[Row]] = {
+            return split_rows(_checked(read(data)))
+        parts: dict[str, list[DataRow]] = {
             split: [*_checked(read(hub, split))] for split in ("train", "validation", "test")
         }
         return parts | {"all": [row for part in parts.values() for row in part]}
@@ -73,24 +73,25 @@ def _checked(table: Table) -> list[dict[str, Any]]:
     return table.rows
 
 
-def messages(row: Row) -> tuple[Message, ...]:
-    """The question, its labelled choices, and the form that the answer must have."""
+def messages(row: DataRow) -> tuple[Message, ...]:
+    """The prompt: the question, its labelled choices, and the form that the answer must have."""
     choices = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
     lines = "\n".join(f"{label}. {text}" for label, text in choices)
     return user(f"{row['question']}\n\n{lines}\n\nAnswer with the label of the right choice alone.")
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """+1 when the completion gives the right label as its one answer; else -1."""
+    """+1 if the completion gives the right label as its one answer, else -1."""
     return 1.0 if extract(completion, row["choices"]["label"]) == row["answerKey"] else -1.0
 
 
 def extract(text: str, labels: list[str]) -> str | None:
-    """The one label that a text answers with, or None where it gives none or several.
+    """Returns the one label that a text answers with, or None if it gives none or several.
 
-    "The answer is B." and "Answer: (B)" count wherever they stand, if all of them agree. Else the text must begin with
-    the label, alone on its line ("B", "(B)") or before its choice ("B. sunlight", "B) sunlight"), and no later line may
-    begin so with another label. "A or B" answers nothing, nor does prose that merely holds a letter ("A plant needs").
+    "The answer is B." and "Answer: (B)" count anywhere in the text, if all of them agree. Without them, the text must
+    begin with the label, alone on its line ("B", "(B)") or before its choice ("B. sunlight", "B) sunlight"), and no
+    later line may begin so with another label. "A or B" is no answer, nor is prose that merely has a letter ("A plant
+    needs").
     """
     label = "(?:" + "|".join(map(re.escape, labels)) + ")"
     ends = r"(?=[.,:;)]|\s*$)"

@@ -1,9 +1,9 @@
 """MBPP, short Python problems with tests (Austin et al. 2021; hub: google-research-datasets/mbpp, full).
 
-A row: `{"task_id": 2, "text": "Write a function to ...", "code": "def similar_elements ...", "test_setup_code": "",
-"test_list": ["assert similar_elements((3, 4), (5, 4)) == (4,)", ...]}`. Its ids say which split a row belongs to, on
-the hub and in a local file alike: 11 to 510 test; of 601 to 974 the first 200 train and the next 100 validate, the
-numbers of the paper's code. Completions run in `sandbox`, never here. No rows are shipped.
+One row: `{"task_id": 2, "text": "Write a function to ...", "code": "def similar_elements ...", "test_setup_code": "",
+"test_list": ["assert similar_elements((3, 4), (5, 4)) == (4,)", ...]}`. A row's `task_id` says which split it belongs
+to, on the hub and in a local file alike: 11 to 510 are for tests; of those from 601 on, the first 200 rows are for
+training and the next 100 for validation, as in the paper's code. Completions run in `sandbox`. No rows are shipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from t2ray.core import DataError, Message, user
 from t2ray.sandbox import check as sandbox
 from t2ray.tasks.data import Table, read
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
 
 HUB = "google-research-datasets/mbpp:full"
 COLUMNS = {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list}
@@ -27,16 +27,16 @@ _BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOT
 
 
 def task(data: str | None = None) -> Task:
-    """The task, from the hub or from a local file of the same columns.
+    """The task MBPP, from the hub or from a local file with the same columns.
 
     Raises:
-        DataError: the local file, or one of its rows, is not what is needed.
+        DataError: the local file cannot be read, or one of its rows is not as above.
     """
 
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         tables = [read(data)] if data else [read(HUB, part) for part in ("train", "test", "validation", "prompt")]
-        rows: list[Row] = [row for table in tables for row in _checked(table)]
+        rows: list[DataRow] = [row for table in tables for row in _checked(table)]
         rows.sort(key=lambda row: int(row["task_id"]))
         learn = [row for row in rows if row["task_id"] > 600]
         test = [row for row in rows if 10 < row["task_id"] <= 510]
@@ -65,12 +65,12 @@ def _checked(table: Table) -> list[dict[str, Any]]:
 
 def _parse(*parts: str) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the rows' code has escapes such as "\\w", which Python warns of
+        warnings.simplefilter("ignore")  # some rows' code has escapes such as "\\w", about which Python warns
         return ast.parse("\n".join(parts))
 
 
-def messages(row: Row) -> tuple[Message, ...]:
-    """The problem with its tests, which name the function, and the form that the answer must have."""
+def messages(row: DataRow) -> tuple[Message, ...]:
+    """The prompt: the problem, its tests (they name the function), and the form that the answer must have."""
     tests = "\n".join(row["test_list"])
     return user(
         f"{row['text']}\nYour code must pass these tests:\n\n{tests}\n\n"
@@ -79,12 +79,13 @@ def messages(row: Row) -> tuple[Message, ...]:
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """+1 when the code passes all the row's tests in the sandbox, else -1.
+    """+1 if the completion's code passes all tests of the row in the sandbox, else -1.
 
-    `test_setup_code` runs after the code, and may use what it defines (tasks 367 and 927 build a tree of its nodes).
+    `test_setup_code` runs after the code and may use what the code defines (rows 367 and 927 build a tree of its
+    nodes).
 
     Raises:
-        ResourceError: the sandbox cannot isolate code here.
+        ResourceError: the sandbox cannot isolate code on this machine.
     """
     code = extract(completion)
     if not code.strip():
@@ -95,16 +96,16 @@ def reward(completion: str, row: dict[str, Any]) -> float:
 
 
 def extract(completion: str) -> str:
-    """The first fenced block, closed or not; the whole text where there is none."""
+    """Returns the first fenced code block, closed or not, or the whole text if there is none."""
     block = _BLOCK.search(completion)
     return block[1] if block else completion
 
 
-def interface(row: Row) -> tuple[list[str], list[str]]:
-    """What the tests use of the reference solution: its import statements, and the names it defines.
+def interface(row: DataRow) -> tuple[list[str], list[str]]:
+    """Returns what the tests use of the reference solution: its import statements, and the names it defines.
 
-    The tests run with imports of their own, so that no candidate can hand them another `math`; the names it defines are
-    all that is taken from a candidate.
+    The tests run with these imports, so that no candidate can give them another `math`. Only these names are taken from
+    a candidate.
     """
     tests = _parse(row["test_setup_code"], *row["test_list"])
     used = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}

@@ -8,18 +8,20 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import distributed
 
-from t2ray.adapters.model import load_model
-from t2ray.adapters.svf import by_target
+from t2ray.adapters.model import Model, load_model
 from t2ray.config.train import TrainConfig
 from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
 from t2ray.tasks.verifier import Verifier
-from t2ray.training.trainer import Report, Trained, Trainer
+from t2ray.training.trainer import ReportMetrics, Trained, Trainer
+
+if TYPE_CHECKING:
+    from t2ray.training.trackers import Trackers
 
 RESULT, EXPERT = "result.json", "expert.safetensors"
 
@@ -44,7 +46,7 @@ def finished(store: Store) -> Result | None:
     return Result(**json.loads(store.read_text(RESULT))) if store.exists(RESULT) else None
 
 
-def train_domain(config: TrainConfig, domain: str, report: Report) -> None:
+def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> None:
     """Trains one domain's expert from where its run stands.
 
     Raises:
@@ -55,24 +57,34 @@ def train_domain(config: TrainConfig, domain: str, report: Report) -> None:
     torch.manual_seed(config.seed)
     store = domain_store(config, domain)
     task = build_task(config, domain)
-    engine = OfflineEngine(load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None))
+    model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
+    engine = OfflineEngine(model)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
         unsafe_code=config.unsafe_code,
     )  # fmt: skip
     with verifier as verify:
         trainer = Trainer(
-            engine, task, verify, config.domain_rl(domain), store,
+            model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+            task, verify, config.domain_rl(domain), store,
             seed=config.seed, digest=config.digest, shares=config.span[1],
         )  # fmt: skip
-        trained = asyncio.run(trainer.run(report))
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
-        _leave(store, trained, engine)
+        first = trainer.shares.rank == 0
+        trained = asyncio.run(trainer.run(report, _trackers(config, domain, store) if first else None))
+    if first:
+        _leave(store, trained, model)
 
 
-def _leave(store: Store, trained: Trained, engine: OfflineEngine) -> None:
+def _trackers(config: TrainConfig, domain: str, store: Store) -> Trackers | None:
+    if not config.track:
+        return None
+    from t2ray.training.trackers import Trackers  # most runs have none
+
+    return Trackers(config, domain, store)
+
+
+def _leave(store: Store, trained: Trained, model: Model) -> None:
     """Writes the expert, then the result that says it is complete."""
-    z = by_target(trained.z_K, engine.model.svf.layout)
-    store.write_tensors(EXPERT, z, {"base_digest": engine.model.base_digest})
+    store.write_tensors(EXPERT, model.adapter.split(trained.z_K), {"base_digest": model.base_digest})
     figures = {key: value for key, value in asdict(trained).items() if key != "z_K"}
     store.write_text(RESULT, json.dumps(asdict(Result(**figures)), indent=1))

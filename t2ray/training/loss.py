@@ -76,7 +76,7 @@ def backward(
     advantage_N = torch.tensor(advantage_B).repeat_interleave(lengths).to(model.device)
     with torch.no_grad():
         base_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
-    with model.svf.rows(z_1K):
+    with model.adapter.rows(z_1K):
         hidden_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
     leaf_ND = hidden_ND.detach().requires_grad_()
     loss = kl = 0.0

@@ -14,7 +14,7 @@ from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import retried
 from t2ray.config.files import nearest
 from t2ray.config.serve import ServeConfig
-from t2ray.core import ConfigError, Message, Mixture
+from t2ray.core import ConfigError, Message, Mixture, Prompt
 
 CACHED = 4096
 """Decisions kept: each is a few hundred bytes."""
@@ -59,8 +59,6 @@ class Dispatcher:
             self._decided.popitem(last=False)
         return decided
 
-    async def _score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
-        scores: tuple[float, ...] = await retried(lambda: self.generator.score.remote(messages, labels, mixture))
+    async def _score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        scores: tuple[float, ...] = await retried(lambda: self.generator.score.remote(prompt, labels, mixture))
         return scores

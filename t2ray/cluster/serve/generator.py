@@ -21,24 +21,25 @@ from ray.util import metrics
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
-from t2ray.api.backend import Catalog, ExpertInfo, Heat
+from t2ray.api.backend import Catalog, ExpertInfo
 from t2ray.cluster.serve.monitor import Pulse
 from t2ray.config.serve import VERIFIERS, ServeConfig
 from t2ray.core import (
+    Completion,
     Delta,
     ExpertError,
     GenerationError,
-    Message,
     Mixture,
     Prompt,
     SamplingParams,
     UnknownExpert,
     check_name,
-    joined,
 )
 from t2ray.engine.online import OnlineEngine
+from t2ray.engine.protocol import Engine
 from t2ray.experts.exchange import import_expert
-from t2ray.experts.follow import Bank, Holdings
+from t2ray.experts.follow import Follower, Snapshot
+from t2ray.experts.heatmap import HeatMap, mean_distance
 from t2ray.experts.registry import Registry
 
 PRIMITIVES = "64"
@@ -59,11 +60,12 @@ class Generator:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
-        self.model = load_model(self.config.model, self.config.factors)
-        self.bank = Bank(Registry(self.config.experts), self.model.base_digest, self.model.svf.layout)
+        model = load_model(self.config.model, self.config.factors)
+        self.engine: Engine = OnlineEngine(model, self.config.engine)
+        registry = Registry(self.config.experts)
+        self.follower = Follower(registry, self.engine.base_digest, self.engine.layout, model.adapter.join)
         self._syncing = threading.Lock()
-        self._looked: tuple[Holdings | None, str, Any] = None, "", None
-        self.engine = OnlineEngine(self.model, self.config.engine)
+        self._made: tuple[Snapshot | None, str, Any] = None, "", None
         self._sync()
         self.engine.start()
         self._gauges = {
@@ -82,68 +84,68 @@ class Generator:
 
     # --------------------------------------------------------------------------------------------------------- passes
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
-        """The whole answer at once."""
-        deltas = await self._known(mixture, prompt, sampling, request_id, whole=True)
-        return joined([delta async for delta in deltas])
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
+        """See `core.Generate`."""
+        await self._known(mixture)
+        return await self.engine.generate(prompt, mixture, sampling)
 
-    async def generate_many(self, requests: Sequence[tuple[Prompt, Mixture]], sampling: SamplingParams) -> list[Delta]:
+    async def generate_many(
+        self, requests: Sequence[tuple[Prompt, Mixture]], sampling: SamplingParams
+    ) -> list[Completion]:
         """The answers of a few-shot search's members."""
-        return list(await asyncio.gather(*(self.generate(p, mixture, sampling, "search") for p, mixture in requests)))
+        return list(await asyncio.gather(*(self.generate(p, mixture, sampling) for p, mixture in requests)))
 
-    async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """The answer as it grows."""
-        async for delta in await self._known(mixture, prompt, sampling, request_id, whole=False):
+        await self._known(mixture)
+        async for delta in self.engine.stream(prompt, mixture, sampling):
             yield delta
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
-        """Log-likelihoods of `labels`."""
-        return await self.engine.score(messages, labels, mixture)
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        """See `core.Score`."""
+        return await self.engine.score(prompt, labels, mixture)
 
-    async def score_many(self, requests: Sequence[tuple[tuple[Message, ...], tuple[str, ...], Mixture]]) -> Any:
+    async def score_many(self, requests: Sequence[tuple[Prompt, tuple[str, ...], Mixture]]) -> Any:
         """The scores of a few-shot search's members."""
         return list(await asyncio.gather(*(self.score(*request) for request in requests)))
 
-    async def _known(
-        self, mixture: Mixture, prompt: Prompt, sampling: SamplingParams, request_id: str, *, whole: bool
-    ) -> AsyncIterator[Delta]:
-        """A stream; an expert that is not known yet may have come to the registry since the last look."""
-        if any(name not in self.model.svf.bank for name in mixture.names):
+    async def _known(self, mixture: Mixture) -> None:
+        """An expert that is not known yet may have come to the registry since the last look.
+
+        Raises:
+            ExpertError: the registry has an expert of that name, and it cannot be used.
+        """
+        if any(name not in self.engine.experts for name in mixture.names):
             await asyncio.to_thread(self._sync)
         for name in mixture.names:
-            if name in self.bank.held.problems:
-                raise ExpertError(self.bank.held.problems[name])
-        return self.engine.stream(prompt, mixture, sampling, request_id, whole=whole)
+            if name in self.follower.snapshot.problems:
+                raise ExpertError(self.follower.snapshot.problems[name])
 
     # -------------------------------------------------------------------------------------------------------- experts
 
     async def catalog(self, seen: str) -> tuple[str, Catalog | None]:
         """What there is now, whichever replica is asked, with its digest; None for a caller who has seen it."""
-        digest, catalog = await asyncio.to_thread(self._look)
+        digest, catalog = await asyncio.to_thread(self._catalog_now)
         return digest, None if digest == seen else catalog
 
-    def _look(self) -> tuple[str, Catalog]:
+    def _catalog_now(self) -> tuple[str, Catalog]:
         """Made anew only after a change: with 1,000 experts it takes as long as a step of the engine."""
         self._sync()
-        held = self.bank.held
-        if self._looked[0] is not held:
-            catalog = self._catalog(held)
-            self._looked = held, hashlib.blake2b(repr(catalog).encode(), digest_size=8).hexdigest(), catalog
-        return self._looked[1:]
+        snapshot = self.follower.snapshot
+        if self._made[0] is not snapshot:
+            catalog = self._catalog(snapshot)
+            self._made = snapshot, hashlib.blake2b(repr(catalog).encode(), digest_size=8).hexdigest(), catalog
+        return self._made[1:]
 
-    def _catalog(self, bank: Holdings) -> Catalog:
+    def _catalog(self, snapshot: Snapshot) -> Catalog:
         experts = {
             name: ExpertInfo(
                 name=name, version=m.version, domain=m.domain, created=m.created,
                 accuracy=m.metrics.get("accuracy"), classifies=bool(m.labels), labels=m.labels,
             )
-            for name, m in sorted(bank.manifests.items())
+            for name, m in sorted(snapshot.manifests.items())
         }  # fmt: skip
-        experts |= {name: ExpertInfo(name=name, version=0, problem=text) for name, text in bank.problems.items()}
+        experts |= {name: ExpertInfo(name=name, version=0, problem=text) for name, text in snapshot.problems.items()}
         classifiers = [name for name, info in experts.items() if info.classifies]
         answering = [name for name, info in experts.items() if not info.classifies and info.problem is None]
         strategies = ("prompt", "cls") if len(classifiers) == 1 and answering else ("prompt",) if answering else ()
@@ -152,27 +154,21 @@ class Generator:
             default=self.config.strategy or ("cls" if "cls" in strategies else "prompt" if strategies else "base"),
             strategies=strategies,
             experts=experts,
-            mixtures=dict(sorted(bank.mixtures.items())),
+            mixtures=dict(sorted(snapshot.mixtures.items())),
             verifiers=tuple(VERIFIERS),
-            context=self.model.context,
+            context=self.engine.context,
         )
 
-    async def heat(self, name: str) -> Heat:
-        """`mean |z - 1|` by layer and kind of matrix.
+    async def heat(self, name: str) -> HeatMap:
+        """The mean of |z - 1| of an expert, per decoder layer and kind of matrix.
 
         Raises:
             UnknownExpert: no such expert here.
         """
-        z_K = self.bank.held.tensors.get(name)
+        z_K = self.follower.snapshot.tensors.get(name)
         if z_K is None:
             raise UnknownExpert(f"unknown expert {name!r}")
-        layout = self.model.svf.layout
-        parts = zip(layout, z_K.split([target.rank for target in layout]), strict=True)
-        place = {(target.layer, target.name.rpartition(".")[2]): float((z - 1).abs().mean()) for target, z in parts}
-        layers = tuple(sorted({layer for layer, _ in place}))
-        kinds = tuple(dict.fromkeys(kind for _, kind in place))
-        values = tuple(tuple(place.get((layer, kind), 0.0) for kind in kinds) for layer in layers)
-        return Heat(layers=layers, kinds=kinds, values=values)
+        return mean_distance(self.engine.layout, z_K)
 
     async def put_expert(self, name: str, data: bytes) -> int:
         """Checks an uploaded file as when loading, and saves it as the next version.
@@ -189,7 +185,7 @@ class Generator:
             path = Path(folder) / f"{name}.safetensors"
             path.write_bytes(data)
             try:
-                version = import_expert(self.bank.registry, name, path, self.factors)
+                version = import_expert(self.follower.registry, name, path, self.factors)
             except ExpertError as error:  # the temporary file's name says nothing to the one who sent it
                 raise ExpertError(str(error).replace(str(path), "the upload")) from None
         self._sync()
@@ -197,19 +193,21 @@ class Generator:
 
     async def delete_expert(self, name: str) -> None:
         """Deletes an expert with all its versions; requests that run with it end as they began."""
-        await asyncio.to_thread(self.bank.registry.delete, name)
+        await asyncio.to_thread(self.follower.registry.delete, name)
         await asyncio.to_thread(self._sync)
 
     async def save_mixture(self, name: str, mixture: Mixture, meta: dict[str, Any]) -> None:
         """Keeps a mixture that a search has found."""
-        await asyncio.to_thread(self.bank.registry.save_mixture, name, mixture, meta)
+        await asyncio.to_thread(self.follower.registry.save_mixture, name, mixture, meta)
         await asyncio.to_thread(self._sync)
 
     def _sync(self) -> None:
         with self._syncing:  # who finds nothing new must find it in the engine, too
-            if self.bank.sync():
-                device = self.model.device
-                self.engine.set_experts({name: z_K.to(device) for name, z_K in self.bank.held.tensors.items()})
+            before = self.follower.snapshot.tensors
+            if self.follower.sync():
+                now = self.follower.snapshot.tensors
+                changed = {name: z_K for name, z_K in now.items() if before.get(name) is not z_K}
+                self.engine.set_experts(changed, before.keys() - now.keys())
 
     async def _follow(self) -> None:
         while True:

@@ -18,12 +18,13 @@ from ray.util import metrics
 
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.app import create_api
-from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, Heat, Load
+from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, EndpointLoad
 from t2ray.api.binding import check_host
 from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import PAUSE_S, TRIES, retried, translated
 from t2ray.config.serve import ServeConfig
-from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams, user
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams, user
+from t2ray.experts.heatmap import HeatMap
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Bounds of the histograms of times."""
@@ -64,18 +65,16 @@ class RayBackend:
         decided: Dispatch = await retried(lambda: _called(self._dispatcher.decide, strategy, messages))
         return decided
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """Pass 2, whole."""
-        answer: Delta = await retried(lambda: _called(self._generator.generate, prompt, mixture, sampling, request_id))
+        answer: Completion = await retried(lambda: _called(self._generator.generate, prompt, mixture, sampling))
         return answer
 
-    async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """Pass 2, piece by piece. A replica that dies before the first piece is replaced unnoticed; later it cannot."""
         handle = self._generator.options(stream=True).stream
         for attempt in range(TRIES):
-            pieces, begun = handle.remote(prompt, mixture, sampling, request_id), False
+            pieces, begun = handle.remote(prompt, mixture, sampling), False
             try:
                 async for delta in pieces:
                     begun = True
@@ -90,9 +89,9 @@ class RayBackend:
             finally:
                 pieces.cancel()
 
-    async def heat(self, name: str) -> Heat:
+    async def heat(self, name: str) -> HeatMap:
         """Of some replica's expert."""
-        heat: Heat = await retried(lambda: _called(self._generator.heat, name))
+        heat: HeatMap = await retried(lambda: _called(self._generator.heat, name))
         return heat
 
     async def put_expert(self, name: str, data: bytes) -> int:
@@ -118,14 +117,14 @@ class RayBackend:
             await self.watch.refresh()
         return search
 
-    async def load(self) -> Load:
+    async def load(self) -> EndpointLoad:
         """As the monitor has it."""
-        load: Load = await retried(lambda: _called(self._monitor.load))
+        load: EndpointLoad = await retried(lambda: _called(self._monitor.load))
         return load
 
     async def ready(self) -> None:
         """One token of the base model."""
-        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1), "health")
+        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1))
 
     async def metrics(self) -> str:
         """What the metrics agents of all nodes have of t2ray and of Serve."""

@@ -24,10 +24,9 @@ from t2ray.config.serve import VERIFIERS, ServeConfig
 from t2ray.core import (
     Completion,
     ConfigError,
-    Delta,
     Example,
-    Message,
     Mixture,
+    Prompt,
     SamplingParams,
     T2RayError,
     UnknownExpert,
@@ -142,24 +141,14 @@ class _Together:
         self.generator, self.sampling = generator, sampling
         self._queues: dict[str, list[tuple[Any, asyncio.Future[Any]]]] = {}
 
-    async def generate(self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams) -> Completion:
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `core.Generate`."""
-        delta: Delta = await self._queued("generate_many", (messages, mixture))
-        assert delta.finish_reason is not None
-        return Completion(
-            prompt_ids=(),
-            token_ids=tuple(token.id for token in delta.tokens),
-            logprobs=tuple(token.logprob for token in delta.tokens),
-            text=delta.text,
-            finish_reason=delta.finish_reason,
-            mixture=mixture,
-        )
+        completion: Completion = await self._queued("generate_many", (prompt, mixture))
+        return completion
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""
-        scores: tuple[float, ...] = await self._queued("score_many", (messages, labels, mixture))
+        scores: tuple[float, ...] = await self._queued("score_many", (prompt, labels, mixture))
         return scores
 
     async def _queued(self, method: str, request: Any) -> Any:

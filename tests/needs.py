@@ -1,0 +1,45 @@
+"""What some tests need beside the package, and where to get it: the reasons of skips, each beginning with "needs".
+
+The suite's last lines count them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = "needs chromium (apt-get install chromium)"
+CUDA = "needs a CUDA device (a machine with an NVIDIA GPU and a torch for it)"
+REAL = "needs real models and data sets in ../shared (CONTRIBUTING.md, Tests, lists them)"
+ROOT = "needs root (a mount that only one process sees)"
+SMAPS = "needs /proc/self/smaps (Linux)"
+WALLS = {
+    "namespaces": "needs user namespaces (a kernel and a container that allow them)",
+    "bubblewrap": "needs bubblewrap (apt-get install bubblewrap)",
+}
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+def real(path: str) -> Path:
+    """A model or a data set in the folder `shared` beside the checkout; skips the test where it is not there."""
+    if not (SHARED / path).exists():
+        pytest.skip(REAL)
+    return SHARED / path
+
+
+def extra(name: str) -> Any:
+    """The module `name` of the package's extra `name`; skips the test where it is not installed."""
+    return pytest.importorskip(name, reason=f"needs {name} (pip install 't2ray[{name}]')")
+
+
+def counted(reasons: list[str]) -> list[str]:
+    """A line for each reason, the most frequent first: `skipped: 41 tests need chromium (apt-get install chromium)`."""
+    lines = []
+    for reason in sorted(set(reasons), key=lambda reason: (-reasons.count(reason), reason)):
+        count, (_, _, what) = reasons.count(reason), reason.partition("needs ")
+        tests, need = ("1 test", "needs") if count == 1 else (f"{count} tests", "need")
+        lines.append(f"skipped: {tests} {need} {what}" if what else f"skipped: {tests}: {reason}")
+    return lines
