@@ -26,12 +26,12 @@ from t2ray.cluster.session import PRIVATE, session
 from t2ray.cluster.train.domains import Share, run_domains
 from t2ray.cluster.train.launch import train
 from t2ray.cluster.train.trials import train_trial
+from t2ray.config.search import SweepConfig
 from t2ray.config.train import DomainConfig, TrainConfig, resolve
 from t2ray.core import DomainsFailed, ResourceError, RunError
 from t2ray.experts.registry import Registry
 from t2ray.runs.status import read_status
 from t2ray.sweep.results import Trial
-from t2ray.sweep.space import SweepConfig
 from t2ray.training.checkpoint import FOLDER
 from t2ray.training.domain import EXPERT, domain_store, finished
 from t2ray.training.metrics import METRICS, read_metrics

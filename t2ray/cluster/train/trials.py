@@ -13,11 +13,11 @@ from statistics import fmean
 from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import fixed
 from t2ray.cluster.train.launch import train
+from t2ray.config.search import CEMJob, SweepConfig, job_at
 from t2ray.config.train import TrainConfig
 from t2ray.core import Example, SamplingParams
 from t2ray.evals.evaluate import evaluate
 from t2ray.sweep.results import ReportScore, Trial
-from t2ray.sweep.space import CEMJob, SweepConfig, job_at
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task

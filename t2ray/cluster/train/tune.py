@@ -22,10 +22,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from t2ray.cluster.session import session, slots
+from t2ray.config.search import Dimension, SweepConfig
 from t2ray.core import ConfigError, T2RayError
 from t2ray.store import Store
 from t2ray.sweep.results import ReportScore, Trial, finalists, open_sweep, save, start
-from t2ray.sweep.space import Dimension, SweepConfig, own_point, points
+from t2ray.sweep.space import own_point, points
 
 Run = Callable[[SweepConfig, Trial, ReportScore], float]
 TrialsTick = Callable[[Sequence[Trial], int], None]
