@@ -27,6 +27,7 @@ from ray.cluster_utils import Cluster
 from small import letter_task, sampler, train_in_parallel, verify_letters
 from test_train_cluster import wait_for
 from torch import Tensor
+from waiting import GUARD_S
 
 from benchmarks.core.shape import BenchShape, _write_model
 from benchmarks.endpoint.processes import pss

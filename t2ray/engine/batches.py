@@ -1,7 +1,7 @@
-"""Static batches: generation and scoring of given requests, mixtures mixed, as few padded batches as limits allow.
+"""Static batches: given requests, of any mixtures, are generated and scored in as few padded batches as limits allow.
 
-transformers' `generate` runs the loop; this module decides what shares a batch and which z each row sees. It
-computes in its caller's thread. Not here: where requests come from (`engine`, `continuous`).
+transformers' `generate` runs the loop; this module decides which requests share a batch and which z each row uses. It
+computes in its caller's thread. Not here: where requests come from (`offline`, `loop`).
 
 Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singular values.
 """

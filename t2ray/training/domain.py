@@ -1,7 +1,4 @@
-"""One domain's training job inside one worker: loads the model, trains, leaves the expert in the run folder. No Ray.
-
-`cluster.train` calls it in each Ray Train worker, or in this process when a job has no workers.
-"""
+"""One domain's training inside one worker: loads the model, trains, leaves the expert in the run folder. No Ray."""
 
 from __future__ import annotations
 
