@@ -1,6 +1,6 @@
 """SVF layers: `y = ((x V) * (s * z_row)) U^T + b` in place of a model's linear layers, and the mixing of experts.
 
-Not here: where factors and experts come from (`factors`, `t2ray.experts`), and who decides which rows run (`t2ray.engine`).
+Not here: where factors and experts come from (`factors`, `t2ray.experts`), and who decides which rows run (the engine).
 
 Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch, T tokens, N inputs, M outputs, r rank.
 """
