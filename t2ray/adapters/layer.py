@@ -67,7 +67,7 @@ class SVFLinear(nn.Module):
         return self._on_top(x, change) if self.additive else change
 
     def _on_top(self, x: Tensor, change: Tensor) -> Tensor:
-        """`W x + b + change`, rounded once: added to a `W x` that is rounded already, a change of 0.001 is lost in bfloat16.
+        """`W x + b + change`, rounded once: a change of 0.001 that is added to a rounded `W x` is lost in bfloat16.
 
         Where the change is 0, it is the base layer's output bit for bit (decision 15).
         """
