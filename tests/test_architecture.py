@@ -11,6 +11,7 @@ import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -128,6 +129,11 @@ def test_a_module_imports_only_rows_below_its_own(module: str) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_modules_import_each_other_in_no_circle() -> None:
+    """Not by an import within a function, either."""
+    TopologicalSorter({module: {name for _, name in imports(module)} - {module} for module in FILES}).prepare()
+
+
 @pytest.mark.parametrize("module", FILES)
 def test_a_library_stays_at_its_rim(module: str) -> None:
     roots = {(line, name.partition(".")[0]) for line, name in imports(module)}
@@ -209,6 +215,61 @@ def test_every_command_has_a_mistake_to_be_told_and_a_file_of_its_own() -> None:
 def test_torch_free_modules_load_no_heavy_library() -> None:
     modules = [module for module in FILES if under(module, TORCH_FREE)]
     assert loaded_by("import " + ", ".join(modules)) == set()
+
+
+def imported_first(module: str) -> set[str]:
+    """The modules of this repository that a module imports when it is imported itself."""
+    found: set[str] = set()
+
+    def visit(nodes: list[ast.stmt]) -> None:
+        for node in nodes:
+            if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+                visit(node.orelse)
+            elif isinstance(node, ast.Import):
+                found.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+                found.update(name if name in FILES else str(node.module) for name in names)
+            elif isinstance(node, ast.If | ast.Try | ast.With):
+                visit(node.body)
+
+    visit(tree(module).body)
+    packages = {name.rpartition(".")[0] for name in found}
+    return {name for name in found | packages if name in FILES}
+
+
+def closure(module: str) -> set[str]:
+    """All modules with code in them that importing `module` loads; a package that holds its docstring alone is none."""
+    loaded, waiting = set[str](), [module]
+    while waiting:
+        if (name := waiting.pop()) not in loaded:
+            loaded.add(name)
+            waiting += imported_first(name)
+    return {name for name in loaded if len(tree(name).body) > 1 and name != "t2ray"}
+
+
+def test_a_worker_loads_what_it_trains_with_and_little_else() -> None:
+    loaded = closure("t2ray.cluster.train.worker")
+    assert len(loaded) <= 33, sorted(loaded)
+    others = ("t2ray.api", "t2ray.adapt", "t2ray.evals", "t2ray.cli", "t2ray.sweep", "t2ray.training.trackers")
+    assert not [name for name in loaded if under(name, others)]
+
+
+@pytest.mark.parametrize("deployment", ["ingress", "dispatcher", "generator", "searcher", "monitor"])
+def test_an_endpoint_knows_no_training(deployment: str) -> None:
+    loaded = closure(f"t2ray.cluster.serve.{deployment}")
+    assert not [name for name in loaded if under(name, ("t2ray.training", "t2ray.runs", "t2ray.cluster.train"))]
+
+
+@pytest.mark.parametrize("package", sorted({name.rpartition(".")[0] for name in FILES if name.count(".") > 1}))
+def test_no_modules_of_a_package_import_one_another_in_a_circle(package: str) -> None:
+    """Not even inside of functions."""
+    modules = [name for name in FILES if under(name, (package,))]
+    edges = {name: {other for _, other in imports(name) if other in modules and other != name} for name in modules}
+    while free := [name for name, others in edges.items() if not others & edges.keys()]:
+        for name in free:
+            del edges[name]
+    assert not edges, f"a circle: {sorted(edges)}"
 
 
 @pytest.mark.parametrize("module", FILES)

@@ -16,7 +16,7 @@ from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
 from t2ray.cluster.train.launch import train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import RewardError
+from t2ray.core import DomainsFailed
 from t2ray.runs import heartbeat, status
 from t2ray.runs.heartbeat import Heartbeat, heartbeats, note_fault, start_heartbeat
 from t2ray.runs.status import DomainStatus, read_status
@@ -33,13 +33,17 @@ def broken(completion, row):
 """
 
 
-def job(folder: Path, reward: str = "good") -> TrainConfig:
+def job(folder: Path, reward: str = "good", **more: str) -> TrainConfig:
+    """A job of the domain `own`, and of `more` with other rewards."""
     (folder / f"rewards_of_status_{reward}.py").write_text(REWARDS)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(20)))
-    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "reward": f"rewards_of_status_{reward}:{reward}",
-           "max_tokens": 2}  # fmt: skip
+    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "max_tokens": 2}
+    domains = {
+        name: own | {"reward": f"rewards_of_status_{reward}:{function}"}
+        for name, function in {"own": reward, **more}.items()
+    }
     values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
-              "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
+              "workers": 0, "verifiers": 0, "code": str(folder), "domains": domains, "rl": SMALL}  # fmt: skip
     return resolve(values, where="job.yaml")
 
 
@@ -75,7 +79,7 @@ def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = job(tmp_path, "broken")
-    with pytest.raises(RewardError):
+    with pytest.raises(DomainsFailed):
         train(config)
     now = only(config)
     assert now.state == "failed" and now.fault is not None and "ZeroDivisionError: unlucky" in now.fault.message
@@ -83,6 +87,25 @@ def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
     assert "last error" in capsys.readouterr().out
     start_heartbeat(domain_store(config, "own"), 0)
     assert only(config).state == "running"
+
+
+def test_domains_that_fail_are_told_beside_those_that_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, a line each, and by `t2ray status`."""
+    config = job(tmp_path, "broken", second="good", third="broken")
+    (tmp_path / "job.yaml").write_text(config.model_dump_json())
+    assert main(["train", str(tmp_path / "job.yaml")]) == 2
+    said = capsys.readouterr()
+    first, third = said.err.splitlines()
+    assert first.startswith("t2ray: domain 'own' failed: ") and third.startswith("t2ray: domain 'third' failed: ")
+    assert all("ZeroDivisionError: unlucky; --resume trains the domains that are not done" in x for x in (first, third))
+    assert "second: greedy validation accuracy" in said.out and "own: greedy" not in said.out
+    assert main(["status", f"{config.out}/own", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["domain"], row["state"]) for row in rows] == [
+        ("own", "failed"), ("second", "done"), ("third", "failed"),
+    ]  # fmt: skip
 
 
 def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

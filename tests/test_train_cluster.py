@@ -1,4 +1,4 @@
-"""Training on Ray: domains in parallel, workers and drivers that are killed, an interrupt, and jobs that do not fit.
+"""Training on a private Ray: domains in parallel, those that fail, workers and drivers that are killed, an interrupt.
 
 The z that a job must end with is that of the same job in one process without Ray, undisturbed.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,12 +22,16 @@ import ray
 import torch
 from torch import Tensor
 
-from t2ray.cluster.train.domains import run_domains
+from t2ray.cluster.session import PRIVATE, session
+from t2ray.cluster.train.domains import Share, run_domains
 from t2ray.cluster.train.launch import train
-from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import ResourceError, RewardError, RunError
+from t2ray.cluster.train.trials import train_trial
+from t2ray.config.search import SweepConfig
+from t2ray.config.train import DomainConfig, TrainConfig, resolve
+from t2ray.core import DomainsFailed, ResourceError, RunError
 from t2ray.experts.registry import Registry
 from t2ray.runs.status import read_status
+from t2ray.sweep.results import Trial
 from t2ray.training.checkpoint import FOLDER
 from t2ray.training.domain import EXPERT, domain_store, finished
 from t2ray.training.metrics import METRICS, read_metrics
@@ -59,7 +64,19 @@ def slow(completion, row):
     return short(completion, row)
 
 def broken(completion, row):
-    raise ZeroDivisionError("reward")
+    if not (HERE / "mended").exists():
+        raise ZeroDivisionError("reward")
+    return short(completion, row)
+
+def after_a_failure(completion, row):
+    "Waits until another domain has failed, and then long enough to be ended with it."
+    deadline = time.monotonic() + 60
+    while not list(HERE.glob("runs/*/domains/*/fault.json")):
+        assert time.monotonic() < deadline, "no domain has failed"
+        time.sleep(0.05)
+    if (HERE / "hangs").exists():
+        time.sleep(60)
+    return short(completion, row)
 
 def broken_for_one(completion, row):
     from torch import distributed
@@ -71,19 +88,30 @@ def broken_for_one(completion, row):
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+    with session(num_cpus=2):
+        yield
 
 
 def job(folder: Path, name: str, reward: str, *, steps: int = 12, both: bool = False, **changes: Any) -> TrainConfig:
-    (folder / "rewards_of_tests.py").write_text(REWARDS)
+    return of_domains(folder, name, {"own": reward} | ({"pick": None} if both else {}), steps=steps, **changes)
+
+
+def of_domains(
+    folder: Path, name: str, rewards: dict[str, str | None], *, steps: int = 12, **changes: Any
+) -> TrainConfig:
+    """A job of domains with rewards of `REWARDS`, or of the task `pick`, of workers of one core."""
+    module = f"rewards_{folder.name}"  # in this process, each test's is a module of its own
+    (folder / f"{module}.py").write_text(REWARDS)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(40)))
-    own = {"data": str(data), "prompt": "{text}", "reward": f"rewards_of_tests:{reward}", "max_tokens": 6}
+    own = {"data": str(data), "prompt": "{text}", "max_tokens": 6}
     values = {
         "model": "tiny", "out": str(folder / "runs"), "run": name, "factors": str(folder / "factors"),
-        "domains": {"own": own} | ({"pick": {"task": "pick"}} if both else {}), "code": str(folder), "cpus": 1,
+        "domains": {
+            domain: own | {"reward": f"{module}:{reward}"} if reward else {"task": "pick"}
+            for domain, reward in rewards.items()
+        },
+        "code": str(folder), "cpus": 1,
         "rl": {"steps": steps, "prompts": 2, "samples": 2, "eval_every": 3, "eval_prompts": 4},
     }  # fmt: skip
     return resolve(values | changes, where="job.yaml")
@@ -143,16 +171,113 @@ def test_a_job_that_does_not_fit_says_so_at_once_and_writes_nothing(tmp_path: Pa
     assert not (tmp_path / "runs").exists() and not (tmp_path / "factors").exists()
 
 
-def test_a_reward_that_raises_ends_the_job_with_its_own_error(tmp_path: Path) -> None:
-    with pytest.raises(RewardError, match=r"'rewards_of_tests:broken'.*'hello \d+'.*raised ZeroDivisionError: reward"):
-        train(job(tmp_path, "bad", "broken"))
-    assert finished(domain_store(job(tmp_path, "bad", "broken"), "own")) is None
+def saved(config: TrainConfig) -> tuple[str, ...]:
+    """The names in the job's registry."""
+    return Registry(f"{config.out}/{config.run}/experts").names()
+
+
+def states(config: TrainConfig) -> dict[str, str]:
+    return {domain.domain: domain.state for domain in read_status(config)}
+
+
+FAILED = (
+    r"^domain 'own' failed: .*'rewards_\w+:broken'.*'hello \d+'.*raised ZeroDivisionError: reward; "
+    r"--resume trains the domains that are not done, and no others$"
+)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_domain_that_fails_leaves_the_others_to_train_and_a_resume_trains_it_alone(
+    tmp_path: Path, workers: int
+) -> None:
+    own = {"own": "broken", "other": "after_a_failure"}
+    config = of_domains(tmp_path, "half", own, workers=workers, verifiers=workers)
+    with pytest.raises(DomainsFailed, match=FAILED):
+        train(config)
+    assert states(config) == {"own": "failed", "other": "done"} and saved(config) == ("other",)
+    done = domain_store(config, "other").read_bytes(METRICS)
+    (tmp_path / "mended").touch()
+    assert list(train(config, resume=True)) == ["own", "other"]
+    assert states(config) == {"own": "done", "other": "done"} and saved(config) == ("other", "own")
+    assert domain_store(config, "other").read_bytes(METRICS) == done
+    assert Registry(f"{config.out}/half/experts").versions("other") == (1,)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_with_fail_fast_a_domain_that_fails_ends_the_others(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "hangs").touch()
+    own = {"own": "broken", "other": "after_a_failure"}
+    config = of_domains(tmp_path, "fast", own, workers=workers, verifiers=workers, fail_fast=True)
+    with pytest.raises(DomainsFailed, match=FAILED):
+        train(config)
+    assert states(config)["own"] == "failed" and finished(domain_store(config, "other")) is None
+    assert saved(config) == ()
+    assert config.digest == of_domains(tmp_path, "fast", own).digest  # it changes no z
+
+
+def test_each_domain_that_fails_has_a_line(tmp_path: Path) -> None:
+    config = of_domains(tmp_path, "all", {"own": "broken", "other": "broken"}, workers=0, verifiers=0)
+    with pytest.raises(DomainsFailed) as told:
+        train(config)
+    own, other = str(told.value).splitlines()
+    assert re.match(FAILED, own) and re.match(FAILED.replace("own", "other"), other)
+
+
+def test_the_classifier_is_trained_beside_a_domain_that_fails(tmp_path: Path) -> None:
+    """Its prompts are those of the other tasks; what they have learned is nothing to it."""
+    config = of_domains(tmp_path, "sorted", {"own": "broken", "pick": None}, workers=0, verifiers=0, steps=3)
+    sorter = DomainConfig(others=str(tmp_path / "rows.jsonl"), prompt="{text}")
+    config = config.model_copy(update={"domains": config.domains | {"sorter": sorter}})
+    with pytest.raises(DomainsFailed, match=FAILED):
+        train(config)
+    assert saved(config) == ("pick", "sorter")
+    assert Registry(f"{config.out}/sorted/experts").manifest("sorter").labels == ("own", "pick", "others")
+
+
+def test_a_domain_that_fails_as_it_starts_leaves_the_others_to_train(tmp_path: Path) -> None:
+    """Its reward can be imported here and not by a worker, as where a node lacks a library."""
+    (tmp_path / "reward_of_one.py").write_text(f"""
+import os
+if os.getpid() != {os.getpid()}:
+    import no_such_library
+
+def good(completion, row):
+    return 1.0
+""")
+    config = of_domains(tmp_path, "start", {"own": "short", "pick": None}, steps=3, verifiers=0)
+    lacking = config.domains["own"].model_copy(update={"reward": "reward_of_one:good"})
+    config = config.model_copy(update={"domains": config.domains | {"own": lacking}})
+    with pytest.raises(DomainsFailed, match="^domain 'own' failed: .*no_such_library"):
+        train(config)
+    assert states(config) == {"own": "failed", "pick": "done"} and saved(config) == ("pick",)
+
+
+def test_a_trial_of_a_sweep_ends_with_its_first_domain_that_fails(tmp_path: Path) -> None:
+    both = of_domains(tmp_path, "trial", {"own": "broken", "other": "short"}, workers=0, verifiers=0)
+    sweep = SweepConfig(
+        kind="rl", out=str(tmp_path / "runs"), job=both.model_dump(exclude_unset=True, exclude={"run", "out"}),
+        space={"rl.lr": [0.01]},
+    )  # fmt: skip
+    with pytest.raises(DomainsFailed, match=FAILED):
+        train_trial(sweep, Trial(point={"rl.lr": 0.01}, seed=0), lambda step, score: None)
+    (run,) = (tmp_path / "runs" / "sweep" / "trials").iterdir()
+    assert [path.name for path in (run / "domains").iterdir()] == ["own"]
+
+
+def test_the_processes_of_a_private_ray_know_that_it_is_private() -> None:
+    """A sweep's trials train in such a process."""
+
+    def seen() -> bool:
+        with session() as have:
+            return PRIVATE in have
+
+    assert seen() and ray.get(ray.remote(num_cpus=0)(seen).remote())
 
 
 @pytest.mark.long
 def test_a_mistake_that_only_one_of_several_workers_finds_ends_the_job_and_no_worker_waits(tmp_path: Path) -> None:
     config = job(tmp_path, "bad", "broken_for_one", workers=2, verifiers=0)
-    with pytest.raises(RewardError, match=r"'rewards_of_tests:broken_for_one'.*raised ZeroDivisionError: reward"):
+    with pytest.raises(DomainsFailed, match=r"'rewards_\w+:broken_for_one'.*raised ZeroDivisionError: reward"):
         train(config)
     (fault,) = [domain.fault for domain in read_status(config)]
     assert fault is not None and fault.ended and "ZeroDivisionError" in fault.message
@@ -171,9 +296,9 @@ def test_a_domain_is_given_up_when_its_workers_die_without_another_checkpoint(
             store.write_bytes(f"{FOLDER}/step_{len(started):06d}.safetensors", b"")
         return ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
 
-    monkeypatch.setattr("t2ray.cluster.train.domains._start", start)
-    with pytest.raises(ResourceError, match="died.*; started 4 times, it came to no new checkpoint; .* --resume"):
-        run_domains(config, ["own"], 1, 1, lambda _: None)
+    monkeypatch.setattr("t2ray.cluster.train.domains._launch", start)
+    failed = run_domains(config, ["own"], Share(at_once=1, most=1, private=True), lambda _: None)
+    assert re.search("died.*; started 4 times, it came to no new checkpoint$", failed.pop("own")) and not failed
     assert len(started) == 2 + 4  # a checkpoint begins a new count
     (fault,) = [domain.fault for domain in read_status(config)]
     assert fault is not None and fault.ended and "worker 0 of domain 'own' died" in fault.message

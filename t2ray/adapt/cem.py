@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from t2ray.config.search import CEMConfig as CEMConfig
+from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError
 
 Array = NDArray[np.float64]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from t2ray.cli.options import Parser
 from t2ray.cli.output import console
 from t2ray.config.train import load
+from t2ray.core import DomainsFailed
 
 
 def add(p: Parser) -> None:
@@ -23,18 +25,28 @@ def add(p: Parser) -> None:
     p.add_argument("--resume", action="store_true", help="Go on with the run of that name.")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Trains the experts of a job, with a live line for each domain."""
+def run(args: argparse.Namespace) -> int:
+    """Trains the experts of a job, with a live line for each domain; 2 where some failed, each with its own line."""
     config = load(args.config, args.overrides)
 
     from t2ray.cli.display import TrainingDisplay
     from t2ray.cluster.train.launch import train
+    from t2ray.training.domain import domain_store, finished
 
+    failed = ""
     with TrainingDisplay() as display:
-        results = train(config, resume=args.resume, tick=display.show)
-    for domain, result in results.items():
-        console.print(
-            f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
-            f"best at step {result.best_step} of {result.steps}"
-        )
+        try:
+            train(config, resume=args.resume, tick=display.show)
+        except DomainsFailed as error:
+            failed = str(error)
+    for domain in config.domains:
+        result = finished(domain_store(config, domain))
+        if result is not None:
+            console.print(
+                f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
+                f"best at step {result.best_step} of {result.steps}"
+            )
     console.print(f"experts: {config.experts or f'{config.out}/{config.run}/experts'}")
+    for line in failed.splitlines():
+        print(f"t2ray: {line}", file=sys.stderr)
+    return 2 if failed else 0

@@ -129,7 +129,9 @@ class DomainConfig(Strict):
 
 
 # What does not change the z that a training job ends with.
-FREE = frozenset({"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track"})
+FREE = frozenset(
+    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast"}
+)
 
 
 class TrainConfig(Strict):
@@ -186,6 +188,9 @@ class TrainConfig(Strict):
     code: str = Field(
         "",
         description="Folder that holds the modules of the reward functions; without one, that of the YAML file.",
+    )
+    fail_fast: bool = Field(
+        False, description="Whether a domain that fails ends the others at once; else they train to their end."
     )
     track: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Trackers that are told of each step beside TensorBoard; each needs the extra of its name."

@@ -14,11 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from t2ray.config.search import CEMJob as CEMJob
-from t2ray.config.search import Dimension as Dimension
-from t2ray.config.search import SweepConfig as SweepConfig
-from t2ray.config.search import job_at as job_at
-from t2ray.config.search import value_at
+from t2ray.config.search import SweepConfig, job_at, value_at
 from t2ray.core import ConfigError
 
 Point = dict[str, Any]

@@ -14,12 +14,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from t2ray.adapt.cem import CEMConfig, Round
+from t2ray.adapt.cem import Round
 from t2ray.adapt.fewshot import fewshot
 from t2ray.api.backend import Adaptation, AdaptationRequest
 from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import retried
 from t2ray.config.files import nearest, validate
+from t2ray.config.search import CEMConfig
 from t2ray.config.serve import VERIFIERS, ServeConfig
 from t2ray.core import (
     Completion,

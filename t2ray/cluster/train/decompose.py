@@ -1,6 +1,6 @@
-"""`svd.decompose` with its matrices shared out over Ray tasks; the folder must be one that every node sees.
+"""`factors.decompose` with its matrices shared out over Ray tasks; the folder must be one that every node sees.
 
-Not here: how a matrix is decomposed or what is skipped (svd.py). Called by the CLI for `--workers` above 1.
+Not here: how a matrix is decomposed or what is skipped (`adapters.factors`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def decompose_on_ray(
     dtype: Stored | None = None,
     progress: ShowProgress | None = None,
 ) -> Factors:
-    """As `svd.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
+    """As `factors.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
 
     Ray is started on this machine, and stopped again, where no cluster is connected and RAY_ADDRESS names none.
-    Raises as `svd.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels what is under
+    Raises as `factors.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels those under
     way, and finished ones stay.
     """
     with session():

@@ -1,7 +1,7 @@
 """What died, where, with how much memory, why most likely, and which knob: a worker's end in one line.
 
-Ray's own account of a dead process is a page that begins with the process's number. Called by `cluster.domains`
-whenever a worker fails, also when it is started again afterwards.
+Ray's own account of a dead process is a page that begins with the process's number. The line is noted whenever a worker
+fails, also when it is started again afterwards.
 """
 
 from __future__ import annotations

@@ -1,21 +1,49 @@
-"""A domain with several workers: a job of Ray Train, whose processes sum their gradients of z.
+"""A domain as a job of Ray Train: a `TorchTrainer`, whose workers sum their gradients of z; one worker sums nothing.
 
-It is run once: what becomes of one that fails is for `cluster.domains`, which calls this in a process of its own.
+It is run once: what becomes of one that fails is for `domains`, which calls `fit` in a process of its own.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from ray import train as ray_train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
 
-from t2ray.cluster.train.domains import WorkersDied, environment, work
-from t2ray.cluster.train.nodes import know_the_dead
+from t2ray.cluster.train.nodes import wait_for_dead_nodes
+from t2ray.cluster.train.worker import environment, work
 from t2ray.config.train import TrainConfig
 from t2ray.core import T2RayError
+
+
+class WorkersDied(Exception):
+    """The exception of each rank of a group that failed."""
+
+    def __init__(self, causes: Mapping[int, BaseException]) -> None:
+        super().__init__(causes)
+        self.causes = causes
+
+
+class _Metrics(UserCallback):
+    """What the first worker reports, as metrics of the cluster: `t2ray_train_validation{run, domain}` and the others.
+
+    Ray Train itself keeps no figures of a report without a checkpoint.
+    """
+
+    def __init__(self, run: str, domain: str) -> None:
+        self.tags, self.gauges = {"run": run, "domain": domain}, dict[str, Gauge]()
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Runs in the job's controller."""
+        for name, value in metrics[0].items():
+            if name not in self.gauges:
+                text = "of the newest step with a validation"
+                self.gauges[name] = Gauge(f"t2ray_train_{name}", description=text, tag_keys=tuple(self.tags))
+            self.gauges[name].set(value, self.tags)
 
 
 def fit(job: dict[str, Any], most: int) -> None:
@@ -40,15 +68,16 @@ def fit(job: dict[str, Any], most: int) -> None:
             # Ray resumes a name silently: a new one each time leaves the resuming to the run folder's checkpoints.
             name=f"{domain}-{uuid.uuid4().hex[:8]}",
             storage_path=f"{config.out}/{config.run}/ray",
-            # Started again by `cluster.domains`, which counts by checkpoints and knows a mistake from a death.
+            # Started again by `domains`, which counts by checkpoints and knows a mistake from a death.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
             worker_runtime_env=environment(config),
+            callbacks=[_Metrics(config.run, domain)],
         ),
     )
     try:
         trainer.fit()
     except TrainingFailedError as failure:
-        know_the_dead()
+        wait_for_dead_nodes()
         failures = failure.worker_failures if isinstance(failure, WorkerGroupError) else {0: failure}
         raise WorkersDied({rank: _raised(cause) for rank, cause in failures.items()}) from None
 

@@ -1,8 +1,7 @@
 """Training on a cluster: what a job needs and gets there, its domains, and then the registry for their experts.
 
-Not here: how domains run on Ray (`cluster.domains`), and what a worker does (`rl.job`). Called by `t2ray train`,
-`jobs/train.py`, a sweep's trials and the demo. Workers that die are started again; a run whose driver died goes on with
-`--resume`: both find the newest checkpoint in the run folder.
+Not here: how domains run on Ray (`domains`), and what a worker does (`worker`). Workers that die are started again; a
+run whose driver died goes on with `--resume`: both find the newest checkpoint in the run folder.
 """
 
 from __future__ import annotations
@@ -10,11 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from t2ray.adapters.factors import decompose
-from t2ray.cluster.session import check_lasting, check_shared, session, slots
-from t2ray.cluster.train.domains import Tick, run_domains
+from t2ray.cluster.session import PRIVATE, check_lasting, check_shared, session, slots
+from t2ray.cluster.train.domains import Share, Tick, run_domains
 from t2ray.cluster.train.nodes import largest
 from t2ray.config.train import TrainConfig
-from t2ray.core import ResourceError, T2RayError
+from t2ray.core import DomainsFailed, ResourceError, T2RayError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
@@ -33,43 +32,57 @@ def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda conf
         The result of each domain, in the job's order; its expert is in the registry under the domain's name.
 
     Raises:
-        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small; nothing is half-written.
+        DomainsFailed: a line for each domain that failed; the others are done and their experts saved, or, with
+            `fail_fast`, they have ended where they were.
+        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small or gone.
         KeyboardInterrupt: the run's checkpoints stand and no process is left.
     """
     config = prepare(config, resume=resume)
     check_lasting([config.out, str(config.factors)])
     if config.workers == 0:
         config = config.model_copy(update={"cpus": config.cpus or 1.0})
-        _start(config)
-        for domain in _unfinished(config):
-            _train_here(config, domain, tick)
+        _begin(config)
+        failed = _run_here(config, tick)
     else:
         with session() as resources:
-            config, at_once, most = _fit(config, resources)
+            config, share = _share(config, resources)
             check_shared([config.out, str(config.factors)])
-            _start(config)
-            run_domains(config, _unfinished(config), at_once, most, tick)
+            _begin(config)
+            failed = run_domains(config, _unfinished(config), share, tick)
     tick(config)
-    return _collect(config)
+    results = _collect(config)
+    if failed:
+        remedy = "--resume trains the domains that are not done, and no others"
+        lines = [f"domain {name!r} failed: {' '.join(why.split())}; {remedy}" for name, why in failed.items()]
+        raise DomainsFailed("\n".join(lines))
+    return results
+
+
+def _run_here(config: TrainConfig, tick: Tick) -> dict[str, str]:
+    """Trains the domains in this process, one after the other; returns why each that failed did."""
+    failed = dict[str, str]()
+    for domain in _unfinished(config):
+        try:
+            _train_here(config, domain, tick)
+        except T2RayError as error:
+            failed[domain] = str(error)
+            note_fault(domain_store(config, domain), failed[domain], ended=True)
+            if config.fail_fast:
+                break
+    return failed
 
 
 def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
-    """One domain in this process."""
-    store = domain_store(config, domain)
-    beat = start_heartbeat(store, 0)
+    beat = start_heartbeat(domain_store(config, domain), 0)
 
     def report(row: StepMetrics) -> None:
         beat(row.step)
         tick(config)
 
-    try:
-        train_domain(config, domain, report)
-    except T2RayError as error:
-        note_fault(store, str(error), ended=True)
-        raise
+    train_domain(config, domain, report)
 
 
-def _start(config: TrainConfig) -> None:
+def _begin(config: TrainConfig) -> None:
     """What a job that fits begins with: its model's factors, which may take long, and its run folder."""
     assert config.factors is not None
     decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
@@ -80,12 +93,12 @@ def _unfinished(config: TrainConfig) -> list[str]:
     return [domain for domain in config.domains if finished(domain_store(config, domain)) is None]
 
 
-def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int, int]:
-    """The job with its CPUs a worker decided, how many domains run at once, and with how many workers at most."""
+def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, Share]:
+    """The job with its CPUs per worker decided, and its domains' share of the cluster."""
     least, most = config.span
     # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
-    share = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
-    worker = {"CPU": config.cpus or min(share, max(1.0, largest("CPU"))), "GPU": config.gpus}
+    even = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
+    worker = {"CPU": config.cpus or min(even, max(1.0, largest("CPU"))), "GPU": config.gpus}
     need = {key: amount * least for key, amount in worker.items()}
     at_once = min(len(config.domains), slots(need, resources, f"a domain of run {config.run!r}"))
     for key, amount in worker.items():
@@ -96,17 +109,19 @@ def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig,
             )
     if at_once > 1:  # Ray gives a range all that is free: the first domain would leave the others nothing
         most = max(least, min(most, slots(worker, resources, "a worker") // at_once))
-    return config.model_copy(update={"cpus": worker["CPU"]}), at_once, most
+    share = Share(at_once=at_once, most=most, private=PRIVATE in resources)
+    return config.model_copy(update={"cpus": worker["CPU"]}), share
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:
-    """Puts each domain's expert into the registry, once, and returns the figures."""
+    """Puts the expert of each domain that is done into the registry, once, and returns the figures."""
     assert config.experts is not None
     registry, results, digest = Registry(config.experts), {}, open_weights(config.model).digest
     for domain in config.domains:
         store = domain_store(config, domain)
         result = finished(store)
-        assert result is not None, domain
+        if result is None:
+            continue
         metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
         run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
         if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert

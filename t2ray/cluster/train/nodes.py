@@ -1,6 +1,6 @@
 """The cluster's nodes: how large the largest is, whether the head lives, and waiting until Ray knows who has died.
 
-Not here: what died and why, for people (`faults`). Called by `cluster.train`, `cluster.domains` and `cluster.group`.
+Not here: what died and why, for people (`faults`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def head_answers() -> bool:
     return _listens(host, int(port))
 
 
-def know_the_dead() -> None:
+def wait_for_dead_nodes() -> None:
     """Waits until Ray knows of the nodes that are gone.
 
     A worker whose peer died with its node fails at once, but Ray counts the node for another 15 s. Workers that are

@@ -1,6 +1,6 @@
 """What one trial of a sweep does: trains a job (kind rl), or searches a mixture and scores it on unseen prompts (cem).
 
-`cluster.tune` runs these functions in processes of their own; training goes through the same launcher as `t2ray train`.
+`tune` runs these functions in processes of their own; training goes through the same launcher as `t2ray train`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from statistics import fmean
 
 from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import fixed
+from t2ray.cluster.train.launch import train
+from t2ray.config.search import CEMJob, SweepConfig, job_at
 from t2ray.config.train import TrainConfig
 from t2ray.core import Example, SamplingParams
 from t2ray.evals.evaluate import evaluate
 from t2ray.sweep.results import ReportScore, Trial
-from t2ray.sweep.space import CEMJob, SweepConfig, job_at
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
@@ -34,8 +35,6 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
 
     Each validation of all domains is reported, as the best so far, which is what the run would end with.
     """
-    from t2ray.cluster.train.launch import train
-
     config = training_job(sweep, trial)
     last = max(config.domain_rl(domain).steps for domain in config.domains)
     told = 0
@@ -56,12 +55,15 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
 
 
 def training_job(sweep: SweepConfig, trial: Trial) -> TrainConfig:
-    """The training job of a trial: the sweep's at the trial's point, in the sweep's folder."""
+    """The training job of a trial: the sweep's at the trial's point, in the sweep's folder.
+
+    A trial without one of its domains has no score, so that a domain that fails ends the trial at once.
+    """
     job = job_at(sweep, trial.point)
     assert isinstance(job, TrainConfig), job
     folder = {"out": f"{sweep.out}/{sweep.run}/{TRIALS}", "run": trial.id, "experts": None, "seed": trial.seed}
     # a worker's share of the cluster would be another one whenever another number of trials runs beside it
-    return job.model_copy(update={**folder, "cpus": job.cpus or 1.0})
+    return job.model_copy(update={**folder, "cpus": job.cpus or 1.0, "fail_fast": True})
 
 
 def search_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:

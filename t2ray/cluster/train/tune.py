@@ -1,8 +1,8 @@
 """A sweep's trials over Ray Tune: points in, trials with their scores out; ASHA ends those that fall behind.
 
-What a trial does is a function that it is given (`commands.trials`); the sweep's whole state is `trials.json`
+What a trial does is a function that it is given (`trials`); the sweep's whole state is `trials.json`
 (`sweep.results`), not Tune's: after a kill, settled trials are replayed to the scheduler from it and the others go on
-from their own checkpoints. Called by `t2ray sweep`.
+from their own checkpoints.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from t2ray.cluster.session import session, slots
+from t2ray.config.search import Dimension, SweepConfig
 from t2ray.core import ConfigError, T2RayError
 from t2ray.store import Store
 from t2ray.sweep.results import ReportScore, Trial, finalists, open_sweep, save, start
-from t2ray.sweep.space import Dimension, SweepConfig, own_point, points
+from t2ray.sweep.space import own_point, points
 
 Run = Callable[[SweepConfig, Trial, ReportScore], float]
 TrialsTick = Callable[[Sequence[Trial], int], None]
