@@ -13,9 +13,23 @@ from concurrent.futures import Future
 from dataclasses import fields
 from typing import Any, Self, TypeVar
 
+from t2ray.adapt.fewshot import FewShotResult, fewshot
 from t2ray.adapt.strategies import Dispatch
-from t2ray.config.files import nearest
-from t2ray.core import Completion, ConfigError, Message, Mixture, SamplingParams, user
+from t2ray.config.files import nearest, validate
+from t2ray.config.search import CEMConfig
+from t2ray.core import (
+    Completion,
+    ConfigError,
+    Example,
+    Message,
+    Mixture,
+    SamplingParams,
+    UnknownExpert,
+    check_name,
+    user,
+)
+from t2ray.tasks.equal import reward as equal
+from t2ray.tasks.task import Reward
 from t2ray.workbench import Workbench
 
 T = TypeVar("T")
@@ -88,7 +102,77 @@ class AdaptiveModel:
         """As `dispatch`."""
         return await self._awaited(self._decided(prompt, strategy))
 
+    def adapt(
+        self,
+        examples: Sequence[tuple[Question, str]],
+        *,
+        name: str | None = None,
+        experts: Sequence[str] | None = None,
+        reward: Reward = equal,
+        max_tokens: int = 64,
+        per_layer: bool = False,
+        **settings: Any,
+    ) -> FewShotResult:
+        """Searches the mixture that answers a few labelled prompts best (paper section 3.2, c).
+
+        `model.answer(prompt, found.mixture)` uses what was found.
+
+        Args:
+            examples: (prompt, right answer) pairs; the paper takes 10.
+            name: saves the mixture under this name in the registry, as `fewshot/NAME`.
+            experts: those to mix; by default all but the classification expert.
+            reward: `reward(completion, row)` in [-1, 1], with the right answer in `row["answer"]`; by default the
+                completion must equal it. It runs in this process: do not let it run model-written code.
+            max_tokens: of an answer.
+            per_layer: whether each decoder layer gets its own weight of each expert.
+            settings: of the search: `population=32, iterations=50, elite=0.2, seed=0, budget_s=60, ...` (`t2ray config
+                adapt` lists them).
+
+        Raises:
+            ConfigError: no examples, no experts, or a wrong setting.
+            UnknownExpert: there is no such expert.
+        """
+        return self._wait(self._search(examples, name, experts, reward, max_tokens, per_layer, settings))
+
+    async def adapt_async(self, examples: Sequence[tuple[Question, str]], **options: Any) -> FewShotResult:
+        """As `adapt`, with the same options."""
+        return await asyncio.to_thread(self.adapt, examples, **options)
+
     # ---------------------------------------------------------------------------------------------------------- parts
+
+    async def _search(
+        self,
+        examples: Sequence[tuple[Question, str]],
+        name: str | None,
+        experts: Sequence[str] | None,
+        reward: Reward,
+        max_tokens: int,
+        per_layer: bool,
+        settings: Mapping[str, Any],
+    ) -> FewShotResult:
+        engine, search = self.bench.engine, validate(CEMConfig, settings, where="settings of the search")
+        if name is not None:
+            check_name(name, "mixture")
+        for expert in experts or ():
+            if expert not in engine.experts:
+                raise UnknownExpert(f"no expert {expert!r}{nearest(expert, engine.experts)}")
+        shots = [
+            Example(id=f"shot/{i}", messages=conversation(prompt), row={"answer": answer})
+            for i, (prompt, answer) in enumerate(examples)
+        ]
+
+        async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+            return [float(reward(text, dict(row))) for text, row in zip(completions, rows, strict=True)]
+
+        found = await fewshot(
+            engine.generate, engine.score, verify, shots, experts or self.experts,
+            settings=search, sampling=SamplingParams(max_tokens=max_tokens), gold=lambda row: str(row["answer"]),
+            n_layers=max(target.layer for target in engine.layout) + 1 if per_layer else None,
+        )  # fmt: skip
+        if name is not None:
+            meta = {"shots": len(shots), "accuracy": found.accuracy, "settings": search.model_dump()}
+            self.bench.place.registry().save_mixture(name, found.mixture, meta)
+        return found
 
     async def _answers(self, prompts: Sequence[Any], sampling: Mapping[str, Any]) -> list[Completion]:
         params = _sampling(sampling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import t2ray
 from t2ray.adaptive import AdaptiveModel, conversation
 from t2ray.core import ConfigError, Message, Mixture, SamplingParams, UnknownExpert, user
+from t2ray.experts.registry import SHIPPED
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,43 @@ def test_sampling_is_by_the_names_of_its_fields(model: AdaptiveModel) -> None:
     assert len(answer.tokens) == 1 and answer.finish_reason == "length"
     assert SamplingParams().max_tokens == 64
     assert conversation("x") == user("x")
+
+
+SUMS = [(f"{a}+{b}", str(a + b)) for a, b in ((17, 25), (3, 4), (20, 19), (8, 8))]
+
+
+def test_a_search_finds_the_expert_of_a_few_labelled_prompts(model: AdaptiveModel) -> None:
+    found = model.adapt(SUMS, population=6, iterations=2, max_tokens=12)
+    assert found.accuracy == 1.0 and dict(found.mixture.weights)["math"][0] > 0
+    assert model.answer("31+14", found.mixture).text == "45"
+    again = asyncio.run(model.adapt_async(SUMS, population=6, iterations=2, max_tokens=12))
+    assert again.mixture == found.mixture
+
+
+def test_a_search_by_a_reward_of_ones_own_and_by_chosen_experts_is_saved_by_name(tmp_path: Path) -> None:
+    shutil.copytree(SHIPPED, tmp_path / "experts")
+    with t2ray.open(model="tiny", factors=tmp_path / "factors", experts=tmp_path / "experts") as model:
+        found = model.adapt(
+            [("add 3 to n", "return n+3")], name="wordy", experts=["code"],
+            reward=lambda text, row: 1.0 if "return" in text else -1.0, population=4, iterations=1, max_tokens=12,
+        )  # fmt: skip
+        assert found.mixture.names == ("code",) and found.accuracy == 1.0
+        assert model.answer("add 3 to n", "fewshot/wordy") == model.answer("add 3 to n", found.mixture)
+    with t2ray.open(model="tiny", factors=tmp_path / "factors", experts=tmp_path / "experts") as model:
+        assert "return" in model.answer("add 3 to n", "fewshot/wordy").text
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"populaton": 3}, ConfigError, "unknown key 'populaton'.*did you mean 'population'"),
+        ({"experts": ["mth"]}, UnknownExpert, "no expert 'mth'; did you mean 'math'"),
+        ({"name": "Not A Name"}, ConfigError, "cannot name a mixture"),
+        ({"examples": []}, ConfigError, "no examples"),
+    ],
+)
+def test_a_mistaken_search_is_told(
+    model: AdaptiveModel, options: dict[str, object], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        model.adapt(**({"examples": SUMS} | options))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -290,13 +291,13 @@ def test_a_domain_is_given_up_when_its_workers_die_without_another_checkpoint(
     store = domain_store(config, "own")
     started: list[int] = []
 
-    def start(*_: object) -> ray.ObjectRef:
+    def launch(domain: str) -> ray.ObjectRef:
         started.append(len(started))
         if len(started) < 3:
             store.write_bytes(f"{FOLDER}/step_{len(started):06d}.safetensors", b"")
         return ray.remote(max_retries=0)(lambda: os._exit(1)).remote()
 
-    monkeypatch.setattr("t2ray.cluster.train.domains._launch", start)
+    monkeypatch.setattr("t2ray.cluster.train.domains._launcher", lambda *_: nullcontext(launch))
     failed = run_domains(config, ["own"], Share(at_once=1, most=1, private=True), lambda _: None)
     assert re.search("died.*; started 4 times, it came to no new checkpoint$", failed.pop("own")) and not failed
     assert len(started) == 2 + 4  # a checkpoint begins a new count

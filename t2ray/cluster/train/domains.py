@@ -7,7 +7,8 @@ one worker without a GPU is a plain task, which starts in a third of the time. W
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -15,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2ray.cluster.train.faults import diagnosis
-from t2ray.cluster.train.group import WorkersDied, fit
+from t2ray.cluster.train.group import Groups, WorkersDied
 from t2ray.cluster.train.nodes import head_answers
 from t2ray.cluster.train.worker import environment, work
 from t2ray.config.train import TrainConfig
@@ -63,11 +64,11 @@ def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick:
     waiting, failed = list(reversed(domains)), dict[str, str]()
     running = dict[ray.ObjectRef, _Start]()
     heard = time.monotonic()
-    try:
+    with _launcher(config, share) as launch:
         while (waiting or running) and not (failed and config.fail_fast):
             while waiting and len(running) < share.at_once:
                 first = _next_start(config, waiting.pop())
-                running[_launch(config, first.domain, share)] = first
+                running[launch(first.domain)] = first
             ended, _ = ray.wait(list(running), timeout=_POLL_S)
             tick(config)
             if not head_answers():  # whatever Ray is asked now waits for it
@@ -86,10 +87,7 @@ def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick:
                     failed[last.domain] = str(error)
                     continue
                 if again is not None:
-                    running[_launch(config, again.domain, share)] = again
-    finally:
-        for task in running:
-            ray.cancel(task, force=True)
+                    running[launch(again.domain)] = again
     return failed
 
 
@@ -102,19 +100,42 @@ def _next_start(config: TrainConfig, domain: str, last: _Start | None = None) ->
     return _Start(domain=domain, number=number, checkpoint=newest, earlier=earlier)
 
 
-def _launch(config: TrainConfig, domain: str, share: Share) -> ray.ObjectRef:
-    """Starts a domain; the task ends with it. Ray's own retries would note nothing about why the worker before died."""
-    job = {"config": config.model_dump(mode="json"), "domain": domain}
+@contextmanager
+def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray.ObjectRef]]:
+    """Yields what starts a domain and returns a task that ends with it; with the block ends all that was started.
+
+    Nothing is retried by Ray itself, which would not note why the worker before died.
+    """
+    job = {"config": config.model_dump(mode="json")}
     if share.private and share.most == 1 and not config.gpus:
-        one = ray.remote(work).options(
-            name=domain, max_retries=0, num_cpus=config.cpus, runtime_env=environment(config),
-            scheduling_strategy="DEFAULT",  # else, in a sweep, among the resources of the trial's own process
-        )  # fmt: skip
-        return one.remote(job)
+        started: list[ray.ObjectRef] = []
+
+        def launch(domain: str) -> ray.ObjectRef:
+            one = ray.remote(work).options(
+                name=domain, max_retries=0, num_cpus=config.cpus, runtime_env=environment(config),
+                scheduling_strategy="DEFAULT",  # else, in a sweep, among the resources of the trial's own process
+            )  # fmt: skip
+            started.append(one.remote(job | {"domain": domain}))
+            return started[-1]
+
+        try:
+            yield launch
+        finally:
+            for task in started:
+                ray.cancel(task, force=True)
+        return
     # Beside the driver, as Ray Train's controllers are beside it: the run outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    group = ray.remote(fit).options(name=f"{domain}'s group", max_retries=0, num_cpus=0, scheduling_strategy=here)
-    return group.remote(job, share.most)
+    groups = (
+        ray.remote(Groups)
+        .options(num_cpus=0, max_concurrency=share.at_once, max_restarts=-1, scheduling_strategy=here)
+        .remote()
+    )
+    try:
+        yield lambda domain: groups.fit.remote(job | {"domain": domain}, share.most)
+    finally:
+        if head_answers():  # which `kill` would wait for; without it all ends with this process
+            ray.kill(groups)
 
 
 def _after(config: TrainConfig, task: ray.ObjectRef, last: _Start) -> _Start | None:
