@@ -15,9 +15,8 @@ import pytest
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
-from t2ray.cluster.train.launch import train
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import DomainsFailed
 from t2ray.runs import status
 from t2ray.runs.status import Beat, DomainStatus, beats, heart, note_fault, read_status
 from t2ray.store import Store

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from ray import cloudpickle
 
 from t2ray.cli.main import main
+from t2ray.cluster.session import session
 from t2ray.cluster.train.tune import Report, sweep
 from t2ray.core import DataError, ResourceError, RunError
 from t2ray.sweep.results import TRIALS, Trial, write_results
@@ -33,9 +33,8 @@ JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9
 def cluster() -> Iterator[None]:
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)  # trials cannot import a test module
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+    with session(num_cpus=2):
+        yield
     cloudpickle.unregister_pickle_by_value(here)
 
 

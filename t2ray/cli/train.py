@@ -9,9 +9,9 @@ from t2ray.adapters.factors import decompose as decompose_here
 from t2ray.cli.display import TrainingDisplay
 from t2ray.cli.output import bar, console
 from t2ray.cluster.train.decompose import decompose_on_ray
+from t2ray.cluster.train.launch import DomainsFailed
 from t2ray.cluster.train.launch import train as train_on_cluster
 from t2ray.config.train import load
-from t2ray.core import DomainsFailed
 from t2ray.training.domain import domain_store, finished
 
 
