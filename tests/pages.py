@@ -36,10 +36,12 @@ class Block:
 
 
 def blocks(page: Path) -> list[Block]:
-    """The blocks of a page that name a language, in order."""
+    """The blocks of a page that name a language, in order; `text` is what a command prints, and is none."""
     text, found = page.read_text(encoding="utf-8"), []
     for match in _FENCE.finditer(text):
         language, body = match.groups()
+        if language == "text":
+            continue
         paragraph = text[: match.start()].rstrip().rpartition("\n\n")[2]
         names = [name for name, suffix in _NAME.findall(paragraph) if suffix == _SUFFIX.get(language)]
         file = names[-1] if names and paragraph.endswith(":") else None

@@ -15,7 +15,8 @@ import yaml
 from t2ray.config import train as config
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "CHANGELOG.md")
+PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")
+PAGES = sorted(path for place in PLACES for path in ROOT.glob(place) if path.name != "CHANGELOG.md")
 FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SHELL = {"", "bash", "sh", "shell", "console"}
 

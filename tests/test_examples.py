@@ -58,7 +58,7 @@ def test_serve_client(tmp_path: Path, installed: Mapping[str, str]) -> None:
     """It prints what its README says that it prints."""
     _, said = done("serve_client", tmp_path, installed)
     page = (EXAMPLES / "serve_client" / "README.md").read_text()
-    (printed,) = re.findall(r"^```\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (printed,) = re.findall(r"^```text\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     assert said == printed
 
 
