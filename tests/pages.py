@@ -103,7 +103,7 @@ class Reader:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=4 * GUARD_S,
+            timeout=12 * GUARD_S,
         )
         assert done.returncode == 0, f"the block at line {block.line} failed:\n{block.text}\n{done.stdout}"
         return done.stdout
