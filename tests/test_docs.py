@@ -23,7 +23,8 @@ from t2ray.cli.reference import pages
 from t2ray.config import train as config
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "CHANGELOG.md")
+PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")
+PAGES = sorted(path for place in PLACES for path in ROOT.glob(place) if path.name != "CHANGELOG.md")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 SHELL = {"", "bash", "sh", "shell", "console"}
 
