@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from t2ray.adapters.base import Adapter
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.probe import probe
 from t2ray.adapters.svf import SVF
@@ -20,6 +19,9 @@ from t2ray.models.chat import Chat
 from t2ray.models.families import Family
 from t2ray.models.load import load_base
 from t2ray.models.weights import open_weights, resolve
+
+if TYPE_CHECKING:
+    from t2ray.adapters.base import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

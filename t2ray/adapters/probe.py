@@ -7,14 +7,16 @@ with another weight, and costs a product of whole matrices.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from t2ray.adapters.base import Adapter
 from t2ray.core import ModelError
 from t2ray.models.families import Family
+
+if TYPE_CHECKING:
+    from t2ray.adapters.base import Adapter
 
 TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}

@@ -20,7 +20,8 @@ from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 if TYPE_CHECKING:
     from t2ray.training.trackers import Trackers
 
-RESULT, EXPERT = "result.json", "expert.safetensors"
+CONFIG, RESULT, EXPERT = "config.json", "result.json", "expert.safetensors"
+"""The run's configuration in its folder; a domain's result and expert in its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
