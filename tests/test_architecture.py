@@ -49,8 +49,9 @@ RIMS = {
     "transformers": ("t2ray.models", "t2ray.engine", "t2ray.tiny.pretrain", "jobs", "benchmarks"),
 }
 
-# Where an error of any kind is not a fault but the answer: model-written code runs there.
-CATCH_ALL = {"t2ray.sandbox.child"}
+# Where an error of any kind is not a fault but the answer: model-written code runs there, or its cause is one request
+# among those of many users.
+CATCH_ALL = {"t2ray.sandbox.child", "t2ray.engine.loop"}
 
 TORCH_FREE = (
     "t2ray.core",

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
+from t2ray.config.serve import EngineConfig
 from t2ray.core import Mixture, ModelError, SamplingParams
 from t2ray.engine.offline import OfflineEngine
+from t2ray.engine.online import OnlineEngine
+from t2ray.engine.probe import compare, expected
+from t2ray.models.chat import Chat
 from t2ray.models.families import Family
 
 SMALL: dict[str, Any] = {
@@ -233,3 +238,64 @@ def test_an_architecture_without_a_limit_has_a_context_of_its_own() -> None:
     config = CONFIG_MAPPING["mpt"](d_model=64, n_layers=1, n_heads=4, vocab_size=64, max_seq_len=96)
     with torch.device("meta"):
         assert Family(AutoModelForCausalLM.from_config(config)).context == 96
+
+
+# -------------------------------------------------------------------------------------------------------------- serving
+
+
+def served(model: Model) -> None:
+    """Starts an online engine as an endpoint does: with a probe."""
+
+    async def start() -> None:
+        wanted = await expected(model)
+        engine = OnlineEngine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
+        engine.start()
+        try:
+            await compare(engine, model, wanted)
+        finally:
+            engine.stop()
+
+    asyncio.run(start())
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "granite", "cohere"])
+def test_the_online_engine_computes_what_the_offline_one_does_also_with_eager_attention(
+    models: dict[str, Model], name: str
+) -> None:
+    """Gemma 2 attends eagerly: its scorings need another attention than the paged one of its steps."""
+    served(models[name])
+
+
+@pytest.mark.parametrize("name", ["gptj", "falcon", "stablelm"])
+def test_a_model_that_cannot_be_batched_continuously_is_refused_before_it_answers(
+    models: dict[str, Model], name: str
+) -> None:
+    with pytest.raises(ModelError, match="For.*continuous batching.*can be trained and evaluated, and not be served"):
+        served(models[name])
+
+
+def test_an_engine_that_computes_something_else_is_refused(models: dict[str, Model]) -> None:
+    model = models["llama"]
+
+    async def wrong() -> None:
+        engine = OfflineEngine(model)
+        wanted = await expected(model)
+        scores = tuple(score - 1 for score in wanted.scores)
+        await compare(engine, model, replace(wanted, scores=scores))
+
+    with pytest.raises(ModelError, match="computes other answers than the model .*differ by 1"):
+        asyncio.run(wrong())
+
+
+# ------------------------------------------------------------------------------------------------------- ends of turns
+
+
+def test_a_label_ends_as_the_template_ends_a_turn_and_not_by_the_first_end_token(tiny_llama: Path) -> None:
+    """Llama 3 lists the end of a document first."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    end, document = tokenizer.convert_tokens_to_ids("<|end|>"), tokenizer.convert_tokens_to_ids("<|pad|>")
+    chat = Chat(tokenizer, [document, end])
+    assert chat.encode_answer("math")[-1] == end and chat.eos_ids == (document, end)
+    assert Chat(tokenizer, [document]).eos_ids == (document, end)  # an answer may end there, too
+    tokenizer.chat_template = "{{ raise_exception('no such conversation') }}"
+    assert Chat(tokenizer, [document, end]).encode_answer("math")[-1] == document

@@ -63,6 +63,7 @@ class Loop:
         self.count = dict.fromkeys(counted, 0)
         self.turned = time.monotonic()
         self.cancel: Callable[[str], None]
+        self.plain_attention: Callable[[], AbstractContextManager[None]]
         self._batches = StaticBatches(model)
         self._fresh: list[Row] = []
         self._alone: tuple[Tensor | None, int] = (None, 0)
@@ -78,8 +79,9 @@ class Loop:
             return
         error: Exception | None = None
         try:
-            self._batches.run(request for request, _ in waiting)
-        except RuntimeError as failure:  # torch's: out of memory
+            with self.plain_attention():
+                self._batches.run(request for request, _ in waiting)
+        except Exception as failure:  # whatever it is, it is told to who asked, and the rows of others go on
             error = GenerationError(f"scoring failed: {failure}")
         for request, done in waiting:
             done.get_loop().call_soon_threadsafe(_settle, done, error or request.result)

@@ -39,6 +39,7 @@ class OnlineEngine:
         self._numbers = itertools.count()
         self._manager = Manager(model.hf, self.config, self._loop)
         self._loop.cancel = self._manager.cancel_request
+        self._loop.plain_attention = self._manager.plain_attention
 
     @property
     def experts(self) -> Collection[str]:

@@ -7,7 +7,8 @@ token to its request's mixture, and to let the engine choose the next tokens. No
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +84,22 @@ class Manager(ContinuousBatchingManager):
             cache = self.batch_processor.cache
             cache.update = self._guarded(cache.update)
         self.start()
+
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """The model with the attention that it was loaded with, for forwards that do not use the paged cache.
+
+        Models without SDPA run with a paged attention of their own while the loop runs, which takes no other forward.
+        """
+        paged, plain = self.model.config._attn_implementation, self._original_attn_impl
+        if plain is None or plain == paged:
+            yield
+            return
+        self.model.set_attn_implementation(plain)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(paged)
 
     @property
     def pages(self) -> tuple[int, int]:

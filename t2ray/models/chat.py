@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
+
 from t2ray.core import Message, Prompt
+
+_ANSWER = "an answer that no template writes"
 
 
 class Chat:
@@ -18,6 +22,9 @@ class Chat:
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
+        self.end_id = self._end_of_turn()
+        if self.end_id not in self.eos_ids:
+            self.eos_ids += (self.end_id,)
         self._tokens: dict[int, str] = {}
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
@@ -41,7 +48,22 @@ class Chat:
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Returns the ids of an answer; with a chat template, the token that ends the turn is the last of them."""
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids + self.eos_ids[:1] if self.tokenizer.chat_template else ids
+        return (*ids, self.end_id) if self.tokenizer.chat_template else ids
+
+    def _end_of_turn(self) -> int:
+        """The token that the chat template puts after an assistant's turn; else the model's first end token.
+
+        The two differ: Llama 3's first end token ends a document, and its turns end by another.
+        """
+        if not self.tokenizer.chat_template:
+            return self.eos_ids[0]
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError:  # one that refuses this conversation
+            return self.eos_ids[0]
+        after = self.tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
+        return after[0] if after and after[0] in self.tokenizer.all_special_ids else self.eos_ids[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, without special tokens."""

@@ -36,6 +36,7 @@ from t2ray.core import (
     check_name,
 )
 from t2ray.engine.online import OnlineEngine
+from t2ray.engine.probe import compare, expected
 from t2ray.engine.protocol import Engine
 from t2ray.experts.exchange import import_expert
 from t2ray.experts.follow import Follower, Snapshot
@@ -67,7 +68,9 @@ class Generator:
         self._syncing = threading.Lock()
         self._made: tuple[Snapshot | None, str, Any] = None, "", None
         self._sync()
+        wanted = await expected(model)
         self.engine.start()
+        await compare(self.engine, model, wanted)
         self._gauges = {
             name: metrics.Gauge(f"t2ray_{name}", description=text)
             for name, text in (
