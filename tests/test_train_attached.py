@@ -19,6 +19,7 @@ import ray
 from ray.cluster_utils import Cluster
 from test_train_cluster import experts, of_domains, same, saved, states, undisturbed, verifiers, wait_for
 
+from t2ray.cli.main import main
 from t2ray.cluster.session import PRIVATE, session
 from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.runs.status import read_status
@@ -31,8 +32,10 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture(scope="module", autouse=True)
 def dashboard() -> Iterator[str]:
     """A cluster with a dashboard, whose address it is, to which RAY_ADDRESS leads."""
-    with tempfile.TemporaryDirectory(prefix="t2ray") as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_TMPDIR", folder)  # sockets lie in it, and their names must be short
+    # Sockets lie in the folder, so that its name must be short; the dashboard's processes write a little longer.
+    short = tempfile.TemporaryDirectory(prefix="t2ray", ignore_cleanup_errors=True)
+    with short as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", folder)
         started = Cluster(
             initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": True, "dashboard_port": 0}
         )
@@ -102,3 +105,17 @@ def test_a_killed_worker_of_a_train_run_is_noted_once_and_changes_no_z(tmp_path:
     (domain,) = read_status(config)
     assert domain.fault is not None and not domain.fault.ended
     assert re.match("worker 0 of domain 'own' died: node .*, after step ", domain.fault.message)
+
+
+@pytest.mark.long
+def test_a_sweeps_trials_are_train_runs_beside_the_processes_that_wait_for_them(
+    tmp_path: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small = {"steps": 1, "prompts": 2, "samples": 2, "eval_prompts": 2}
+    job = {"model": "tiny", "cpus": 1, "verifiers": 0, "domains": {"swept": {"task": "pick"}}, "rl": small}
+    sweep = {"kind": "rl", "job": job, "sampler": "grid", "space": {"rl.lr": [0.01]}, "finalists": 1}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert main(["sweep", "sweep.yaml"]) == 0
+    with session():
+        assert runs(dashboard)["swept"]["status"] == "FINISHED"

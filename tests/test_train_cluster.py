@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from t2ray.cluster.session import PRIVATE, session
+from t2ray.cluster.train import domains
 from t2ray.cluster.train.domains import Share, run_domains
 from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.cluster.train.trials import train_trial
@@ -263,6 +264,24 @@ def test_a_trial_of_a_sweep_ends_with_its_first_domain_that_fails(tmp_path: Path
         train_trial(sweep, Trial(point={"rl.lr": 0.01}, seed=0), lambda step, score: None)
     (run,) = (tmp_path / "runs" / "sweep" / "trials").iterdir()
     assert [path.name for path in (run / "domains").iterdir()] == ["own"]
+
+
+@pytest.mark.parametrize(
+    ("private", "most", "gpus", "trainer"),
+    [(True, 1, 0, False), (True, 2, 0, True), (True, 1, 0.5, True), (False, 1, 0, True)],
+)
+def test_a_domain_is_a_plain_task_only_with_one_worker_on_a_private_ray_without_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, private: bool, most: int, gpus: float, trainer: bool
+) -> None:
+    class Trainers:
+        def fit(self, job: dict[str, Any], most: int) -> str:
+            return "trainer"
+
+    monkeypatch.setattr(domains, "Groups", Trainers)
+    monkeypatch.setattr(domains, "work", lambda job: "task")
+    config = job(tmp_path, "placed", "short", gpus=gpus)
+    with domains._launcher(config, Share(at_once=1, most=most, private=private)) as launch:
+        assert ray.get(launch("own")) == ("trainer" if trainer else "task")
 
 
 def test_the_processes_of_a_private_ray_know_that_it_is_private() -> None:

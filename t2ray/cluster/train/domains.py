@@ -102,9 +102,9 @@ def _next_start(config: TrainConfig, domain: str, last: _Start | None = None) ->
 
 @contextmanager
 def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray.ObjectRef]]:
-    """Yields what starts a domain and returns a task that ends with it; with the block ends all that was started.
+    """Yields what starts a domain and returns a task that ends with it; at the block's end everything it started ends.
 
-    Nothing is retried by Ray itself, which would not note why the worker before died.
+    Ray itself retries nothing: it would not note why the worker before died.
     """
     job = {"config": config.model_dump(mode="json")}
     if share.private and share.most == 1 and not config.gpus:
