@@ -11,18 +11,23 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from t2ray.core import Message, user
 from t2ray.tasks.data import read
+from t2ray.tasks.number import last, numbers, only
 from t2ray.tasks.task import DataRow, Task
+from t2ray.tasks.text import boxed, plain, settled
 
 HUB = "openai/gsm8k:main"
 COLUMNS = {"question": str, "answer": str}
 
-# Matches 72, -3, $1,200.50, .5. The minus of "10-5" is no sign, and "1,2" is two numbers.
-_NUMBER = re.compile(r"(?:(?<![\d)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)", re.ASCII)
+_HEADING = re.compile(
+    r"[^\w√<>≠.-]*(?:(?!(?:the |final |my )*answer|[a-z]\s*=|about|approx|minus|negative)[a-z]|\d+[.):]\s+[a-z])", re.I
+)
+_SAID = re.compile(r"\banswer\b(?:\s*(?:is|equals|(?:would|must|should|will) be|comes to|[:=]))+\s*([^\n]*)", re.I)
+_REASON = re.compile(r"[.!?](?:\s|$)|\b(?:because|since)\b", re.I)
 
 
 def task(data: str | None = None) -> Task:
@@ -71,23 +76,34 @@ def reward(completion: str, row: dict[str, Any]) -> float:
     return 1.0 if answer is not None and answer == extract(row["answer"]) else -1.0
 
 
-def extract(text: str) -> Decimal | None:
-    """Returns the one number that a text answers with, or None if it gives none or several.
+def extract(completion: str) -> Fraction | None:
+    r"""Returns the one number that a text answers with, or None if it gives none or several.
 
-    In a text with the mark `####`, the answer follows the mark: each line with a mark must have exactly one number
-    after it, and all such lines the same one. In a text without a mark the last number is the answer, as in the paper's
-    evaluation.
+    It counts after the reasoning (`text.settled`). The first of these that a text has holds its answer:
+
+    1. the mark `####` before a number ("#### 72 clips"); all such lines must state the same number. A heading ("####
+       Step 1: add", "#### 1. Add") is no answer, and a last line with a mark and no number answers nothing;
+    2. LaTeX's box, the last one (`\boxed{72}`);
+    3. "the answer is 72", "Answer: 72", the last one;
+    4. the last line with a number, or else the last number, as in the paper's evaluation.
     """
-    marked = [line.partition("####")[2] for line in text.splitlines() if "####" in line]
-    if not marked:
-        found = _NUMBER.findall(text)
-        return _value(found[-1]) if found else None
-    found = [_NUMBER.findall(answer) for answer in marked]
-    if any(len(numbers) != 1 for numbers in found):
-        return None
-    values = {_value(numbers[0]) for numbers in found}
-    return values.pop() if len(values) == 1 else None
-
-
-def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", "").replace("$", ""))
+    text = plain(settled(completion))
+    marked, lines = [], [line for line in text.splitlines() if line.strip()]
+    for i, line in enumerate(lines):
+        _, mark, answer = line.partition("####")
+        if not mark:
+            continue
+        at_end = i + 1 == len(lines)
+        if not answer.strip(" #") and not at_end:
+            answer = lines[i + 1]
+        if not re.search(r"\d", answer, re.ASCII):
+            if at_end:
+                return None
+        elif not _HEADING.match(answer):
+            marked.append(only(answer))
+    if marked:
+        return marked[0] if len({*marked}) == 1 else None
+    if boxes := boxed(text):
+        return only(boxes[-1])
+    said = [answer for answer in _SAID.findall(text) if numbers(answer)]
+    return only(_REASON.split(said[-1])[0]) if said else last(text)

@@ -11,19 +11,26 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t2ray.core import DataError, Message, user
 from t2ray.sandbox import check as sandbox
 from t2ray.tasks.data import Table, read
 from t2ray.tasks.task import DataRow, Task
+from t2ray.tasks.text import settled
 
 HUB = "google-research-datasets/mbpp:full"
 COLUMNS = {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list}
 
-_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*\{?\.?([\w+#-]*)[^\n`]*\n(.*?)(?:\1|\Z)", re.DOTALL)
+_TAGGED = re.compile(r"\[(BEGIN|PYTHON)\](.*?)(?:\[DONE\]|\[/PYTHON\]|\Z)", re.DOTALL)
+_PYTHON = {"", "python", "python3", "python2", "py", "py3", "ipython", "ipython3", "code"}
+_CODE = re.compile(r"(?:def|class|import|from|async def)\s+\w|@\w|[A-Za-z_]\w*\s*=[^=]")
+_UNWANTED = {0xFEFF: None, 0x200B: None, 0xA0: " "}  # no Python outside of strings: marks of a file, wide spaces
+_MOST_ENDS = 200
 
 
 def task(data: str | None = None) -> Task:
@@ -87,18 +94,85 @@ def reward(completion: str, row: dict[str, Any]) -> float:
     Raises:
         ResourceError: the sandbox cannot isolate code on this machine.
     """
-    code = extract(completion)
+    imports, names = interface(row)
+    code = extract(completion, names)
     if not code.strip():
         return -1.0
-    imports, names = interface(row)
     setup = "\n".join([*imports, row["test_setup_code"]])
     return 1.0 if sandbox.check(code, row["test_list"], names=names, setup=setup).passed else -1.0
 
 
-def extract(completion: str) -> str:
-    """Returns the first fenced code block, closed or not, or the whole text if there is none."""
-    block = _BLOCK.search(completion)
-    return block[1] if block else completion
+def extract(completion: str, names: Sequence[str]) -> str:
+    """Returns the code of a completion that should define `names`.
+
+    It is the fenced block in Python that defines most of them, of several such the last, closed or not; with the
+    imports, functions, classes and constants that it uses and other blocks define. `[BEGIN]` and `[PYTHON]` are fences
+    too. Without a block it is the whole text, or its part that is Python. Reasoning before the answer does not count.
+    """
+    text = settled(completion).translate(_UNWANTED)
+    fenced = [(kind.lower(), textwrap.dedent(body)) for _, kind, body in _FENCE.findall(text)]
+    blocks = [body for kind, body in fenced if kind in _PYTHON] or [body for _, body in fenced]
+    blocks = blocks or [body for _, body in _TAGGED.findall(text)]
+    if not blocks:
+        return _python_in(text.partition("[DONE]")[0])
+    blocks = [re.sub(r"\r\n?", "\n", block) for block in blocks]
+    trees = [(block, tree) for block in blocks if (tree := _tree(block))]
+    if not trees:
+        return blocks[-1]
+    bound = [{name for statement in tree.body for name in _bound(statement)} for _, tree in trees]
+    best = max(range(len(trees)), key=lambda i: (len(bound[i] & {*names}), i))
+    missing = ({*names} | _used(trees[best][1])) - bound[best]
+    parts = [(best, trees[best][0])]
+    others = [(i, statement) for i, (_, tree) in enumerate(trees) if i != best for statement in tree.body]
+    for i, statement in reversed(others):
+        if missing & {*_bound(statement)}:
+            missing = (missing - {*_bound(statement)}) | (_used(statement) - bound[best])
+            first = min([statement.lineno, *(line.lineno for line in getattr(statement, "decorator_list", []))])
+            parts.insert(0, (i, "\n".join(trees[i][0].split("\n")[first - 1 : statement.end_lineno])))
+    return "\n".join(part for _, part in sorted(parts, key=lambda part: part[0]))  # as the text has them
+
+
+def _tree(code: str) -> ast.Module | None:
+    try:
+        return _parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a completion may be no Python
+        return None
+
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that an import, a function, a class or an assignment gives to its module."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
+def _used(tree: ast.AST) -> set[str]:
+    """The names that code reads and does not set itself."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    own = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    return (
+        {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
+        - own
+        - {node.id for node in nodes if not isinstance(node.ctx, ast.Load)}
+    )
+
+
+def _python_in(text: str) -> str:
+    """The whole text if it is Python, or else its first line of code and as many lines after it as are Python."""
+    if _tree(text):
+        return text
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if _CODE.match(line)), None)
+    if start is None:
+        return text
+    ends = [end for end in range(start + 1, len(lines) + 1) if end == len(lines) or not lines[end][:1].isspace()]
+    for end in reversed(ends[-_MOST_ENDS:]):
+        if _tree(part := "\n".join(lines[start:end])):
+            return part
+    return text
 
 
 def interface(row: DataRow) -> tuple[list[str], list[str]]:
