@@ -26,6 +26,10 @@ class ConfigError(T2RayError, ValueError):
     """A key, value or file that the user wrote is wrong."""
 
 
+class ContextExceeded(ConfigError):
+    """A prompt and its answer are too long together; `args[1:]` are the tokens of the two and of the context."""
+
+
 class DataError(T2RayError, ValueError):
     """A data file or one of its rows is missing, malformed or mistyped; names the file and the line."""
 

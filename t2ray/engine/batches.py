@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, ConfigError, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import Completion, ContextExceeded, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 
@@ -56,14 +56,15 @@ def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
     """The ids of a prompt (`Chat.ids`).
 
     Raises:
-        ConfigError: the prompt and `answer` further tokens exceed the model's context.
+        ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
     """
     ids = model.chat.ids(prompt)
     if len(ids) + answer > model.context:
-        raise ConfigError(
+        raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
-            f"{model.context}; shorten the prompt or lower max_tokens"
-        )
+            f"{model.context}; shorten the prompt or lower max_tokens",
+            len(ids), answer, model.context,
+        )  # fmt: skip
     return ids
 
 
