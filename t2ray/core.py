@@ -59,7 +59,7 @@ class Busy(ResourceError):
 
 
 class GenerationError(T2RayError, RuntimeError):
-    """A generation that began and could not be finished: its numbers overflowed, or its replica died."""
+    """A generation that began and could not be finished: its replica died, or its engine stopped."""
 
 
 class RunError(T2RayError, RuntimeError):

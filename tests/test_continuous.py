@@ -18,7 +18,17 @@ from waiting import GUARD_S
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, ConfigError, Delta, GenerationError, Mixture, SamplingParams, UnknownExpert, user
+from t2ray.core import (
+    Completion,
+    ConfigError,
+    Delta,
+    ExpertError,
+    GenerationError,
+    Mixture,
+    SamplingParams,
+    UnknownExpert,
+    user,
+)
 from t2ray.engine import loop
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.online import OnlineEngine
@@ -213,7 +223,7 @@ def test_a_row_whose_numbers_overflow_fails_alone(engine: OnlineEngine) -> None:
         return results
 
     math, broken, code = run(mixed)
-    assert isinstance(broken, GenerationError) and "not finite" in str(broken)
+    assert isinstance(broken, ExpertError) and "not finite" in str(broken)
     assert isinstance(math, Completion) and isinstance(code, Completion)
     assert engine.stats.failed == 1
 

@@ -135,8 +135,12 @@ class TextReply:
 
 
 class AnswerShape(Protocol):
-    """How one kind of answer (chat or text) is written: its names, its choices and the pieces of its stream."""
+    """How one kind of answer (chat or text) is written: its names, its choices and the pieces of its stream.
 
+    `prompt` is the parameter that it answers.
+    """
+
+    prompt: str
     prefix: str
     whole: str
     chunk: str
@@ -151,6 +155,7 @@ class AnswerShape(Protocol):
 class ChatShape:
     """The answers of `/v1/chat/completions`."""
 
+    prompt = "messages"
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> ChatChoice:
@@ -174,6 +179,7 @@ class ChatShape:
 class TextShape:
     """The answers of `/v1/completions`."""
 
+    prompt = "prompt"
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
     def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> TextChoice:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, ContextExceeded, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 
@@ -56,9 +56,12 @@ def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
     """The ids of a prompt (`Chat.ids`).
 
     Raises:
+        ConfigError: the prompt has no tokens, or the model's chat template refuses it.
         ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
     """
     ids = model.chat.ids(prompt)
+    if not ids:
+        raise ConfigError("the prompt is empty: it has no tokens; write something")
     if len(ids) + answer > model.context:
         raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "

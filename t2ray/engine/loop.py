@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Delta, FinishReason, GenerationError, SamplingParams, Token
+from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import Request, StaticBatches
 from t2ray.engine.sampling import sample
 from t2ray.engine.text import TextStream
@@ -129,7 +129,8 @@ class Loop:
             if row is None:
                 continue
             if logprob != logprob:
-                self.fail(row.id, GenerationError("this mixture's numbers overflow: the model's scores are not finite"))
+                message = "this mixture's numbers overflow: the model's scores are not finite; use smaller weights"
+                self.fail(row.id, ExpertError(message))
                 self.cancel(row.id)
             else:
                 self._add(row, token, logprob, logprob_BV[i])
@@ -176,7 +177,7 @@ class Loop:
 
     def fail(self, request: str | None, error: Exception) -> None:
         """Tells a row's caller, or with None everybody's."""
-        if not isinstance(error, GenerationError):
+        if not isinstance(error, T2RayError):
             error = GenerationError(f"the engine failed: {error}")
         for id in list(self.rows) if request is None else [request]:
             if row := self.rows.pop(id, None):

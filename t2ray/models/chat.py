@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from t2ray.core import Message, Prompt
+from jinja2 import TemplateError
+
+from t2ray.core import ConfigError, Message, Prompt
 
 
 class Chat:
@@ -26,13 +28,23 @@ class Chat:
         return self.encode_text(prompt) if isinstance(prompt, str) else self.encode(prompt)
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """Returns the ids of a conversation, up to where the assistant's answer begins."""
+        """Returns the ids of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ConfigError: the model's chat template refuses the conversation, in its own words.
+        """
         if not self.tokenizer.chat_template:
             return self.encode_text("".join(m.content for m in messages))
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        return tuple(
-            self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+        try:
+            return tuple(
+                self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+            )
+        except TemplateError as error:
+            roles = ", ".join(m.role for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
+            raise ConfigError(
+                f"the model's chat template refuses this conversation ({roles}): {' '.join(str(error).split())[:500]}"
+            ) from error
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with."""
