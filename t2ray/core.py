@@ -70,9 +70,6 @@ class DomainsFailed(T2RayError, RuntimeError):
     """Domains of a training job failed, a line for each; the experts of those that are done have been saved."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- nouns
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a chat: `Message(role="user", content="17+25")`."""
@@ -186,9 +183,8 @@ class Mixture:
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                raise ConfigError(
-                    f"mixture {text!r}: {weight!r} is not a number; write name:weight,name:weight"
-                ) from None
+                remedy = "write name:weight,name:weight"
+                raise ConfigError(f"mixture {text!r}: {weight!r} is not a number; {remedy}") from None
         return cls.of(weights)
 
     @property
@@ -202,15 +198,18 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
+    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(Token(id=30, ...), ...))`.
 
-    `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for.
+    `text` is what it adds to the answer: of a character in several tokens, the last has all of it. `raw` are its bytes
+    where they are not the text's. `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest
+    tokens where they were asked for.
     """
 
     id: int
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    raw: bytes = b""
+    top: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,9 +164,9 @@ def test_top_logprobs_are_the_likeliest_tokens_with_the_chosen_one_on_top_when_g
 
     for delta in run(answer):
         for token in delta.tokens:
-            values = [logprob for _, logprob in token.top]
+            values = [top.logprob for top in token.top]
             assert len(values) == 3 and values == sorted(values, reverse=True)
-            assert token.top[0] == (token.text, pytest.approx(token.logprob))
+            assert (token.top[0].id, token.top[0].logprob) == (token.id, pytest.approx(token.logprob))
 
 
 def test_scores_equal_the_static_engine_s_also_between_steps(engine: OnlineEngine) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from os.path import commonprefix
 
@@ -31,11 +32,13 @@ SHARED_TOKENS = 64
 class Request:
     """A call: with `sampling` a generation, with `labels` a scoring. `z_K` is None for the base model.
 
-    Requests of one mixture share one tensor `z_K`: batches tell mixtures apart by it.
+    An answer `continues` a text, or is a turn by itself. Requests of one mixture share one tensor `z_K`: batches tell
+    mixtures apart by it.
     """
 
     prompt_ids: tuple[int, ...]
     mixture: Mixture
+    continues: bool = False
     z_K: Tensor | None = None
     sampling: SamplingParams | None = None
     labels: tuple[tuple[int, ...], ...] = ()
@@ -138,7 +141,8 @@ class StaticBatches:
         params = [request.sampling for request in batch if request.sampling]
         ids_BT, mask_BT = self._left_padded(batch)
         sampler = RowSampler(params, device)
-        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, chat.decode, device)
+        decode = [partial(chat.decode, continues=request.continues) for request in batch]
+        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, decode, device)
         with self._bind(batch):
             out_BT = self.model.hf.generate(
                 ids_BT,
@@ -161,13 +165,13 @@ class StaticBatches:
     def _completion(
         self, request: Request, sampling: SamplingParams, tokens: list[int], logprobs: list[float]
     ) -> Completion:
-        text = self.model.chat.decode(tokens)
+        text = self.model.chat.decode(tokens, continues=request.continues)
         cuts = [text.find(stop) for stop in sampling.stop if stop in text]
         ended = bool(cuts) or (tokens[-1] in self.model.chat.eos_ids and not sampling.ignore_eos)
         return Completion(
             prompt_ids=request.prompt_ids,
             tokens=tuple(
-                Token(id=token, text=self.model.chat.token(token), logprob=logprob)
+                Token(id=token, text=self.model.chat.token(token)[0], logprob=logprob)
                 for token, logprob in zip(tokens, logprobs, strict=True)
             ),
             text=text[: min(cuts)] if cuts else text,

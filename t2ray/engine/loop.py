@@ -21,7 +21,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import Request, StaticBatches
-from t2ray.engine.sampling import sample
+from t2ray.engine.sampling import likeliest, sample
 from t2ray.engine.text import TextStream
 
 DELTAS_PER_S, LONGEST_GAP_S = 50.0, 0.5
@@ -139,19 +139,18 @@ class Loop:
     def _add(self, row: Row, token: int, logprob: float, logprob_V: Tensor) -> None:
         sampling, chat = row.sampling, self.model.chat
         row.length += 1
-        top: tuple[tuple[str, float], ...] = ()
-        if sampling.top_logprobs:
-            best = logprob_V.topk(sampling.top_logprobs)
-            top = tuple((chat.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
         piece = row.text.push(token)
         stopped = row.text.stopped or (token in chat.eos_ids and not sampling.ignore_eos)
         reason: FinishReason | None = None
         if stopped or row.length == sampling.max_tokens:
             reason = "stop" if stopped else "length"
+            piece += row.text.finish()
+        raw = chat.token(token)[1]
+        top = likeliest(chat, logprob_V, sampling.top_logprobs)
         row.pieces.append(
             Delta(
-                text=piece if reason is None else piece + row.text.finish(),
-                tokens=(Token(id=token, text=chat.token(token), logprob=logprob, top=top),),
+                text=piece,
+                tokens=(Token(id=token, text=row.text.added, logprob=logprob, raw=raw, top=top),),
                 prompt_tokens=len(row.prompt_ids),
                 finish_reason=reason,
             )

@@ -122,7 +122,7 @@ class OnlineEngine:
             z_K=self._mixed(mixture),
             sampling=sampling,
             uniforms=uniforms(sampling.seed, sampling.max_tokens).tolist() if sampling.temperature else [],
-            text=TextStream(self.model.chat, sampling.stop),
+            text=TextStream(self.model.chat, sampling.stop, continues=isinstance(prompt, str)),
             loop=asyncio.get_running_loop(),
             streams=streams,
         )

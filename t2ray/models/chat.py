@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from t2ray.core import ConfigError, Message, Prompt
+
+SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
+BYTES = {chr(byte): byte for byte in SHOWN} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
+"""The characters that stand for bytes in a byte-level vocabulary, as GPT-2 introduced them."""
 
 
 class Chat:
@@ -20,7 +26,10 @@ class Chat:
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
-        self._tokens: dict[int, str] = {}
+        self._tokens: dict[int, tuple[str, bytes]] = {}
+        # Some tokenizers strip the space that a text begins with: a text that goes on is decoded behind this one.
+        self.before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._cut = len(tokenizer.decode(self.before))
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
@@ -55,12 +64,26 @@ class Chat:
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return ids + self.eos_ids[:1] if self.tokenizer.chat_template else ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text of ids, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
+        """Returns the text of ids, without special tokens; with the space that it begins with if it `continues` one."""
+        before, cut = (self.before, self._cut) if continues else ([], 0)
+        return str(self.tokenizer.decode([*before, *ids], skip_special_tokens=True))[cut:]
 
-    def token(self, id: int) -> str:
-        """Returns the text of one token by itself; of a special token, its name."""
+    def token(self, id: int) -> tuple[str, bytes]:
+        """Returns the text of one token by itself and, where they are no whole characters, its bytes.
+
+        The text of a special token is its name.
+        """
         if id not in self._tokens:
-            self._tokens[id] = str(self.tokenizer.decode([id]))
+            text, raw = str(self.tokenizer.decode([*self.before, id]))[self._cut :], b""
+            if "\ufffd" in text:
+                raw = _bytes(self.tokenizer.convert_ids_to_tokens(id))
+            self._tokens[id] = text, raw
         return self._tokens[id]
+
+
+def _bytes(token: str) -> bytes:
+    """The bytes that a token stands for in the two ways of writing them: `<0xE6>`, and a character per byte."""
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(match[1])
+    return bytes(BYTES[char] for char in token) if all(char in BYTES for char in token) else token.encode()
