@@ -26,6 +26,10 @@ class ConfigError(T2RayError, ValueError):
     """A key, value or file that the user wrote is wrong."""
 
 
+class ContextExceeded(ConfigError):
+    """A prompt and its answer are too long together; `args[1:]` are the tokens of the two and of the context."""
+
+
 class DataError(T2RayError, ValueError):
     """A data file or one of its rows is missing, malformed or mistyped; names the file and the line."""
 
@@ -55,7 +59,7 @@ class Busy(ResourceError):
 
 
 class GenerationError(T2RayError, RuntimeError):
-    """A generation that began and could not be finished: its numbers overflowed, or its replica died."""
+    """A generation that began and could not be finished: its replica died, or its engine stopped."""
 
 
 class RunError(T2RayError, RuntimeError):
@@ -178,9 +182,8 @@ class Mixture:
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                raise ConfigError(
-                    f"mixture {text!r}: {weight!r} is not a number; write name:weight,name:weight"
-                ) from None
+                remedy = "write name:weight,name:weight"
+                raise ConfigError(f"mixture {text!r}: {weight!r} is not a number; {remedy}") from None
         return cls.of(weights)
 
     @property
@@ -194,15 +197,18 @@ class Mixture:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
+    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(Token(id=30, ...), ...))`.
 
-    `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for.
+    `text` is what it adds to the answer: of a character in several tokens, the last has all of it. `raw` are its bytes
+    where they are not the text's. `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest
+    tokens where they were asked for.
     """
 
     id: int
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    raw: bytes = b""
+    top: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

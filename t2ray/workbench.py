@@ -15,19 +15,17 @@ from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import load_model
 from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
-from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
+from t2ray.core import ConfigError, Mixture, UnknownExpert
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Registry
 from t2ray.models.weights import open_weights
-from t2ray.prompts import dispatch_prompt
 from t2ray.runs.folder import read_run
 from t2ray.store import Store
 from t2ray.training.domain import CONFIG
 
 DEFAULT_RUN = "runs/demo"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
-_LABEL_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,15 +165,6 @@ class Workbench:
         """
         where = self.place.experts or "no registry"
         return dispatch_labels(strategy, self.experts, self.classifiers, where)
-
-    def fits(self, messages: tuple[Message, ...], max_tokens: int, labels: tuple[str, ...] = ()) -> bool:
-        """Whether the context holds a conversation with an answer and, with `labels`, the question of pass 1."""
-        engine = self.engine
-        if labels:
-            longest = max(len(engine.chat.encode_answer(label)) for label in labels)
-            if not engine.fits(dispatch_prompt(messages, labels), max(longest, _LABEL_TOKENS)):
-                return False
-        return engine.fits(messages, max_tokens)
 
     def answer_tokens(self, asked: int | None, usual: int) -> int:
         """How long an answer may be: what was asked for, else what is usual, but at most half the context."""

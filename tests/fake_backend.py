@@ -165,7 +165,7 @@ class FakeBackend:
                 self.paused.set()
                 await self.go.wait()
             await asyncio.sleep(self.pace)
-            top = tuple((f"{word}{k or ''}", -0.5 - k) for k in range(sampling.top_logprobs))
+            top = tuple(Token(id=k, text=f"{word}{k or ''}", logprob=-0.5 - k) for k in range(sampling.top_logprobs))
             token = Token(id=i, text=word, logprob=-0.5, top=top)
             ends = [end for stop in sampling.stop if (end := (said + word).find(stop)) >= 0]
             text = (said + word)[: min(ends)][len(said) :] if ends else word

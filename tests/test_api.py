@@ -302,6 +302,21 @@ def test_an_error_before_the_first_token_is_a_status(error: Exception, status: i
     assert ("errors_total", 1, {"kind": type(error).__name__}) in backend.observed
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_alone_can_refuse_names_the_parameter_of_the_prompt(stream: bool) -> None:
+    async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        backend.failures["stream"] = ConfigError("the model's chat template refuses this conversation (user): no")
+        asked: dict[str, Any] = {"model": "t2ray:base", "stream": stream}
+        with pytest.raises(openai.BadRequestError, match="refuses this conversation") as refused:
+            await client.chat.completions.create(**asked, messages=ASK)
+        assert refused.value.param == "messages"
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.completions.create(**asked, prompt="x")
+        assert refused.value.param == "prompt"
+
+    with_client(work)
+
+
 def test_experts_are_uploaded_looked_at_and_deleted() -> None:
     async def main() -> None:
         async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:

@@ -18,7 +18,17 @@ from waiting import GUARD_S
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, ConfigError, Delta, GenerationError, Mixture, SamplingParams, UnknownExpert, user
+from t2ray.core import (
+    Completion,
+    ConfigError,
+    Delta,
+    ExpertError,
+    GenerationError,
+    Mixture,
+    SamplingParams,
+    UnknownExpert,
+    user,
+)
 from t2ray.engine import loop
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.online import OnlineEngine
@@ -154,9 +164,9 @@ def test_top_logprobs_are_the_likeliest_tokens_with_the_chosen_one_on_top_when_g
 
     for delta in run(answer):
         for token in delta.tokens:
-            values = [logprob for _, logprob in token.top]
+            values = [top.logprob for top in token.top]
             assert len(values) == 3 and values == sorted(values, reverse=True)
-            assert token.top[0] == (token.text, pytest.approx(token.logprob))
+            assert (token.top[0].id, token.top[0].logprob) == (token.id, pytest.approx(token.logprob))
 
 
 def test_scores_equal_the_static_engine_s_also_between_steps(engine: OnlineEngine) -> None:
@@ -213,7 +223,7 @@ def test_a_row_whose_numbers_overflow_fails_alone(engine: OnlineEngine) -> None:
         return results
 
     math, broken, code = run(mixed)
-    assert isinstance(broken, GenerationError) and "not finite" in str(broken)
+    assert isinstance(broken, ExpertError) and "not finite" in str(broken)
     assert isinstance(math, Completion) and isinstance(code, Completion)
     assert engine.stats.failed == 1
 

@@ -208,6 +208,8 @@ def test_what_does_not_fit_is_refused_and_fails_its_own_caller_alone(model: Mode
             return_exceptions=True,
         )
 
+    with pytest.raises(ConfigError, match="it has no tokens"):
+        asyncio.run(engine.generate("", Mixture.base(), GREEDY[0]))
     long, unknown, label, done = asyncio.run(all_of_them())
     assert isinstance(long, ConfigError) and isinstance(unknown, UnknownExpert) and isinstance(label, ConfigError)
     assert str(long) == (

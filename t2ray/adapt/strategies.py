@@ -18,9 +18,20 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from t2ray.core import ConfigError, Generate, Message, Mixture, SamplingParams, Score, UnknownExpert
-from t2ray.prompts import OTHERS, dispatch_prompt
+from t2ray.core import (
+    ConfigError,
+    ContextExceeded,
+    Generate,
+    Message,
+    Mixture,
+    SamplingParams,
+    Score,
+    UnknownExpert,
+    user,
+)
+from t2ray.prompts import OTHERS, dispatch_prompt, requests
 
 FEWSHOT = "fewshot/"
 """The prefix of a saved mixture's name in the place of a strategy's: `fewshot/sums`."""
@@ -42,6 +53,8 @@ class Dispatch:
     seconds: float = 0.0
     cached: bool = False
 
+
+T = TypeVar("T")
 
 Strategy = Callable[[tuple[Message, ...]], Awaitable[Dispatch]]
 """From a conversation to the mixture that answers it."""
@@ -101,6 +114,8 @@ def fixed(mixture: Mixture, *, name: str = "fixed") -> Strategy:
 def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: str = "prompt") -> Strategy:
     """A strategy that takes the likeliest label as the kind of a request (paper section 3.2, a and b).
 
+    It reads the user's last turn; of a short one that is of no kind, the kind is that of the turn before it.
+
     Args:
         labels: the names of the experts and "others", in the order in which the classification expert was trained on
             them. "others" means the base model.
@@ -109,11 +124,14 @@ def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: s
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
         start = time.perf_counter()
-        scores = await score(dispatch_prompt(messages, labels), labels, mixture)
-        top = max(scores)
-        weights = [math.exp(s - top) for s in scores]
-        probabilities = {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
-        label = max(labels, key=probabilities.__getitem__)
+        for text in requests(messages):
+            scores = await _asked(lambda prompt: score(prompt, labels, mixture), text, labels)
+            top = max(scores)
+            weights = [math.exp(s - top) for s in scores]
+            probabilities = {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
+            label = max(labels, key=probabilities.__getitem__)
+            if label != OTHERS:
+                break
         return Dispatch(
             mixture=_expert(label),
             strategy=name,
@@ -136,15 +154,32 @@ def classify_by_generation(
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
         start = time.perf_counter()
-        completion = await generate(dispatch_prompt(messages, labels), mixture, sampling)
-        # Not \b: a name may have '-' and '.', and "code-long" must not be read as "code".
-        found = [
-            x for x in labels if re.search(rf"(?<![\w.-]){re.escape(x)}(?![\w-]|\.\w)", completion.text, re.IGNORECASE)
-        ]
-        label = found[0] if len(found) == 1 else OTHERS
+        for text in requests(messages):
+            answer = (await _asked(lambda prompt: generate(prompt, mixture, sampling), text, labels)).text
+            # Not \b: a name may have '-' and '.', and "code-long" must not be read as "code".
+            words = [rf"(?<![\w.-]){re.escape(label)}(?![\w-]|\.\w)" for label in labels]
+            found = [x for x, word in zip(labels, words, strict=True) if re.search(word, answer, re.IGNORECASE)]
+            label = found[0] if len(found) == 1 else OTHERS
+            if label != OTHERS:
+                break
         return Dispatch(mixture=_expert(label), strategy=name, label=label, seconds=time.perf_counter() - start)
 
     return strategy
+
+
+async def _asked(ask: Callable[[tuple[Message, ...]], Awaitable[T]], text: str, labels: tuple[str, ...]) -> T:
+    """The reply to the question about `text`, without as much of its middle as the model's context has no room for."""
+    while True:
+        try:
+            return await ask(dispatch_prompt(user(text), labels))
+        except ContextExceeded as error:
+            if not text:
+                raise ConfigError(
+                    f"pass 1 asks about {len(labels)} labels, which exceed the model's context; name an expert"
+                ) from error
+            prompt, answer, context = error.args[1:]
+            keep = int(len(text) * 0.9 * max(context - answer, 0) / prompt)
+            text = text[: keep - keep // 2] + text[len(text) - keep // 2 :]
 
 
 def _expert(label: str) -> Mixture:

@@ -86,14 +86,19 @@ class Refusal(Exception):
 
 
 def refusal(error: BaseException, param: str | None = None) -> Refusal:
-    """The refusal that answers an error. The message of an error that is no `T2RayError` is not shown to clients."""
+    """The refusal that answers an error. The message of an error that is no `T2RayError` is not shown to clients.
+
+    Args:
+        param: the parameter that a `ConfigError` is about.
+    """
     if isinstance(error, Refusal):
         return error
     for kind in type(error).__mro__:
         if kind in STATUSES:
             status, type_, code, retry_after = STATUSES[kind]
+            named = param if isinstance(error, ConfigError) else None
             return Refusal(
-                status=status, message=str(error), type=type_, param=param, code=code, retry_after=retry_after
+                status=status, message=str(error), type=type_, param=named, code=code, retry_after=retry_after
             )
     message = str(error) if isinstance(error, T2RayError) else "the server failed at this request; its log says why"
     return Refusal(status=500, message=message, type=SERVER, code="internal_error")
@@ -101,8 +106,9 @@ def refusal(error: BaseException, param: str | None = None) -> Refusal:
 
 async def on_error(request: Request, error: Exception) -> Response:
     """The exception handler of `Refusal` and `T2RayError`."""
-    request.state.trace.error = type(error).__name__ if isinstance(error, T2RayError) else f"http_{_status(error)}"
-    return refusal(error).response()
+    trace = request.state.trace
+    trace.error = type(error).__name__ if isinstance(error, T2RayError) else f"http_{_status(error)}"
+    return refusal(error, trace.param).response()
 
 
 async def on_http(request: Request, error: Exception) -> Response:

@@ -52,6 +52,7 @@ class Trace:
     status: int = 499  # stays if the client disconnects before there is an answer
     error: str | None = None
     model: str | None = None
+    param: str | None = None  # the parameter that holds the prompt, once only the engine can refuse it
     prompt_tokens: int = 0
     completion_tokens: int = 0
     ttft: float | None = None  # seconds to the first token of a stream

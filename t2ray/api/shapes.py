@@ -135,8 +135,12 @@ class TextReply:
 
 
 class AnswerShape(Protocol):
-    """How one kind of answer (chat or text) is written: its names, its choices and the pieces of its stream."""
+    """How one kind of answer (chat or text) is written: its names, its choices and the pieces of its stream.
 
+    `prompt` is the parameter that it answers.
+    """
+
+    prompt: str
     prefix: str
     whole: str
     chunk: str
@@ -151,6 +155,7 @@ class AnswerShape(Protocol):
 class ChatShape:
     """The answers of `/v1/chat/completions`."""
 
+    prompt = "messages"
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> ChatChoice:
@@ -174,6 +179,7 @@ class ChatShape:
 class TextShape:
     """The answers of `/v1/completions`."""
 
+    prompt = "prompt"
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
     def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> TextChoice:
@@ -205,13 +211,13 @@ def weights(mixture: Mixture) -> MixtureWeights:
 
 
 def _chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
-    def row(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}
+    def row(token: Token) -> dict[str, Any]:
+        bytes_ = list(token.raw or token.text.encode())
+        return {"token": token.text, "logprob": max(token.logprob, LOWEST), "bytes": bytes_}
 
     return ChatLogprobs(
         content=[
-            TokenLogprob(**row(token.text, token.logprob), top_logprobs=[TopLogprob(**row(*top)) for top in token.top])
-            for token in tokens
+            TokenLogprob(**row(token), top_logprobs=[TopLogprob(**row(top)) for top in token.top]) for token in tokens
         ]
     )
 
@@ -224,6 +230,17 @@ def _text_logprobs(tokens: Sequence[Token], offset: int) -> TextLogprobs:
     return TextLogprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[max(token.logprob, LOWEST) for token in tokens],
-        top_logprobs=[{text: max(logprob, LOWEST) for text, logprob in token.top} for token in tokens],
+        top_logprobs=[_alternatives(token.top) for token in tokens],
         text_offset=offsets,
     )
+
+
+def _alternatives(top: Sequence[Token]) -> dict[str, float]:
+    """Log-probabilities by texts; a token without a text of its own goes by its bytes or, at last, by its id."""
+    found: dict[str, float] = {}
+    for token in top:
+        names = [token.text] if not token.raw else []
+        names += ["bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw or token.text.encode())]
+        name = next((name for name in names if name not in found), f"token:{token.id}")
+        found[name] = max(token.logprob, LOWEST)
+    return found

@@ -160,10 +160,9 @@ async def _cell(
 ) -> Cell:  # fmt: skip
     from t2ray.evals.evaluate import evaluate
 
-    labels = bench.dispatch_labels(name) if name in ("prompt", "cls") else ()
     return await evaluate(
         task.name, examples, strategy, bench.engine.generate, verify, SamplingParams(max_tokens=tokens),
-        fits=lambda messages: bench.fits(messages, tokens, labels), progress=progress,
+        fits=lambda messages: bench.engine.fits(messages, tokens), progress=progress,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from os.path import commonprefix
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, ConfigError, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 
@@ -31,11 +32,13 @@ SHARED_TOKENS = 64
 class Request:
     """A call: with `sampling` a generation, with `labels` a scoring. `z_K` is None for the base model.
 
-    Requests of one mixture share one tensor `z_K`: batches tell mixtures apart by it.
+    An answer `continues` a text, or is a turn by itself. Requests of one mixture share one tensor `z_K`: batches tell
+    mixtures apart by it.
     """
 
     prompt_ids: tuple[int, ...]
     mixture: Mixture
+    continues: bool = False
     z_K: Tensor | None = None
     sampling: SamplingParams | None = None
     labels: tuple[tuple[int, ...], ...] = ()
@@ -56,14 +59,18 @@ def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
     """The ids of a prompt (`Chat.ids`).
 
     Raises:
-        ConfigError: the prompt and `answer` further tokens exceed the model's context.
+        ConfigError: the prompt has no tokens, or the model's chat template refuses it.
+        ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
     """
     ids = model.chat.ids(prompt)
+    if not ids:
+        raise ConfigError("the prompt is empty: it has no tokens; write something")
     if len(ids) + answer > model.context:
-        raise ConfigError(
+        raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
-            f"{model.context}; shorten the prompt or lower max_tokens"
-        )
+            f"{model.context}; shorten the prompt or lower max_tokens",
+            len(ids), answer, model.context,
+        )  # fmt: skip
     return ids
 
 
@@ -135,7 +142,8 @@ class StaticBatches:
         ids_BT, mask_BT = self._left_padded(batch)
         longest = max(p.max_tokens for p in params)
         sampler = RowSampler(params, device)
-        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, chat.decode, device)
+        decode = [partial(chat.decode, continues=request.continues) for request in batch]
+        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, decode, device)
         with self._bind(batch):
             out_BT = self.model.hf.generate(
                 ids_BT,
@@ -158,13 +166,13 @@ class StaticBatches:
     def _completion(
         self, request: Request, sampling: SamplingParams, tokens: list[int], logprobs: list[float]
     ) -> Completion:
-        text = self.model.chat.decode(tokens)
+        text = self.model.chat.decode(tokens, continues=request.continues)
         cuts = [text.find(stop) for stop in sampling.stop if stop in text]
         ended = bool(cuts) or (tokens[-1] in self.model.chat.eos_ids and not sampling.ignore_eos)
         return Completion(
             prompt_ids=request.prompt_ids,
             tokens=tuple(
-                Token(id=token, text=self.model.chat.token(token), logprob=logprob)
+                Token(id=token, text=self.model.chat.token(token)[0], logprob=logprob)
                 for token, logprob in zip(tokens, logprobs, strict=True)
             ),
             text=text[: min(cuts)] if cuts else text,

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Delta, FinishReason, GenerationError, SamplingParams, Token
+from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import Request, StaticBatches
-from t2ray.engine.sampling import sample
+from t2ray.engine.sampling import likeliest, sample
 from t2ray.engine.text import TextStream
 
 DELTAS_PER_S, LONGEST_GAP_S = 50.0, 0.5
@@ -132,7 +132,8 @@ class Loop:
             if row is None:
                 continue
             if logprob != logprob:
-                self.fail(row.id, GenerationError("this mixture's numbers overflow: the model's scores are not finite"))
+                message = "this mixture's numbers overflow: the model's scores are not finite; use smaller weights"
+                self.fail(row.id, ExpertError(message))
                 self.cancel(row.id)
             else:
                 self._add(row, token, logprob, logprob_BV[i])
@@ -141,19 +142,18 @@ class Loop:
     def _add(self, row: Row, token: int, logprob: float, logprob_V: Tensor) -> None:
         sampling, chat = row.sampling, self.model.chat
         row.length += 1
-        top: tuple[tuple[str, float], ...] = ()
-        if sampling.top_logprobs:
-            best = logprob_V.topk(sampling.top_logprobs)
-            top = tuple((chat.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
         piece = row.text.push(token)
         stopped = row.text.stopped or (token in chat.eos_ids and not sampling.ignore_eos)
         reason: FinishReason | None = None
         if stopped or row.length == sampling.max_tokens:
             reason = "stop" if stopped else "length"
+            piece += row.text.finish()
+        raw = chat.token(token)[1]
+        top = likeliest(chat, logprob_V, sampling.top_logprobs)
         row.pieces.append(
             Delta(
-                text=piece if reason is None else piece + row.text.finish(),
-                tokens=(Token(id=token, text=chat.token(token), logprob=logprob, top=top),),
+                text=piece,
+                tokens=(Token(id=token, text=row.text.added, logprob=logprob, raw=raw, top=top),),
                 prompt_tokens=len(row.prompt_ids),
                 finish_reason=reason,
             )
@@ -179,7 +179,7 @@ class Loop:
 
     def fail(self, request: str | None, error: Exception) -> None:
         """Tells a row's caller, or with None everybody's."""
-        if not isinstance(error, GenerationError):
+        if not isinstance(error, T2RayError):
             error = GenerationError(f"the engine failed: {error}")
         for id in list(self.rows) if request is None else [request]:
             if row := self.rows.pop(id, None):

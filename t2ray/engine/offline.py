@@ -70,7 +70,9 @@ class OfflineEngine:
     async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `Engine.generate`."""
         ids = prompt_ids(self.model, prompt, sampling.max_tokens)
-        completion = await self._batched(Request(prompt_ids=ids, mixture=mixture, sampling=sampling))
+        completion = await self._batched(
+            Request(prompt_ids=ids, mixture=mixture, continues=isinstance(prompt, str), sampling=sampling)
+        )
         assert isinstance(completion, Completion)
         return completion
 

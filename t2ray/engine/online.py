@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, ConfigError, Delta, GenerationError, Mixture, Prompt, SamplingParams, joined
+from t2ray.core import Completion, ContextExceeded, Delta, GenerationError, Mixture, Prompt, SamplingParams, joined
 from t2ray.engine.batches import prompt_ids, scoring
 from t2ray.engine.loop import Loop, Row
 from t2ray.engine.protocol import EngineStats
@@ -112,10 +112,11 @@ class OnlineEngine:
     def _submit(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> Row:
         ids = prompt_ids(self.model, prompt, sampling.max_tokens)
         if len(ids) + sampling.max_tokens > self.config.kv_tokens:
-            raise ConfigError(
+            raise ContextExceeded(
                 f"a prompt of {len(ids)} tokens and {sampling.max_tokens} for the answer exceed the engine's cache "
-                f"of {self.config.kv_tokens} tokens; shorten the prompt, lower max_tokens or raise engine.kv_tokens"
-            )
+                f"of {self.config.kv_tokens} tokens; shorten the prompt, lower max_tokens or raise engine.kv_tokens",
+                len(ids), sampling.max_tokens, self.config.kv_tokens,
+            )  # fmt: skip
         self.check()
         row = Row(
             id=f"{next(self._numbers)}",
@@ -123,7 +124,7 @@ class OnlineEngine:
             z_K=self._mixed(mixture),
             sampling=sampling,
             uniforms=uniforms(sampling.seed, sampling.max_tokens).tolist() if sampling.temperature else [],
-            text=TextStream(self.model.chat, sampling.stop),
+            text=TextStream(self.model.chat, sampling.stop, continues=isinstance(prompt, str)),
             loop=asyncio.get_running_loop(),
             streams=streams,
         )

@@ -85,9 +85,11 @@ class Engine(Protocol):
         """The whole answer. A call that is cancelled ends its generation.
 
         Raises:
-            ConfigError: prompt and answer do not fit the model's context, or the cache.
+            ContextExceeded: prompt and answer do not fit the model's context, or the cache.
+            ConfigError: the prompt is empty, or the model's chat template refuses it.
             UnknownExpert: the mixture names an expert that the engine does not have.
-            GenerationError: the numbers of this answer overflowed, or the engine stopped.
+            ExpertError: the mixture's numbers overflow.
+            GenerationError: the engine stopped.
         """
         ...
 

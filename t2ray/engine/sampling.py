@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from t2ray.core import SamplingParams
+from t2ray.core import SamplingParams, Token
+from t2ray.models.chat import Chat
 
 
 class RowSampler(LogitsProcessor):
@@ -58,6 +59,13 @@ def sample(logprob_BV: Tensor, temperature_B1: Tensor, top_p_B1: Tensor | None, 
     return torch.minimum(token_B1, last_B1)
 
 
+def likeliest(chat: Chat, logprob_V: Tensor, count: int) -> tuple[Token, ...]:
+    """The `count` likeliest tokens, each by itself."""
+    best = logprob_V.topk(min(count, len(logprob_V)))
+    rows = [(logprob, id, *chat.token(id)) for logprob, id in zip(*map(Tensor.tolist, best), strict=True)]
+    return tuple(Token(id=id, text=text, logprob=logprob, raw=raw) for logprob, id, text, raw in rows)
+
+
 def uniforms(seed: int | None, n: int) -> Tensor:
     """`n` numbers in [0, 1), float64, of a row's own seed; of one from torch's generator without one."""
     seed = int(torch.randint(2**62, (1,))) if seed is None else seed
@@ -76,23 +84,23 @@ class RowEnds(StoppingCriteria):
         sampling: Sequence[SamplingParams],
         prompt: int,
         eos_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str],
+        decode: Sequence[Callable[[Sequence[int]], str]],
         device: torch.device,
     ) -> None:
-        self.prompt, self.decode = prompt, decode
+        self.prompt = prompt
         self.limit_B = torch.tensor([s.max_tokens for s in sampling], device=device)
         self.eos = torch.tensor(eos_ids, device=device)
         self.ignores_eos_B = torch.tensor([s.ignore_eos for s in sampling], device=device)
-        self.stops = [(row, s.stop) for row, s in enumerate(sampling) if s.stop]
+        self.stops = [(row, s.stop, decode[row]) for row, s in enumerate(sampling) if s.stop]
         self.length_B = torch.zeros_like(self.limit_B)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         answer_BT = input_ids[:, self.prompt :]
         ends_B = torch.isin(answer_BT[:, -1], self.eos) & ~self.ignores_eos_B
         ends_B |= self.limit_B <= answer_BT.shape[1]
-        for row, stops in self.stops:
+        for row, stops, decode in self.stops:
             if not self.length_B[row]:
-                text = self.decode(answer_BT[row].tolist())
+                text = decode(answer_BT[row].tolist())
                 ends_B[row] |= any(stop in text for stop in stops)
         self.length_B[ends_B & (self.length_B == 0)] = answer_BT.shape[1]
         return self.length_B > 0

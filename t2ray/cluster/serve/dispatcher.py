@@ -15,6 +15,7 @@ from t2ray.cluster.serve.handles import retried
 from t2ray.config.files import nearest
 from t2ray.config.serve import ServeConfig
 from t2ray.core import ConfigError, Message, Mixture, Prompt
+from t2ray.prompts import requests
 
 CACHED = 4096
 """Decisions kept: each is a few hundred bytes."""
@@ -47,8 +48,7 @@ class Dispatcher:
         labels = dispatch_labels(strategy, answering, classifiers, "the registry")
         classifier = next(iter(classifiers)) if strategy == "cls" else None
         version = experts[classifier].version if classifier else 0
-        # Pass 1 reads the last message alone (`prompts.dispatch_prompt`).
-        key = (strategy, labels, classifier, version, messages[-1].content)
+        key = (strategy, labels, classifier, version, requests(messages))
         if key in self._decided:
             self._decided.move_to_end(key)
             return replace(self._decided[key], seconds=0.0, cached=True)
