@@ -62,10 +62,6 @@ class RunError(T2RayError, RuntimeError):
     """A run folder that cannot be started or resumed."""
 
 
-class DomainsFailed(T2RayError, RuntimeError):
-    """Domains of a training job failed, a line for each; the experts of those that are done have been saved."""
-
-
 # ---------------------------------------------------------------------------------------------------------------- nouns
 
 

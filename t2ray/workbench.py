@@ -21,8 +21,9 @@ from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Registry
 from t2ray.models.weights import open_weights
 from t2ray.prompts import dispatch_prompt
-from t2ray.runs.folder import CONFIG, read_run
+from t2ray.runs.folder import read_run
 from t2ray.store import Store
+from t2ray.training.domain import CONFIG
 
 DEFAULT_RUN = "runs/demo"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")

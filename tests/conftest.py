@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import needs
@@ -26,6 +31,8 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # else a warning about GPUs where there are none
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # the default of 2 s is most of a short run
+    RAY_DASHBOARD_STARTUP_TIMEOUT_S="300",  # beside other work a minute may be too short,
+    WANDB_X_SERVICE_WAIT="300",  # and half of one
 )
 
 # How long an example takes is the machine's matter.
@@ -56,6 +63,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = [report.longrepr for report in terminalreporter.stats.get("skipped", [])]
     for line in needs.counted([place[2].removeprefix("Skipped: ") for place in skipped]):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package's wheel, built from a copy of what a checkout holds; nothing is downloaded."""
+    root, source = Path(__file__).parents[1], tmp_path_factory.mktemp("source")
+    for name in ("t2ray", "tests", "benchmarks", "examples", "jobs"):
+        shutil.copytree(root / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir"]
+    built = subprocess.run([*command, str(out), str(source)], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
+    """An environment in which `t2ray` and `python` are those of a reader who has installed the package."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    kept = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    return kept | {"PYTHONPATH": str(folder), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
 @pytest.fixture(scope="session")

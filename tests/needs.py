@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 CHROMIUM = "needs chromium (apt-get install chromium)"
+CURL = "needs curl (apt-get install curl)"
 CUDA = "needs a CUDA device (a machine with an NVIDIA GPU and a torch for it)"
 REAL = "needs real models and data sets in ../shared (CONTRIBUTING.md, Tests, lists them)"
 ROOT = "needs root (a mount that only one process sees)"

@@ -198,7 +198,7 @@ def test_a_command_tells_its_help_and_a_mistake_without_a_heavy_library(command:
     words, message = MISTAKES[command]
     done = subprocess.run(
         [sys.executable, "-c", ANSWERS, command, *words.split()],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=GUARD_S,
     )  # fmt: skip
     assert message in done.stderr and done.stderr.count("\n") == 1 and done.stderr.startswith("t2ray: "), done.stderr
     assert f"usage: t2ray {command} " in done.stdout

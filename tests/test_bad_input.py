@@ -157,7 +157,7 @@ def test_a_job_that_is_missing_or_no_yaml(place: Path, refused: Refused) -> None
         ("eval --tasks math --limit 0 --model model", "--limit is 0; it must be at least 1"),
         ("eval --tasks math --json nowhere/e.json --model model", "no folder .*nowhere; make it first"),
         ("eval --tasks math --run nowhere", "no run in nowhere; `t2ray train` makes one"),
-        ("eval --tasks math --run runs/x --model tiny", "leave out --model tiny or --run"),
+        ("eval --tasks math --run runs/x --model tiny", "leave out the model tiny or the run"),
         ("eval --tasks math --experts nowhere", "nowhere holds no experts; train some by"),
         ("verify --task maths", "unknown task 'maths'; did you mean 'math'?"),
         ("verify", "name a built-in task by --task, or a training job by --config"),

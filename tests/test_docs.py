@@ -23,7 +23,8 @@ from t2ray.cli.reference import pages
 from t2ray.config import train as config
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(path for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")) if path.name != "CHANGELOG.md")
+PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")
+PAGES = sorted(path for place in PLACES for path in ROOT.glob(place) if path.name != "CHANGELOG.md")
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 SHELL = {"", "bash", "sh", "shell", "console"}
 
@@ -246,10 +247,11 @@ def names_in(module: Path) -> set[str]:
     return {name for name in names if isinstance(name, str)}
 
 
-def missing_modules(text: str) -> list[str]:
-    """The Python files and the modules of t2ray that a text names and that do not exist."""
+def missing_modules(text: str, beside: Path = ROOT) -> list[str]:
+    """The Python files and the modules of t2ray that a text names and that do not exist; a file may lie `beside` it."""
     files = [name for name in re.findall(r"(?<![\w./-])[\w./-]*\w\.py\b", text) if name not in OF_THE_READER]
-    wrong = [name for name in files if not any((ROOT / folder / name).is_file() for folder in (".", "t2ray", "docs"))]
+    places = (ROOT, ROOT / "t2ray", ROOT / "docs", beside)
+    wrong = [name for name in files if not any((place / name).is_file() for place in places)]
     for name in re.findall(r"(?<![\w./-])t2ray(?:\.[a-zA-Z_]\w*)+", text):
         place, parts = ROOT / "t2ray", name.split(".")[1:]
         while parts and (place / parts[0]).is_dir():
@@ -278,7 +280,7 @@ def test_a_module_that_does_not_exist_is_found() -> None:
 )
 def test_every_module_that_a_page_names_exists(page: Path) -> None:
     """But for the decisions, which speak of the code as it was then."""
-    wrong = missing_modules(page.read_text(encoding="utf-8"))
+    wrong = missing_modules(page.read_text(encoding="utf-8"), page.parent)
     assert not wrong, f"{page.name} names what does not exist: {wrong}"
 
 

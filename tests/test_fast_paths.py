@@ -10,8 +10,8 @@ import torch
 from small import load_as, random_z, together, token_rows
 from torch import Tensor, nn
 
+from t2ray.adapters.layer import Bound, SVFLinear, linear, packed
 from t2ray.adapters.model import Model
-from t2ray.adapters.svf import Bound, SVFLinear, linear, packed
 from t2ray.core import Mixture, user
 from t2ray.engine import batches as static
 from t2ray.engine.cache import RoomyLayer, roomy_cache

@@ -27,6 +27,7 @@ from ray.cluster_utils import Cluster
 from small import letter_task, sampler, train_in_parallel, verify_letters
 from test_train_cluster import wait_for
 from torch import Tensor
+from waiting import GUARD_S
 
 from benchmarks.core.shape import BenchShape, _write_model
 from benchmarks.endpoint.processes import pss
@@ -167,7 +168,7 @@ def test_three_workers_make_the_z_that_one_makes_of_as_many_shares_bit_for_bit(
 
     (_, whole_rows), (shared, shared_rows) = alone(1), alone(4)
     for worker in workers:
-        worker.join(90)
+        worker.join(GUARD_S)
         assert worker.exitcode == 0
     timed = dict.fromkeys(("seconds", "tokens_per_s"))
     for rows, p_K, gradient_K in (torch.load(tmp_path / f"rank{i}.pt") for i in range(3)):
@@ -274,7 +275,7 @@ def test_a_killed_driver_and_then_a_killed_head_change_no_z(shared_by_two: Undis
             wait_for(lambda: steps_done(config) >= at + 6 or driver.poll() is not None)
             assert driver.poll() is None
             cluster.kill(cluster.cluster.head_node.node_id)
-            _, err = driver.communicate(timeout=120)
+            _, err = driver.communicate(timeout=GUARD_S)
             assert driver.returncode == 2 and err.count("\n") == 1 and "the run goes on with --resume" in err
         assert finished(domain_store(config, "first")) is None
     with nodes(2):

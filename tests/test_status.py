@@ -14,9 +14,8 @@ from waiting import wait_until
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
-from t2ray.cluster.train.launch import train
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import DomainsFailed
 from t2ray.runs import heartbeat, status
 from t2ray.runs.heartbeat import Heartbeat, heartbeats, note_fault, start_heartbeat
 from t2ray.runs.status import DomainStatus, read_status

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from ray import cloudpickle
 from waiting import wait_until
 
 from t2ray.cli.main import main
+from t2ray.cluster.session import session
 from t2ray.cluster.train.tune import sweep
 from t2ray.config.search import SweepConfig, load
 from t2ray.core import DataError, ResourceError, RunError
@@ -34,9 +34,8 @@ JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9
 def cluster() -> Iterator[None]:
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)  # trials cannot import a test module
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+    with session(num_cpus=2):
+        yield
     cloudpickle.unregister_pickle_by_value(here)
 
 

@@ -18,9 +18,9 @@ import pytest
 from small import step_metrics
 
 from t2ray.cli.main import main
-from t2ray.cluster.train.launch import train
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import ConfigError, RewardError
+from t2ray.core import ConfigError
 from t2ray.runs.folder import open_run
 from t2ray.training.domain import domain_store
 from t2ray.training.metrics import StepMetrics
@@ -129,7 +129,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_runs_and_doubles_no_step(
     shutil.copy(empty, place / "runs")
     store = domain_store(config, "own")
     assert store.local is not None
-    with pytest.raises(RewardError, match="once"):
+    with pytest.raises(DomainsFailed, match="once"):
         train(config)
     before = tracks(store)
     assert {name: track.told for name, track in before.items()} == {"wandb": 3, "mlflow": 3}

@@ -20,8 +20,7 @@ from ray.cluster_utils import Cluster
 from test_train_cluster import experts, of_domains, same, saved, states, undisturbed, verifiers, wait_for
 
 from t2ray.cluster.session import PRIVATE, session
-from t2ray.cluster.train.launch import train
-from t2ray.core import DomainsFailed
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.runs.status import read_status
 from t2ray.training.domain import domain_store
 from t2ray.training.records import read_metrics

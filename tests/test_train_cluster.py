@@ -25,11 +25,11 @@ from torch import Tensor
 
 from t2ray.cluster.session import PRIVATE, session
 from t2ray.cluster.train.domains import Share, run_domains
-from t2ray.cluster.train.launch import train
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.cluster.train.trials import train_trial
 from t2ray.config.search import SweepConfig
 from t2ray.config.train import DomainConfig, TrainConfig, resolve
-from t2ray.core import DomainsFailed, ResourceError, RunError
+from t2ray.core import ResourceError, RunError
 from t2ray.experts.registry import Registry
 from t2ray.runs.status import read_status
 from t2ray.sweep.results import Trial

@@ -1,7 +1,8 @@
 """A model's matrices as factors `W = U diag(s) V^T` in a folder (paper section 3.1), and that folder read again.
 
-Not here: what is done with the factors (svf.py), and the fan-out over a cluster (cluster/decompose.py), which runs the
-three steps of `decompose` itself: `prepare`, `Decomposition.run` for each missing matrix, `Decomposition.finish`.
+Not here: what is done with the factors (`svf`), and sharing the work out over a cluster (`cluster.train.decompose`),
+which runs the three steps of `decompose` itself: `prepare`, `Decomposition.run` per missing matrix, and
+`Decomposition.finish`.
 
 M rows and N columns of a weight as `torch.nn.Linear` stores it, R = min(M, N) singular values.
 """

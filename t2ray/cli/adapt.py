@@ -19,8 +19,8 @@ from t2ray.config.files import nearest, override, validate
 from t2ray.config.search import CEMConfig
 from t2ray.config.train import DomainConfig
 from t2ray.core import ConfigError, Example, SamplingParams, UnknownExpert, check_name
-from t2ray.tasks import builtin, own
-from t2ray.tasks.data import FORMATS, read
+from t2ray.tasks import builtin
+from t2ray.tasks.data import FORMATS, own, read
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 

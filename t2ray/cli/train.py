@@ -8,7 +8,6 @@ import sys
 from t2ray.cli.options import Parser
 from t2ray.cli.output import console
 from t2ray.config.train import load
-from t2ray.core import DomainsFailed
 
 
 def add(p: Parser) -> None:
@@ -30,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(args.config, args.overrides)
 
     from t2ray.cli.display import TrainingDisplay
-    from t2ray.cluster.train.launch import train
+    from t2ray.cluster.train.launch import DomainsFailed, train
     from t2ray.training.domain import domain_store, finished
 
     failed = ""

@@ -1,7 +1,7 @@
-"""Static batches: generation and scoring of given requests, mixtures mixed, as few padded batches as limits allow.
+"""Static batches: given requests, of any mixtures, are generated and scored in as few padded batches as limits allow.
 
-transformers' `generate` runs the loop; this module decides what shares a batch and which z each row sees. It
-computes in its caller's thread. Not here: where requests come from (`engine`, `continuous`).
+transformers' `generate` runs the loop; this module decides which requests share a batch and which z each row uses. It
+computes in its caller's thread. Not here: where requests come from (`offline`, `loop`).
 
 Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singular values.
 """
@@ -133,15 +133,16 @@ class StaticBatches:
         chat, device = self.model.chat, self.model.device
         params = [request.sampling for request in batch if request.sampling]
         ids_BT, mask_BT = self._left_padded(batch)
+        longest = max(p.max_tokens for p in params)
         sampler = RowSampler(params, device)
         ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, chat.decode, device)
         with self._bind(batch):
             out_BT = self.model.hf.generate(
                 ids_BT,
                 attention_mask=mask_BT,
-                past_key_values=roomy_cache(self.model.hf.config, ids_BT.shape[1] + max(p.max_tokens for p in params)),
+                past_key_values=roomy_cache(self.model.family.config, ids_BT.shape[1] + longest),
                 do_sample=False,
-                max_new_tokens=max(p.max_tokens for p in params),
+                max_new_tokens=longest,
                 pad_token_id=chat.pad_id,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([ends]),
@@ -176,7 +177,7 @@ class StaticBatches:
         hf, L, shared = self.model.hf, len(batch[0].labels), _shared_prefix(batch)
         ids_BT, mask_BT = self._left_padded(batch, shared)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, shared:]
-        cache = DynamicCache(config=hf.config)
+        cache = DynamicCache(config=self.model.family.config)
         with self._bind(batch):
             if shared:
                 prefix_1T = torch.tensor([batch[0].prompt_ids[:shared]], device=ids_BT.device)

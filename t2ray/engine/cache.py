@@ -1,6 +1,6 @@
 """A key-value cache with room for the whole answer: a step writes its own token, and copies none of the earlier ones.
 
-transformers' own cache grows by concatenation, which copies all of it at every step. Called by the engine's `generate`.
+transformers' own cache grows by concatenation, which copies all of it at every step.
 """
 
 from __future__ import annotations

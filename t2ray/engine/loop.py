@@ -1,6 +1,7 @@
-"""What the continuous engine does at each turn of its loop, in the loop's thread: binds, chooses, wakes, scores.
+"""What the online engine does at each turn of its loop, in the loop's thread.
 
-Not here: what callers see (`continuous`), and transformers' loop itself (`manager`, whose `Steps` this is).
+It binds each row to its mixture, chooses the next tokens, wakes the callers, and scores what is queued.
+Not here: what callers see (`online`), and transformers' loop itself (`engine.transformers`, whose `Steps` this is).
 
 Shapes: B rows of a step, T packed tokens, V vocabulary, R mixtures, K singular values.
 """

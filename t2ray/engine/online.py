@@ -1,8 +1,9 @@
-"""The continuous engine: requests come and go one by one, and share every step, each with its own mixture. For serving.
+"""The online engine: requests come and go one by one and share every step, each with its own mixture. For serving.
 
-transformers' continuous batching runs the loop in a thread of its own, which alone uses the model: scorings are queued
-to it and run between two steps. Callers hold `generate`, `stream` and `score` in their event loop. Not here: what a
-turn of the loop does (`loop`), static batches (`engine`), and the seam to transformers (`manager`).
+transformers' continuous batching runs the loop in a thread of its own. This thread alone uses the model: scorings are
+queued to it and run between two steps. Callers await `generate`, `stream` and `score` in their own event loop.
+Not here: what a turn of the loop does (`loop`), static batches (`batches`), and the seam to transformers
+(`engine.transformers`).
 """
 
 from __future__ import annotations

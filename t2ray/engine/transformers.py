@@ -2,7 +2,7 @@
 
 The manager keeps the paged cache, the schedule and the loop's thread. Here it is told, at each step, to bind every
 token to its request's mixture, and to let the engine choose the next tokens. Not here: what is bound and chosen
-(`continuous`). A release of transformers that moves the seam fails `tests/test_continuous.py`.
+(`loop`). A release of transformers that moves the seam fails `tests/test_continuous.py`.
 """
 
 from __future__ import annotations

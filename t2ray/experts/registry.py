@@ -1,6 +1,6 @@
 """A registry of expert vectors (paper: z_k): one folder per expert, in it one folder per version.
 
-    <uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
+<uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
 """
 
 from __future__ import annotations

@@ -7,8 +7,7 @@ from pydantic import ValidationError
 from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
 from t2ray.store import Damaged, Store
-
-CONFIG = "config.json"
+from t2ray.training.domain import CONFIG
 
 
 def open_run(config: TrainConfig) -> None:

@@ -120,7 +120,9 @@ def training(shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, row
         mine = [target for target in shape.targets if target.layer == layer]
         # The gradient goes from the head down to the lowest target; layers below it save nothing.
         kept = _saved(shape, mine) * micro_batch * tokens if layer >= first else 0
-        return _layer(shape, layer, mine, kv=shape.kv_token_layer * tokens * rows, activations=kept, folded=True)
+        return _layer(
+            shape, layer, mine, kv=shape.kv_token_layer * tokens * rows, activations=kept, folded=shape.size >= 4
+        )
 
     logits = min(micro_batch * tokens * shape.vocabulary, CHUNK_ELEMENTS) * 4 * _LOGITS
     return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=logits, z=shape.K * 4 * 5)

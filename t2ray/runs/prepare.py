@@ -14,9 +14,10 @@ from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import open_weights, resolve
-from t2ray.runs.folder import CONFIG, read_run
+from t2ray.runs.folder import read_run
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
+from t2ray.training.domain import CONFIG
 from t2ray.training.trackers import check_trackers
 
 

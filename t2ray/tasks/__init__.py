@@ -1,4 +1,4 @@
-"""The tasks that t2ray knows by name (`builtin`), and tasks of a user's own rows, prompt and reward (`own`)."""
+"""The tasks that t2ray knows by name. `data.own` makes one of a user's own rows, prompt and reward."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import difflib
 import importlib
 
 from t2ray.core import ConfigError
-from t2ray.tasks.data import own
 from t2ray.tasks.task import Task
 
-__all__ = ["BUILTIN", "Task", "builtin", "own"]
+__all__ = ["BUILTIN", "Task", "builtin"]
 
 _TINY = ("math", "math_long", "code", "code_long", "pick", "pick_more", "others")
 _REAL = {"gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task"}

@@ -1,4 +1,4 @@
-"""From a training job's configuration to its tasks."""
+"""From a training job's configuration to its tasks. What a job does not ask for is not imported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from pathlib import Path
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
-from t2ray.tasks import builtin, own
-from t2ray.tasks.data import FORMATS
+from t2ray.tasks import builtin
 from t2ray.tasks.task import Task
 
 
@@ -27,12 +26,14 @@ def build_task(config: TrainConfig, domain: str) -> Task:
         rest = [build_task(config, name) for name, other in config.domains.items() if other.others is None]
         if not rest:
             raise ConfigError(f"domains.{domain}: a classifier needs at least one other domain to tell apart")
-        from t2ray.tasks.dispatch import dispatch  # as every task: imported when it is asked for
+        from t2ray.tasks.dispatch import dispatch
 
         task = dispatch(rest, _others(config, domain, settings.others))
     elif settings.task is not None:
         task = builtin(settings.task, settings.data)
     else:
+        from t2ray.tasks.data import own
+
         task = own(domain, settings, config.code)
     limit = settings.max_tokens or (
         task.max_tokens if settings.task or settings.others else config.domain_rl(domain).max_tokens
@@ -42,6 +43,8 @@ def build_task(config: TrainConfig, domain: str) -> Task:
 
 def _others(config: TrainConfig, domain: str, others: str) -> Task:
     """The task that gives the prompts of no domain; the reward that `own` needs for it is never called."""
+    from t2ray.tasks.data import FORMATS, own
+
     settings = config.domains[domain]
     if settings.prompt is None and Path(others).suffix not in FORMATS:
         return builtin(others)

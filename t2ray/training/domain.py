@@ -1,7 +1,4 @@
-"""One domain's training job inside one worker: loads the model, trains, leaves the expert in the run folder. No Ray.
-
-`cluster.train` calls it in each Ray Train worker, or in this process when a job has no workers.
-"""
+"""One domain's training inside one worker: loads the model, trains, leaves the expert in the run folder. No Ray."""
 
 from __future__ import annotations
 
@@ -24,7 +21,8 @@ from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 if TYPE_CHECKING:
     from t2ray.training.trackers import Trackers
 
-RESULT, EXPERT = "result.json", "expert.safetensors"
+CONFIG, RESULT, EXPERT = "config.json", "result.json", "expert.safetensors"
+"""The run's configuration in its folder; a domain's result and expert in its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

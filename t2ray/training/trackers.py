@@ -6,8 +6,7 @@ told at the time it is told later: a server that is away never ends a training. 
 tracker's own business and comes from its own environment (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME): no secret passes through here.
 
-Not here: TensorBoard (records.py), which needs no choice. Called by `rl.records` in a domain's first worker; `rl.run`
-checks before anything starts (`check_trackers`), and `rl.status` reads what was told (`tracks`).
+Not here: TensorBoard (`records`), which needs no choice.
 """
 
 from __future__ import annotations

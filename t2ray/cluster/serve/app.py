@@ -4,8 +4,7 @@
             \\------------------- pass 2 ------------------/
 
 Pass 2 goes from the ingress straight to a `Generator`: its tokens would gain nothing from a stop at the dispatcher. How
-many replicas, how long the queues: `serve_config.yaml`, which names the deployments as they are named here. Called by
-`serve deploy`, `t2ray serve` and tests.
+many replicas, how long the queues: `serve_config.yaml`, which names the deployments as they are named here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Calls to other deployments: Ray's errors turned into t2ray's, and what a dead replica held asked again.
 
-Not here: which deployment is asked what. Called by the ingress' backend and the dispatcher.
+Not here: which deployment is asked what.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from t2ray.cluster.session import PRIVATE, check_lasting, check_shared, session,
 from t2ray.cluster.train.domains import Share, Tick, run_domains
 from t2ray.cluster.train.nodes import largest
 from t2ray.config.train import TrainConfig
-from t2ray.core import DomainsFailed, ResourceError, T2RayError
+from t2ray.core import ResourceError, RunError, T2RayError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
@@ -23,6 +23,10 @@ from t2ray.runs.prepare import prepare
 from t2ray.store import Store
 from t2ray.training.domain import EXPERT, Result, domain_store, finished, train_domain
 from t2ray.training.metrics import StepMetrics
+
+
+class DomainsFailed(RunError):
+    """Domains of a job failed, a line for each; the experts of those that are done have been saved."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:

@@ -8,10 +8,9 @@ import ray
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError
-from t2ray.runs.folder import CONFIG
 from t2ray.runs.heartbeat import start_heartbeat
 from t2ray.store import Store
-from t2ray.training.domain import domain_store, train_domain
+from t2ray.training.domain import CONFIG, domain_store, train_domain
 from t2ray.training.metrics import StepMetrics
 from t2ray.training.trainer import ReportMetrics
 
