@@ -1,11 +1,13 @@
 """Bytes, text and tensors under a URI: a local folder, `s3://bucket/path` or `gs://bucket/path` (pyarrow.fs).
 
 A file is whole or absent: it is written under a temporary name beside its place and then moved. Tensors are stored as
-safetensors, never as pickles.
+safetensors, never as pickles. What must not change unnoticed carries a digest of itself (`digest_of`, `seal`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 import uuid
@@ -22,6 +24,50 @@ from safetensors import torch as safetensors
 from t2ray.core import ConfigError, ResourceError
 
 STALE_S = 3600.0  # a temporary file older than this was left by a writer that died
+
+
+class Damaged(ValueError):
+    """A file that does not hold what was written into it; says what is wrong with it."""
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor], *texts: str) -> str:
+    """The digest of tensors with their names, types and shapes, in whatever order, and of texts: 32 hex digits."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    digest.update(json.dumps(texts).encode())
+    return digest.hexdigest()
+
+
+def seal(values: Mapping[str, Any], indent: int | None = None) -> str:
+    """A JSON object that ends with a digest of its other values; NaN and Infinity are refused, as JSON has neither."""
+    return json.dumps({**values, "digest": _digest_of_values(values)}, allow_nan=False, indent=indent)
+
+
+def unseal(text: str | bytes) -> dict[str, Any]:
+    """The values that `seal` wrote; those of a JSON object without a digest, which earlier versions wrote, too.
+
+    Raises:
+        Damaged: it is no such object, holds NaN or Infinity, or has the digest of other values.
+    """
+    try:
+        values = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise Damaged("it is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)) from None
+    if not isinstance(values, dict):
+        raise Damaged("it is no JSON object")
+    if values.pop("digest", None) not in (None, _digest_of_values(values)):
+        raise Damaged("its digest belongs to other values")
+    return values
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"it holds {word}, which is no number of JSON")
+
+
+def _digest_of_values(values: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class Store:
@@ -51,6 +97,9 @@ class Store:
     def exists(self, path: str) -> bool:
         return bool(self._info(f"{self.root}/{path}").type != fs.FileType.NotFound)
 
+    def is_folder(self, path: str) -> bool:
+        return bool(self._info(f"{self.root}/{path}").type == fs.FileType.Directory)
+
     def names(self, path: str = "") -> list[str]:
         """The names in a folder, sorted, without hidden and temporary ones; none if there is no such folder."""
         infos = self._info(fs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
@@ -67,8 +116,10 @@ class Store:
 
         Raises:
             FileNotFoundError: there is no such file.
+            Damaged: it is a folder.
+            ResourceError: it cannot be read.
         """
-        with self.fs.open_input_stream(f"{self.root}/{path}") as file:
+        with self._reading(path), self.fs.open_input_stream(f"{self.root}/{path}") as file:
             return bytes(file.read())
 
     def read_text(self, path: str) -> str:
@@ -107,12 +158,22 @@ class Store:
 
         Raises:
             FileNotFoundError: there is no such file.
-            SafetensorError: the file is truncated or no safetensors file.
+            Damaged: the file is truncated or no safetensors file, or it is a folder.
+            ResourceError: it cannot be read.
         """
-        if self.local is None:
-            return dict(safetensors.load(self.read_bytes(path)))
-        with safe_open(self.local / path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return self.read_safetensors(path)[0]
+
+    def read_safetensors(self, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Returns a safetensors file's tensors and its metadata; raises as `read_tensors` does."""
+        with self._reading(path):
+            if self.local is None:
+                data = self.read_bytes(path)
+                tensors = dict(safetensors.load(data))
+                length = int.from_bytes(data[:8], "little")  # of the header, which is JSON
+                return tensors, dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+            with safe_open(self.local / path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                return tensors, dict(file.metadata() or {})
 
     def claim(self, path: str) -> bool:
         """Makes a folder that this caller alone may fill. Returns False if another caller has claimed it.
@@ -155,6 +216,20 @@ class Store:
             for path in self.local.glob(".*.tmp"):
                 if time.time() - path.stat().st_mtime > STALE_S:
                     path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Raises the errors of a reader as `read_tensors` says."""
+        try:
+            yield
+        except SafetensorError as error:
+            raise Damaged(str(error)) from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self.is_folder(path):
+                raise Damaged("it is a folder") from None
+            raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
 
     def _info(self, what: str | fs.FileSelector) -> Any:
         try:

@@ -82,6 +82,7 @@ def _show(args: argparse.Namespace) -> None:
     _known(registry, args.name)
     expert = registry.load(args.name)
     manifest = expert.manifest.model_dump(exclude={"targets"})
+    manifest["digest"] = manifest["digest"] or "unverified"
     targets = expert.manifest.targets
     manifest["targets"] = f"{len(targets)} matrices, {sum(rank for _, rank in targets)} numbers"
     manifest["versions"] = ", ".join(map(str, registry.versions(args.name)))

@@ -74,6 +74,8 @@ def _details(d: DomainStatus) -> list[str]:
     for name, track in d.trackers.items():
         more = f", not told more: {track.problem}" if track.problem else ""
         lines.append(f"{name}: told up to step {track.told}, run {track.id} in {track.where}{more}")
+    lines += [f"{line}; `t2ray train --resume` mends what can be mended" for line in d.damaged]
+    lines += [f"note: {line}" for line in d.notes]
     if d.fault is not None:
         lines.append(f"last error, {_seconds(now - d.fault.at)} ago: {d.fault.message}")
     return lines

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
-from t2ray.core import ConfigError, ExpertError
+from t2ray.core import ConfigError, ExpertError, ResourceError
 from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read_manifest, write_expert
 from t2ray.models.targets import Target
-from t2ray.store import Store
+from t2ray.store import Damaged, Store
 
 # The errors of torch.load for files that are damaged, contain code or are missing (found by changing random bytes).
 DAMAGED = (
@@ -75,7 +74,7 @@ def export_expert(expert: Expert, path: str | Path) -> None:
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
     try:
         return Store(path.parent).read_tensors(path.name)
-    except (SafetensorError, OSError) as error:
+    except (Damaged, FileNotFoundError, ResourceError) as error:
         raise ExpertError(
             f"{path} cannot be read as an expert ({error}); name an exported folder, a .safetensors or a .pt file"
         ) from error

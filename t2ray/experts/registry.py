@@ -16,14 +16,13 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from t2ray.config.files import nearest
 from t2ray.core import ExpertError, Mixture, UnknownExpert, __version__, check_name
 from t2ray.models.targets import Target
 from t2ray.prompts import OTHERS
-from t2ray.store import Store
+from t2ray.store import Damaged, Store, digest_of
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
 SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
@@ -39,6 +38,7 @@ class ExpertManifest(BaseModel):
 
     `targets` has (name, rank) of each adapted matrix. The parametrisation `scale` says that z itself is stored, of
     which 1 is the base model. `rescaled` says that the factor `sum(s) / sum(s * z)` of each matrix is part of its z.
+    `digest` is that of z, which every load compares; experts of earlier versions have none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +46,7 @@ class ExpertManifest(BaseModel):
     name: str
     version: int = Field(ge=1)
     base_digest: str
+    digest: str | None = None
     targets: tuple[tuple[str, int], ...]
     parametrisation: Literal["scale"] = "scale"
     rescaled: bool = False
@@ -173,19 +174,14 @@ class Registry:
         while not self.store.claim(_folder(name, version)):
             time.sleep(random.SystemRandom().random() / 10)  # the seeded generator is for the training run alone
             version = max(self._taken(name), default=0) + 1
+        stored = {target: z_R.detach().to("cpu", torch.float32) for target, z_R in z.items()}
         manifest = ExpertManifest(
-            name=name,
-            version=version,
-            base_digest=base_digest,
+            name=name, version=version, base_digest=base_digest, digest=digest_of(stored),
             targets=tuple((target, len(z_R)) for target, z_R in z.items()),
-            rescaled=rescaled,
-            domain=domain,
-            config=dict(config or {}),
-            metrics=dict(metrics or {}),
-            seed=seed,
-        )
+            rescaled=rescaled, domain=domain, config=dict(config or {}), metrics=dict(metrics or {}), seed=seed,
+        )  # fmt: skip
         try:
-            write_expert(self.store, _folder(name, version), z, manifest)
+            write_expert(self.store, _folder(name, version), stored, manifest)
         except BaseException:
             self.store.delete(_folder(name, version))
             raise
@@ -225,8 +221,9 @@ class Registry:
             raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
         try:
             return MixtureRecord.model_validate_json(self.store.read_bytes(path))
-        except ValidationError as error:
-            raise ExpertError(f"{self.store.uri}/{path} is no mixture: {_first(error)}") from error
+        except (Damaged, ValidationError) as error:
+            why = _first(error) if isinstance(error, ValidationError) else error
+            raise ExpertError(f"{self.store.uri}/{path} is no mixture: {why}") from error
 
     def load_mixture(self, name: str) -> Mixture:
         """Returns a saved mixture; raises as `mixture_record` does."""
@@ -243,8 +240,9 @@ def read_manifest(store: Store, path: str) -> ExpertManifest:
         return ExpertManifest.model_validate_json(store.read_bytes(path))
     except FileNotFoundError as error:
         raise ExpertError(f"{store.uri}/{path} is missing") from error
-    except ValidationError as error:
-        raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {_first(error)}") from error
+    except (Damaged, ValidationError) as error:
+        why = _first(error) if isinstance(error, ValidationError) else error
+        raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {why}") from error
 
 
 def read_expert(
@@ -269,7 +267,7 @@ def read_expert(
                 raise ExpertError(f"{who} has {rank} numbers for {name}, whose factors have {there[name]}")
     try:
         z = {name: z_R.to(torch.float32, copy=True) for name, z_R in store.read_tensors(f"{folder}/{TENSORS}").items()}
-    except (SafetensorError, FileNotFoundError) as error:
+    except (Damaged, FileNotFoundError) as error:
         raise ExpertError(f"{who} is damaged: {store.uri}/{folder}/{TENSORS} cannot be read ({error})") from error
     shapes = {name: tuple(z_R.shape) for name, z_R in z.items()}
     if shapes != {name: (rank,) for name, rank in ranks.items()}:
@@ -278,15 +276,18 @@ def read_expert(
     for name, z_R in z.items():
         if not bool(torch.isfinite(z_R).all()):
             raise ExpertError(f"{who} holds values that are not finite, in {name}; train or import it again")
+    if manifest.digest not in (None, digest_of(z)):
+        raise ExpertError(
+            f"{who} is damaged: its numbers are not those of its manifest's digest; train or import it again"
+        )
     # The file has the targets in alphabetical order, the manifest in the order of the model.
     ordered = {name: z[name] for name in ranks}
     return Expert(name=manifest.name, version=manifest.version, z=ordered, manifest=manifest)
 
 
 def write_expert(store: Store, folder: str, z: Mapping[str, Tensor], manifest: ExpertManifest) -> None:
-    """Writes an expert into `folder`: the tensors first, the manifest last."""
-    stored = {name: z_R.detach().to("cpu", torch.float32) for name, z_R in z.items()}
-    store.write_tensors(f"{folder}/{TENSORS}", stored, {"format": "pt"})
+    """Writes an expert into `folder`: the tensors, float32, first, the manifest last."""
+    store.write_tensors(f"{folder}/{TENSORS}", z, {"format": "pt"})
     store.write_text(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1))
 
 

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
-from t2ray.store import Store
+from t2ray.store import Damaged, Store
 from t2ray.training.domain import CONFIG
 
 
@@ -25,9 +25,9 @@ def read_run(folder: str) -> TrainConfig:
     if not store.exists(CONFIG):
         raise RunError(f"no run in {folder}; `t2ray train` makes one")
     try:
-        return TrainConfig.model_validate_json(store.read_text(CONFIG))
-    except ValidationError as error:
+        return TrainConfig.model_validate_json(store.read_bytes(CONFIG))
+    except (ValidationError, Damaged) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise RunError(
-            f"{folder}/{CONFIG} is not a configuration that this t2ray wrote ({error.errors()[0]['msg']}); "
-            "name another run, or train again"
+            f"{folder}/{CONFIG} is not a configuration that this t2ray wrote ({why}); name another run, or train again"
         ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -11,15 +10,17 @@ import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import psutil
 
 from t2ray.core import ResourceError
-from t2ray.store import Store
+from t2ray.store import Damaged, Store, seal, unseal
 
 WORKERS, FAULT = "workers", "fault.json"
 BEAT_S = 2.0
 _GIB = 2**30
+_Sign = TypeVar("_Sign", "Heartbeat", "Fault")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ class _HeartbeatWriter:
             total_gib=machine.total / _GIB,
             began=self.began,
         )
-        self.store.write_text(f"{WORKERS}/{self.rank}.json", json.dumps(asdict(here)))
+        self.store.write_text(f"{WORKERS}/{self.rank}.json", seal(asdict(here)))
 
 
 def _write_while_alive(writer: weakref.ref[_HeartbeatWriter], owner: threading.Thread) -> None:
@@ -100,15 +101,23 @@ def _write_while_alive(writer: weakref.ref[_HeartbeatWriter], owner: threading.T
 
 def note_fault(store: Store, message: str, *, ended: bool) -> None:
     """Notes a fault in a domain's folder, in place of an earlier one."""
-    store.write_text(FAULT, json.dumps(asdict(Fault(at=time.time(), message=message, ended=ended))))
+    store.write_text(FAULT, seal(asdict(Fault(at=time.time(), message=message, ended=ended))))
 
 
 def heartbeats(store: Store) -> tuple[Heartbeat, ...]:
     """Returns the newest heartbeat of each worker, by rank."""
-    rows = [json.loads(store.read_text(f"{WORKERS}/{name}")) for name in store.names(WORKERS)]
-    return tuple(sorted((Heartbeat(**row) for row in rows), key=lambda worker: worker.rank))
+    found = (_read(store, f"{WORKERS}/{name}", Heartbeat) for name in store.names(WORKERS))
+    return tuple(sorted((worker for worker in found if worker is not None), key=lambda worker: worker.rank))
 
 
 def read_fault(store: Store) -> Fault | None:
     """Returns the last fault of a domain, or None if there was none."""
-    return Fault(**json.loads(store.read_text(FAULT))) if store.exists(FAULT) else None
+    return _read(store, FAULT, Fault)
+
+
+def _read(store: Store, path: str, kind: type[_Sign]) -> _Sign | None:
+    """What a file holds; None where there is none or it is damaged, since the next one replaces it."""
+    try:
+        return kind(**unseal(store.read_bytes(path)))
+    except (FileNotFoundError, Damaged, TypeError):
+        return None

@@ -21,7 +21,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from t2ray.core import ResourceError, Rollout
 from t2ray.store import Store
-from t2ray.training.metrics import METRICS, StepMetrics, as_lines, read_metrics
+from t2ray.training.metrics import METRICS, StepMetrics, as_lines, check_metrics, note
 
 if TYPE_CHECKING:
     from t2ray.training.trackers import Trackers
@@ -33,7 +33,11 @@ class Records:
     def __init__(self, store: Store, step: int, trackers: Trackers | None = None) -> None:
         """`step` is the last step that stands; `trackers` are told every step, too."""
         self.store, self.trackers = store, trackers
-        self.rows = [row for row in read_metrics(store) if row.step <= step]
+        found = check_metrics(store)
+        self.rows = [row for row in found.rows if row.step <= step]
+        if found.damage or len(self.rows) < step:
+            why = found.damage[0] if found.damage else f"{METRICS} lacks rows"
+            note(store, f"{why}; of steps 1 to {step} it holds {len(self.rows)}, which changes nothing in the training")
         self._write_metrics()
         self.events = None if store.local is None else Events(store.local / "tensorboard", step)
 

@@ -12,7 +12,6 @@ Not here: TensorBoard (`records`), which needs no choice.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from typing import Any
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
-from t2ray.store import Store
+from t2ray.store import Damaged, Store, seal, unseal
 from t2ray.training.metrics import StepMetrics
 
 STATE = "trackers.json"
@@ -69,10 +68,11 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def tracks(store: Store) -> dict[str, Track]:
-    """What each tracker has of the domain whose folder this is."""
-    if not store.exists(STATE):
+    """What each tracker has of the domain whose folder this is; nothing where the note of it is damaged."""
+    try:
+        return {name: Track(**values) for name, values in unseal(store.read_bytes(STATE)).items()}
+    except (FileNotFoundError, Damaged, TypeError):
         return {}
-    return {name: Track(**values) for name, values in json.loads(store.read_text(STATE)).items()}
 
 
 class Trackers:
@@ -135,7 +135,7 @@ class Trackers:
     def _note(self, name: str, track: Track) -> None:
         if self.tracks.get(name) != track:
             self.tracks[name] = track
-            self.store.write_text(STATE, json.dumps({name: asdict(t) for name, t in self.tracks.items()}, indent=1))
+            self.store.write_text(STATE, seal({name: asdict(t) for name, t in self.tracks.items()}, indent=1))
 
 
 class _Wandb:

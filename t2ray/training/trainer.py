@@ -19,12 +19,12 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.config.train import RLConfig
-from t2ray.core import Generate, Mixture, Rollout, SamplingParams, Verify
+from t2ray.core import Generate, Mixture, Rollout, RunError, SamplingParams, Verify
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.loss import LossTerms, advantages, backward
-from t2ray.training.metrics import StepMetrics
+from t2ray.training.metrics import StepMetrics, note
 from t2ray.training.records import Records
 from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 from t2ray.training.shares import Shares
@@ -49,7 +49,7 @@ class Trained:
 
 
 class Trainer:
-    """One domain's training run in `store`, resumed from its newest checkpoint."""
+    """One domain's training run in `store`, resumed from its newest sound checkpoint."""
 
     def __init__(
         self,
@@ -86,10 +86,14 @@ class Trainer:
         self.optimiser = torch.optim.AdamW([self.p_K], lr=rl.lr, weight_decay=0.0)
         self.progress = Progress()
         self.best_z_K = self._z().detach().clone()
-        checkpoint = latest(store, digest)
+        damaged: list[str] = []
+        checkpoint = latest(store, digest, damaged.append)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._publish()
+        if self.shares.rank == 0:
+            for line in damaged:
+                note(store, f"{line}; the run went on after step {self.progress.step}")
+        self.publish(task.name, self._z().detach().clone())
 
     # -------------------------------------------------------------------------------------------------- the algorithm
 
@@ -98,6 +102,7 @@ class Trainer:
 
         Raises:
             RewardError: the verifier failed on an example.
+            RunError: z, the loss or the gradient is not finite; the newest checkpoint stands.
             ResourceError: the disk is full; the newest checkpoint stands.
         """
         records = Records(self.store, self.progress.step, trackers) if self.shares.rank == 0 else None
@@ -129,20 +134,28 @@ class Trainer:
             report(metrics)
 
     async def step(self, step: int) -> tuple[StepMetrics, list[Rollout]]:
-        """Rolls out, rewards, and moves z along the gradient once."""
+        """Rolls out, rewards, and moves z along the gradient once.
+
+        Raises:
+            RunError: z, the loss or the gradient is not finite; nothing of the step is kept.
+        """
         start = time.perf_counter()
         parts = [await self._roll_out(step, share) for share in self.shares.own]
         rewards = [torch.tensor([r.reward for r in part], dtype=torch.float64) for part in parts]
         total, right, batch = self.shares.sum([_counted(reward_B) for reward_B in rewards]).tolist()
         advantage = [advantages(r_B, self.rl.samples, self.rl.baseline, total / batch).tolist() for r_B in rewards]
         terms, grad_norm = self.update(parts, advantage, int(batch), step)
-        z_K = self._publish()
-        self.progress = replace(self.progress, step=step, done=step >= self.rl.steps)
+        z_K = self._z().detach().clone()
         metrics = StepMetrics(
             step=step, reward_mean=total / batch, accuracy=right / batch, kl=terms.kl / max(terms.tokens, 1),
             loss=terms.loss, grad_norm=grad_norm, z_min=float(z_K.min()), z_max=float(z_K.max()),
             seconds=(seconds := time.perf_counter() - start), tokens_per_s=terms.tokens / seconds,
         )  # fmt: skip
+        if odd := metrics.not_finite:
+            what = ", ".join(f"{name} is {value}" for name, value in odd.items())
+            raise RunError(f"step {step}: {what}; the checkpoint before stands: lower rl.lr, in another run=NAME")
+        self.publish(self.task.name, z_K)
+        self.progress = replace(self.progress, step=step, done=step >= self.rl.steps)
         return metrics, [rollout for part in parts for rollout in part]
 
     def update(
@@ -216,12 +229,6 @@ class Trainer:
 
     def _z(self) -> Tensor:
         return self.model.adapter.vector(self.rl.init, self.p_K)
-
-    def _publish(self) -> Tensor:
-        """Makes the current z the expert that rollouts and validation ask for; returns it, (K,)."""
-        z_K = self._z().detach().clone()
-        self.publish(self.task.name, z_K)
-        return z_K
 
     def _lr(self, step: int) -> float:
         if self.rl.schedule == "constant":
