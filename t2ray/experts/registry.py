@@ -1,6 +1,6 @@
 """A registry of expert vectors (paper: z_k): one folder per expert, in it one folder per version.
 
-    <uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
+<uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from t2ray.config.files import nearest
-from t2ray.core import ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, __version__, check_name
 from t2ray.models.targets import Target
 from t2ray.prompts import OTHERS
 from t2ray.store import Store
@@ -96,7 +96,7 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """Returns the names of the experts that have a finished version."""
-        return tuple(name for name in self.store.names() if not name.startswith("_") and self.versions(name))
+        return tuple(name for name in self.store.names() if NAME.fullmatch(name) and self.versions(name))
 
     def versions(self, name: str) -> tuple[int, ...]:
         """Returns the finished versions, rising: those with a manifest, which is written last."""
