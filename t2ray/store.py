@@ -23,6 +23,7 @@ from safetensors import torch as safetensors
 
 from t2ray.core import ConfigError, ResourceError
 
+DEPTH = 4  # of folders that are listed one by one, which a link to a folder above itself could make endless
 STALE_S = 3600.0  # a temporary file older than this was left by a writer that died
 
 
@@ -105,11 +106,19 @@ class Store:
         infos = self._info(fs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
-    def tree(self) -> dict[str, tuple[int, int]]:
-        """All files under the URI but hidden ones, by one listing: path -> (size in bytes, time of change in ns)."""
-        infos = self._info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
-        files = (info for info in infos if info.is_file and not info.base_name.startswith("."))
-        return {info.path[len(self.root) :].lstrip("/"): (info.size, info.mtime_ns) for info in files}
+    def tree(self) -> tuple[dict[str, tuple[int | None, int]], dict[str, str]]:
+        """All under the URI but hidden files: path -> (size in bytes, None for a folder; time of change in ns).
+
+        One listing tells it. Where that fails, folders are listed one by one, and those that cannot be listed come
+        second, each with the reason.
+
+        Raises:
+            ResourceError: the URI itself cannot be listed, or is a local folder that does not exist.
+        """
+        unreadable: dict[str, str] = {}
+        infos = self._walk(self.root, unreadable)
+        shown = (info for info in infos if not info.is_file or not info.base_name.startswith("."))
+        return {self._relative(info.path): (info.size, info.mtime_ns) for info in shown}, unreadable
 
     def read_bytes(self, path: str) -> bytes:
         """Returns the content of a file.
@@ -231,10 +240,26 @@ class Store:
                 raise Damaged("it is a folder") from None
             raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
 
+    def _walk(self, folder: str, unreadable: dict[str, str], depth: int = DEPTH) -> list[Any]:
+        absent = self.local is None or folder != self.root  # an object store has no folder where there is no file
+        try:
+            return list(self._info(fs.FileSelector(folder, recursive=True, allow_not_found=absent)))
+        except ResourceError:
+            infos = list(self._info(fs.FileSelector(folder, allow_not_found=absent)))
+        for info in [info for info in infos if depth and info.type == fs.FileType.Directory]:
+            try:
+                infos += self._walk(info.path, unreadable, depth - 1)
+            except ResourceError as error:
+                unreadable[self._relative(info.path)] = str(error)
+        return infos
+
+    def _relative(self, path: str) -> str:
+        return path[len(self.root) :].lstrip("/")
+
     def _info(self, what: str | fs.FileSelector) -> Any:
         try:
             return self.fs.get_file_info(what)
-        except OSError as error:
+        except (OSError, ArrowInvalid, UnicodeError) as error:  # the last: a file's name in another encoding
             raise ResourceError(f"cannot look into {self.uri} ({error}); check its address and your rights") from error
 
     @contextmanager

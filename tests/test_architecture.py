@@ -49,9 +49,14 @@ RIMS = {
     "transformers": ("t2ray.models", "t2ray.engine", "t2ray.tiny.pretrain", "jobs", "benchmarks"),
 }
 
-# Where an error of any kind is not a fault but the answer: model-written code runs there, or its cause is one request
-# among those of many users.
-CATCH_ALL = {"t2ray.sandbox.child", "t2ray.engine.loop"}
+# Where an error of any kind is not a fault but the answer: model-written code runs there; or its cause is one request
+# among those of many users; or what was met there, by somebody who looks again and again, must not end the looking.
+CATCH_ALL = {
+    "t2ray.sandbox.child",
+    "t2ray.engine.loop",
+    "t2ray.experts.follow",
+    "t2ray.cluster.serve.looking",
+}
 
 TORCH_FREE = (
     "t2ray.core",

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,53 @@ def test_an_exported_expert_of_another_base_is_refused(local: Registry, factors:
     export_expert(local.load("math"), tmp_path / "x")
     with pytest.raises(ExpertError, match="another base model"):
         import_expert(local, "theirs", tmp_path / "x", factors)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda z: {f"t{i}": torch.ones(1) for i in range(10_000)}, "10,000 tensors; the factors have 3 targets"),
+        (lambda z: z | {"lm_head": torch.ones(3)}, r"4 tensors; the factors have 3"),
+        (lambda z: {"lm_head": torch.ones(3)}, "'lm_head' is no target"),
+        (lambda z: z | {LAYOUT[0].name: torch.ones(5_000_000)}, r"\(5000000,\); its factors need \(4,\)"),
+        (lambda z: z | {LAYOUT[1].name: torch.ones(3, dtype=torch.int64)}, "holds I64; an expert's numbers are one of"),
+        (lambda z: z | {LAYOUT[1].name: torch.ones(3, dtype=torch.float8_e4m3fn)}, "holds F8_E4M3;"),
+        (lambda z: z | {LAYOUT[1].name: torch.full((3,), -2e3)}, r"value 2e\+03; \|z\| is at most 1000"),
+    ],
+)
+def test_a_file_that_is_no_expert_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    says: str, local: Registry, factors: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By its header, where that says enough: nothing reads its tensors then."""
+    save_file(change(vectors()), tmp_path / "z.safetensors")
+    if "value" not in says:
+        monkeypatch.setattr(Store, "read_tensors", None)
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "math", tmp_path / "z.safetensors", factors)
+    assert local.names() == ()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: b"", "its header has 0 bytes"),
+        (lambda data: b"\xff" * 99, "its header has 18,446,744,073,709,551,615 bytes"),
+        (lambda data: data[:-1], r"it has \d+ bytes, not \d+"),
+        (lambda data: data + b"more", r"it has \d+ bytes, not \d+"),
+        (lambda data: data.replace(b"{", b"[", 1), "cannot be read as an expert"),
+        (lambda data: data.replace(b'"dtype"', b'"typed"', 1), "cannot be read as an expert"),
+        (lambda data: data.replace(b"[", b"9", 1), "cannot be read as an expert"),
+    ],
+)
+def test_a_damaged_header_is_refused(
+    damage: Callable[[bytes], bytes], says: str, local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    path = tmp_path / "z.safetensors"
+    save_file(vectors(), path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "math", path, factors)
 
 
 @pytest.mark.parametrize("spell", [str, "{}.weight".format, lambda name: f"{name}.weight".replace(".", "_")])

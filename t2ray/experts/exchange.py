@@ -17,6 +17,7 @@ from torch import Tensor
 
 from t2ray.adapters.factors import Factors
 from t2ray.core import ConfigError, ExpertError, ResourceError
+from t2ray.experts.admission import HEADER_BYTES, check_header, check_size, header, place
 from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read_manifest, write_expert
 from t2ray.models.targets import Target
 from t2ray.store import Damaged, Store
@@ -40,8 +41,8 @@ def import_expert(registry: Registry, name: str, path: str | Path, factors: Fact
         factors: the decomposition whose targets the expert must fit.
 
     Raises:
-        ExpertError: the file cannot be read, has unknown names, wrong shapes or numbers that are not finite, or belongs
-            to another base model.
+        ExpertError: the file cannot be read, has unknown names, wrong shapes or types, numbers that are not finite or
+            above `admission.LARGEST`, or belongs to another base model.
     """
     path = Path(path)
     if path.is_dir():
@@ -51,9 +52,11 @@ def import_expert(registry: Registry, name: str, path: str | Path, factors: Fact
         kept = manifest.model_dump(include={"rescaled", "domain", "config", "metrics", "seed"})
         return registry.save(name, expert.z, base_digest=factors.base_digest, **kept)
     reference = path.suffix in (".pt", ".pth", ".bin")
-    z = _place(path, _read_pickled(path) if reference else _read_safetensors(path), factors.layout)
+    found = _read_pickled(path) if reference else _read_safetensors(path, factors.layout)
+    z = _place(path, found, factors.layout)
     if reference:
         z = {target: _rescaled(torch.sigmoid(p_R), factors.load(target)[1]) for target, p_R in z.items()}
+    check_size(z, str(path))
     return registry.save(
         name, z, base_digest=factors.base_digest, rescaled=reference, config={"imported_from": path.name}
     )
@@ -71,8 +74,11 @@ def export_expert(expert: Expert, path: str | Path) -> None:
     write_expert(Store(path), ".", expert.z, expert.manifest)
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path, layout: Sequence[Target]) -> Mapping[str, Any]:
     try:
+        with path.open("rb") as file:
+            head = header(file.read(8 + HEADER_BYTES))
+        check_header(head, path.stat().st_size, layout, str(path))
         return Store(path.parent).read_tensors(path.name)
     except (Damaged, FileNotFoundError, ResourceError) as error:
         raise ExpertError(
@@ -92,19 +98,12 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
 
 def _place(path: Path, found: Mapping[str, Any], layout: Sequence[Target]) -> dict[str, Tensor]:
     """Returns the vectors in float32, under the names of `layout` and in its order."""
-    by_name = {target.name.replace(".", "_"): target for target in layout}
-    placed: dict[str, Tensor] = {}
-    for name, vector in found.items():
-        target = by_name.get(name.replace(".", "_").removesuffix("_weight"))
-        if target is None:
-            raise ExpertError(f"{path}: {name!r} is no target of the factors, which are such as {layout[0].name!r}")
-        if target.name in placed:
-            raise ExpertError(f"{path} names the target {target.name!r} twice")
-        if not isinstance(vector, Tensor) or tuple(vector.shape) != (target.rank,):
-            shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-            raise ExpertError(f"{path}: {name!r} has the shape {shape}; its factors need ({target.rank},)")
-        placed[target.name] = vector.detach().to(torch.float32)
-    return {target.name: placed[target.name] for target in layout if target.name in placed}
+    shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in found.items()}
+    placed = {target: found[name] for name, target in place(str(path), shapes, layout).items()}
+    for target, vector in placed.items():
+        if not vector.is_floating_point():
+            raise ExpertError(f"{path}: {target} holds {vector.dtype}; an expert's numbers are floating-point ones")
+    return {t.name: placed[t.name].detach().to(torch.float32) for t in layout if t.name in placed}
 
 
 def _rescaled(z_R: Tensor, s_R: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from t2ray.config.files import nearest
-from t2ray.core import ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, __version__, check_name
 from t2ray.models.targets import Target
 from t2ray.prompts import OTHERS
 from t2ray.store import Damaged, Store, digest_of
@@ -97,7 +97,7 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """Returns the names of the experts that have a finished version."""
-        return tuple(name for name in self.store.names() if not name.startswith("_") and self.versions(name))
+        return tuple(name for name in self.store.names() if NAME.fullmatch(name) and self.versions(name))
 
     def versions(self, name: str) -> tuple[int, ...]:
         """Returns the finished versions, rising: those with a manifest, which is written last."""
