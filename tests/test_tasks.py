@@ -197,7 +197,7 @@ MBPP = {
 
 
 def test_mbpp_takes_only_the_solutions_own_names_from_a_candidate() -> None:
-    assert mbpp.interface(MBPP) == (["import math"], ["LIMIT", "square"])
+    assert mbpp.interface(MBPP) == (["import math"], ["LIMIT", "square"], [])
 
 
 @pytest.mark.parametrize(

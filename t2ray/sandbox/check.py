@@ -2,7 +2,8 @@
 
 What isolates the code:
 
-- a fresh interpreter with the standard library alone, an empty environment, and an empty working folder of 16 MB;
+- a fresh interpreter with the standard library alone, an empty environment, and an empty working folder of 16 MB and
+  255 files;
 - namespaces of its own: no network, no other process is visible, no file but the interpreter's library and the system's
   shared libraries, read-only. If the system refuses namespaces, bubblewrap (`bwrap`) gives the same;
 - limits on wall time, CPU time, memory, file size and open files; no further process or thread; output is discarded,
@@ -11,8 +12,13 @@ What isolates the code:
 - the tests are evaluated in another process than the candidate's, on plain values: see `sandbox.child`.
 
 If a machine can isolate neither way, `check` raises, unless `allow_unsafe(True)` (`--unsafe-code`) was called. Then the
-limits, the filter and the two processes remain, but the candidate can read and write every file that this user can, and
-reach into this user's other processes through /proc, and so fake a verdict.
+limits, the filter and the two processes remain, and what the candidate leaves running is ended, also outside of its
+session. What `--unsafe-code` cannot stop:
+
+- reading every file that this user can read, and the environment of this user's processes in /proc;
+- writing and deleting this user's files, as many as the disk takes: also such as a shell, cron or Python runs later;
+- reaching into this user's other processes through /proc, and so faking a verdict, or outliving it in one of them;
+- asking a program that listens at a named pipe or reads a folder.
 
 What it does not protect against:
 
@@ -30,11 +36,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,6 +72,7 @@ def check(
     tests: Sequence[str],
     *,
     names: Sequence[str],
+    classes: Sequence[str] = (),
     setup: str = "",
     timeout_s: float = 9.0,
     cpu_s: int = 5,
@@ -77,6 +85,8 @@ def check(
         code: the candidate, the text of a Python module.
         tests: statements such as `assert f(2) == 4`, run in turn; the first that raises fails the candidate.
         names: the names that the tests use of the candidate (`["f"]`); all other names are the checker's own.
+        classes: those of the names that are classes: tests may read attributes and call methods of what they make. What
+            else the code returns must be a plain value for that.
         setup: statements that run before the tests and may use the same names.
         timeout_s: seconds for everything, the interpreter's start included.
         cpu_s: seconds of processor time for the candidate, and as many for the checker; unlike `timeout_s`, this limit
@@ -96,7 +106,8 @@ def check(
         )
     if mode == "none":
         warnings.warn("model-written code runs without isolation (--unsafe-code)", RuntimeWarning, stacklevel=2)
-    verdict = _run(_command(mode, memory_mb, cpu_s), code, tests, names, setup, timeout_s)
+    request = {"names": [*names], "classes": [*classes], "setup": setup, "tests": [*tests]}
+    verdict = _run(mode, memory_mb, cpu_s, code, request, timeout_s)
     if verdict.startswith("no isolation"):
         raise ResourceError(f"cannot isolate model-written code by {mode}: {verdict.partition(': ')[2]}")
     return Verdict(passed=verdict == "pass", reason=verdict.removeprefix("fail "))
@@ -105,18 +116,16 @@ def check(
 @functools.cache
 def _works(mode: str) -> bool:
     """Whether a harmless program passes in this mode on this machine."""
-    return _run(_command(mode, 512, 5), "def f(): return 1", ["assert f() == 1"], ["f"], "", 10.0) == "pass"
+    request = {"names": ["f"], "classes": [], "setup": "", "tests": ["assert f() == 1"]}
+    return _run(mode, 512, 5, "def f(): return 1", request, 10.0) == "pass"
 
 
-def _run(
-    command: list[str], code: str, tests: Sequence[str], names: Sequence[str], setup: str, timeout_s: float
-) -> str:
-    request = {"names": [*names], "setup": setup, "tests": [*tests]}
-    frames = (code.encode("utf-8", "replace"), child.encode(request, int))
+def _run(mode: str, memory_mb: int, cpu_s: int, code: str, request: Mapping[str, object], timeout_s: float) -> str:
+    frames = (code.encode("utf-8", "replace"), child.encode({**request}, int))
     data = b"".join(len(frame).to_bytes(8, "big") + frame for frame in frames)
     try:
         process = subprocess.Popen(
-            command,
+            _command(mode, memory_mb, cpu_s),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -132,14 +141,14 @@ def _run(
         except subprocess.TimeoutExpired:
             return f"fail it took longer than {timeout_s:g} s"
         finally:
-            _kill(process)
+            _kill(process, mode)
     return out.decode("utf-8", "replace") or "fail the checker ended without a verdict"
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills what is left of the child; its own children end with it (see `sandbox.jail.die_with_parent`)."""
+def _kill(process: subprocess.Popen[bytes], mode: str) -> None:
+    """Ends what is left of the child, and with it its own children: see `die_with_parent` and `end_with_child`."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, 9)
+        os.killpg(process.pid, signal.SIGTERM if mode == "none" else signal.SIGKILL)
 
 
 def _command(mode: str, memory_mb: int, cpu_s: int) -> list[str]:
@@ -156,10 +165,12 @@ def _command(mode: str, memory_mb: int, cpu_s: int) -> list[str]:
         "--as-pid-1",
         "--cap-drop",
         "ALL",
+        "--cap-add",  # until the child has mounted its working folder: bubblewrap cannot bound the number of files
+        "CAP_SYS_ADMIN",
         "--dev-bind",
         "/dev/null",
         "/dev/null",
     ]
     for path in (*shown, python, str(_CHILD.parent)):
         bubblewrap += ["--ro-bind-try", path, path]
-    return [*bubblewrap, "--size", str(16 << 20), "--tmpfs", "/box", "--remount-ro", "/", "--chdir", "/box", *child]
+    return [*bubblewrap, "--dir", "/box", "--remount-ro", "/", "--chdir", "/box", *child]

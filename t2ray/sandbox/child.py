@@ -6,8 +6,9 @@ The candidate's code and the tests never share a process. The checker evaluates 
 untouched builtins, where `f` is a stand-in: the call's arguments go to the candidate's process as bytes, the bytes of a
 result come back and are read as plain values (numbers, text, lists, tuples, sets, dicts) and nothing else. So an exit,
 a patched builtin, an object that equals everything or a printed "success" is at most a wrong answer. An object that is
-no plain value stays in the candidate's process. The checker has a stand-in for it, which tests can call, pass on, and
-read and set attributes of, but not compare, count or test for truth.
+no plain value stays in the candidate's process. The checker has a stand-in for it, which tests can call, pass on and
+set attributes of, but not compare, count or test for truth. Only of what a class makes that the tests know as a class
+can they read attributes and call methods: `f(3).startswith("nine")` asks text, and never an object that says yes.
 """
 
 from __future__ import annotations
@@ -32,20 +33,23 @@ _TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes
 
 
 class Remote:
-    """The checker's stand-in for an object in the candidate's process."""
+    """The checker's stand-in for an object in the candidate's process; `known` if it is or comes from a known class."""
 
-    def __init__(self, number: int, ask: Callable[..., Any]) -> None:
+    def __init__(self, number: int, ask: Callable[..., Any], known: bool) -> None:
         object.__setattr__(self, "_number", number)
         object.__setattr__(self, "_ask", ask)
+        object.__setattr__(self, "_known", known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask(("call", self, args, kwargs))
+        return self._ask(("call", self, args, kwargs), self._known)
 
     def __getattr__(self, name: str) -> Any:
-        return self._ask(("get", self, name))
+        if not self._known:
+            raise TypeError(f"the answer is no plain value: a test cannot use its {name!r}")
+        return self._ask(("get", self, name), True)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._ask(("set", self, name, value))
+        self._ask(("set", self, name, value), False)
 
     def _refuse(self, *_: object) -> NoReturn:
         raise TypeError("the answer is no plain value: a test cannot compare it or take it for true")
@@ -201,17 +205,17 @@ def _described(error: BaseException) -> str:
 def check(request: dict[str, Any], questions: int, answers: int) -> str:
     """Returns "pass", or how the first failing test failed."""
 
-    def ask(question: tuple[Any, ...]) -> Any:
+    def ask(question: tuple[Any, ...], known: bool) -> Any:
         write_frame(questions, encode(question, lambda remote: remote._number))
         answer = read_frame(answers, MOST_BYTES)
         if answer[:1] != b"+":
             raise RuntimeError(answer[1:400].decode("utf-8", "replace"))
-        return decode(answer[1:], lambda number: Remote(number, ask))
+        return decode(answer[1:], lambda number: Remote(number, ask, known))
 
     namespace: dict[str, Any] = {}
     step = "the code"
     try:
-        namespace.update((name, ask(("name", name))) for name in request["names"])
+        namespace.update((name, ask(("name", name), name in request["classes"])) for name in request["names"])
         for step in (request["setup"], *request["tests"]):
             exec(compile(step, "<test>", "exec"), namespace)
     except EOFError:
@@ -233,10 +237,13 @@ def main() -> None:
     code = read_frame(0, 1 << 30).decode("utf-8", "replace")
     nothing = os.open("/dev/null", os.O_RDWR)
     try:
-        if mode != "bubblewrap":
-            jail.die_with_parent()
         if mode == "namespaces":
+            jail.die_with_parent()
             jail.enter_namespaces(sys.argv[4:])
+        elif mode == "bubblewrap":
+            jail.enter_box()
+        else:
+            jail.end_with_child()
         jail.give_up_rights(refuse_calls=False)
     except (OSError, KeyError) as error:
         os.write(1, f"no isolation: {error}".encode())

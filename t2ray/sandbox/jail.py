@@ -20,7 +20,7 @@ _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 1
 _KEPT_FLAGS = 1 | 2 | 4 | 8  # read-only, nosuid, nodev, noexec: a user namespace may not clear them on a remount
 _DETACH = 2
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_CHILD_SUBREAPER, _SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
 # System calls that computing an answer never needs, by their numbers on x86-64 and aarch64 (None: there is no such
 # call): new processes, threads and programs; signals to others; reading other processes' memory; sockets; memory
@@ -53,6 +53,44 @@ def _call(result: int, what: str) -> None:
 def die_with_parent() -> None:
     """Has this process killed when its parent ends, however the parent ends."""
     _call(_libc.prctl(_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
+
+
+def end_with_child() -> None:
+    """Continues in a child process; the calling process stays and, when the child ends, ends all that is left of it.
+
+    A process that leaves the session, or whose parent has ended, becomes a child of the calling process and is ended
+    too. SIGTERM ends them earlier, and so does the end of the calling process's parent.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    import signal  # slow; only a sandbox without isolation needs it
+
+    awaited = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    _call(_libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+    _call(_libc.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0), "prctl")
+    child = os.fork()
+    if not child:
+        die_with_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
+        return
+    while signal.sigwait(awaited) != signal.SIGTERM:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+    while True:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+                if parent == os.getpid():
+                    os.kill(int(name), signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            os._exit(0)
 
 
 def enter_namespaces(shown: list[str]) -> None:
@@ -106,10 +144,19 @@ def _new_root(sources: list[str], shown: list[str]) -> None:
             kept = os.statvfs(path).f_flag & _KEPT_FLAGS
             _mount(None, path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | kept)
     os.mkdir("/box")
-    _mount("box", "/box", "tmpfs", _NOSUID | _NODEV, "size=16m,nr_inodes=256,mode=777")
+    enter_box()
     _call(_libc.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
     _mount(None, "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+
+
+def enter_box() -> None:
+    """Makes an empty file system of 16 MB and 255 files the working folder, at /box.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    _mount("box", "/box", "tmpfs", _NOSUID | _NODEV, "size=16m,nr_inodes=256,mode=777")
     os.chdir("/box")
 
 

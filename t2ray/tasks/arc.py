@@ -100,7 +100,7 @@ def reward(completion: str, row: dict[str, Any]) -> float:
 def extract(completion: str, choices: Mapping[str, list[str]]) -> str | None:
     r"""Returns the one label that a text answers with, or None if it gives none or several.
 
-    It counts after the reasoning (`text.settled`), in either case ("b"). "The answer is B.", "\\boxed{B}", "Option B is
+    It counts after the reasoning (`text.settled`), in either case ("b"). "The answer is B.", "\boxed{B}", "Option B is
     correct" and "Therefore, (B)." count anywhere in the text, if all of them agree. Without them, the first or the last
     line must be the label alone ("B", "(B)"), or the first line must begin with the label before its choice or a reason
     ("B. sunlight", "B because ..."). "A or B" is no answer, nor is "2.5" for the label 2, nor prose that merely has a
@@ -127,7 +127,7 @@ class _Answers:
 
     def __init__(self, choices: Mapping[str, list[str]]) -> None:
         self.texts = {
-            label: _bare(re.sub(r"[{}]", " ", plain(text)))
+            label: _bare(re.sub(r"[{}]", " ", plain(str(text))))
             for label, text in zip(choices["label"], choices["text"], strict=True)
         }
         self.names = {label.lower(): label for label in self.texts}

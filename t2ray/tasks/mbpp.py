@@ -94,12 +94,13 @@ def reward(completion: str, row: dict[str, Any]) -> float:
     Raises:
         ResourceError: the sandbox cannot isolate code on this machine.
     """
-    imports, names = interface(row)
+    imports, names, classes = interface(row)
     code = extract(completion, names)
     if not code.strip():
         return -1.0
     setup = "\n".join([*imports, row["test_setup_code"]])
-    return 1.0 if sandbox.check(code, row["test_list"], names=names, setup=setup).passed else -1.0
+    verdict = sandbox.check(code, row["test_list"], names=names, classes=classes, setup=setup)
+    return 1.0 if verdict.passed else -1.0
 
 
 def extract(completion: str, names: Sequence[str]) -> str:
@@ -175,21 +176,22 @@ def _python_in(text: str) -> str:
     return text
 
 
-def interface(row: DataRow) -> tuple[list[str], list[str]]:
-    """Returns what the tests use of the reference solution: its import statements, and the names it defines.
+def interface(row: DataRow) -> tuple[list[str], list[str], list[str]]:
+    """Returns what the tests use of the reference solution: its import statements, the names it defines, its classes.
 
     The tests run with these imports, so that no candidate can give them another `math`. Only these names are taken from
     a candidate.
     """
     tests = _parse(row["test_setup_code"], *row["test_list"])
     used = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    imports, names = [], set()
+    imports, names, classes = [], set(), set()
     for node in _parse(row["code"]).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             if used & {(alias.asname or alias.name).partition(".")[0] for alias in node.names}:
                 imports.append(ast.unparse(node))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
+            classes |= {node.name} if isinstance(node, ast.ClassDef) else set()
         elif isinstance(node, ast.Assign):
             names |= {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
-    return imports, sorted(used & names)
+    return imports, sorted(used & names), sorted(used & classes)
