@@ -23,7 +23,8 @@ def main(url: str) -> None:
             model=model, temperature=0, messages=[{"role": "user", "content": question}]
         )
         mixture = answer.model_extra["t2ray"]["mixture"]
-        experts = ", ".join(f"{name} {weight:g}" for name, weight in mixture.items()) or "no expert"
+        heaviest = sorted(mixture.items(), key=lambda pair: -pair[1])
+        experts = ", ".join(f"{name} {weight:g}" for name, weight in heaviest) or "no expert"
         print(f"{model:24} {question:12} {answer.choices[0].message.content:14} {experts}")
 
 
