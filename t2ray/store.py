@@ -111,6 +111,16 @@ class Store:
         files = (info for info in infos if info.is_file and not info.base_name.startswith("."))
         return {info.path[len(self.root) :].lstrip("/"): (info.size, info.mtime_ns) for info in files}
 
+    def age_s(self, path: str) -> float:
+        """How many seconds ago a file was written, by the storage's own clock, which a file beside it tells."""
+        probe = f"{path}.{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"")
+        try:
+            then, now = self._info([f"{self.root}/{path}", f"{self.root}/{probe}"])
+            return (now.mtime_ns - then.mtime_ns) / 1e9 if then.is_file else 0.0
+        finally:
+            self.delete(probe)
+
     def read_bytes(self, path: str) -> bytes:
         """Returns the content of a file.
 
@@ -231,7 +241,7 @@ class Store:
                 raise Damaged("it is a folder") from None
             raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
 
-    def _info(self, what: str | fs.FileSelector) -> Any:
+    def _info(self, what: str | list[str] | fs.FileSelector) -> Any:
         try:
             return self.fs.get_file_info(what)
         except OSError as error:
