@@ -120,6 +120,16 @@ class Store:
         shown = (info for info in infos if not info.is_file or not info.base_name.startswith("."))
         return {self._relative(info.path): (info.size, info.mtime_ns) for info in shown}, unreadable
 
+    def age_s(self, path: str) -> float:
+        """How many seconds ago a file was written, by the storage's own clock, which a file beside it tells."""
+        probe = f"{path}.{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"")
+        try:
+            then, now = self._info([f"{self.root}/{path}", f"{self.root}/{probe}"])
+            return (now.mtime_ns - then.mtime_ns) / 1e9 if then.is_file else 0.0
+        finally:
+            self.delete(probe)
+
     def read_bytes(self, path: str) -> bytes:
         """Returns the content of a file.
 
@@ -256,7 +266,7 @@ class Store:
     def _relative(self, path: str) -> str:
         return path[len(self.root) :].lstrip("/")
 
-    def _info(self, what: str | fs.FileSelector) -> Any:
+    def _info(self, what: str | list[str] | fs.FileSelector) -> Any:
         try:
             return self.fs.get_file_info(what)
         except (OSError, ArrowInvalid, UnicodeError) as error:  # the last: a file's name in another encoding

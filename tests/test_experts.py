@@ -18,10 +18,12 @@ from pyarrow import fs
 from safetensors.torch import save_file
 
 from t2ray.adapters.factors import Factors, Target, decompose
+from t2ray.cli.main import main
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
 from t2ray.experts.exchange import export_expert, histogram, import_expert
+from t2ray.experts.follow import Follower
 from t2ray.experts.heatmap import HeatMap, mean_distance, mean_shift
-from t2ray.experts.registry import Expert, Registry
+from t2ray.experts.registry import SHIPPED, Expert, Registry
 from t2ray.store import Store
 
 BASE = "ab" * 16
@@ -184,6 +186,7 @@ def test_targets_and_shapes_that_the_factors_lack_are_refused(local: Registry) -
     [
         ("truncated", "damaged: .*cannot be read"),
         ("missing", "damaged: .*cannot be read"),
+        ("folder", "damaged: .*it is a folder"),
         ("shape", r"damaged: model\.layers\.0\.mlp\.up_proj has the shape \(2,\), not \(3,\)"),
         ("absent", r"damaged: model\.layers\.0\.mlp\.up_proj has the shape None"),
         ("nan", r"not finite, in model\.layers\.0\.mlp\.up_proj"),
@@ -197,11 +200,60 @@ def test_damaged_tensors_are_refused(damage: str, says: str, local: Registry, tm
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "missing":
         path.unlink()
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
     else:
         z[name] = torch.ones(2) if damage == "shape" else torch.full((3,), float("nan"))
         save_file({key: value for key, value in z.items() if (damage, key) != ("absent", name)}, path)
     with pytest.raises(ExpertError, match=says):
         local.load("math")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "another expert's", "another version's"])
+def test_tensors_that_are_not_the_manifests_are_refused_at_every_load(
+    damage: str, local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    base = factors.base_digest
+    local.save("math", vectors(2), base_digest=base)
+    local.save("math", vectors(0), base_digest=base)
+    local.save("code", vectors(1), base_digest=base)
+    export_expert(local.load("math"), tmp_path / "handed on")
+    follower = Follower(local, base, LAYOUT, lambda z: torch.cat(list(z.values())))
+    paths = [tmp_path / "experts/math/v0002/expert.safetensors", tmp_path / "handed on/expert.safetensors"]
+    for path in paths:
+        other = {"another expert's": "code/v0001", "another version's": "math/v0001"}.get(damage)
+        data = bytearray((tmp_path / f"experts/{other}/expert.safetensors" if other else path).read_bytes())
+        data[-1] ^= 0 if other else 1
+        path.write_bytes(data)
+    says = "damaged: its numbers are not those of its manifest's digest"
+    with pytest.raises(ExpertError, match=says):
+        local.load("math", layout=LAYOUT)
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "theirs", tmp_path / "handed on", factors)
+    follower.sync()
+    assert says in follower.snapshot.problems["math"] and list(follower.snapshot.tensors) == ["code"]
+
+
+def test_an_expert_without_a_digest_is_loaded_and_shown_as_unverified(
+    local: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    show = ["experts", "show", "math", "--experts", str(tmp_path / "experts")]
+    assert main(show) == 0
+    digest = local.manifest("math").digest
+    assert digest is not None and f"{digest}\n" in capsys.readouterr().out
+    manifest = json.loads(local.store.read_text("math/v0001/manifest.json"))
+    del manifest["digest"]
+    local.store.write_text("math/v0001/manifest.json", json.dumps(manifest))
+    assert equal(local.load("math"), vectors())
+    assert main(show) == 0
+    assert re.search(r"^digest +unverified$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_shipped_experts_have_digests() -> None:
+    registry = Registry(SHIPPED)
+    assert all(registry.load(name).manifest.digest for name in registry.names())
 
 
 @pytest.mark.parametrize(

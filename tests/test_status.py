@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from waiting import wait_until
 
 from t2ray.cli.main import main
@@ -17,9 +18,11 @@ from t2ray.cluster.train.faults import diagnosis
 from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.runs import heartbeat, status
+from t2ray.runs.folder import open_run
 from t2ray.runs.heartbeat import Heartbeat, heartbeats, note_fault, start_heartbeat
 from t2ray.runs.status import DomainStatus, read_status
 from t2ray.store import Store
+from t2ray.training.checkpoint import Checkpoint, Progress
 from t2ray.training.domain import domain_store
 
 SMALL = {"steps": 4, "prompts": 2, "samples": 2, "eval_every": 2, "eval_prompts": 2}
@@ -105,6 +108,46 @@ def test_domains_that_fail_are_told_beside_those_that_are_done(
     assert [(row["domain"], row["state"]) for row in rows] == [
         ("own", "failed"), ("second", "done"), ("third", "failed"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["cut", "a folder", "binary"])
+@pytest.mark.parametrize("name", [
+    "metrics.jsonl", "result.json", "fault.json", "workers/0.json", "notes.jsonl", "trackers.json",
+    "expert.safetensors", "checkpoints/step_000004.safetensors",
+])  # fmt: skip
+def test_no_damaged_file_of_a_domain_hides_the_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    config, store = job(tmp_path), domain_store(job(tmp_path), "own")
+    open_run(config)
+    tensors = {key: torch.ones(3) for key in ("p_K", "best_z_K", "exp_avg", "exp_avg_sq")}
+    for step in (2, 4):
+        Checkpoint(progress=Progress(step=step), tensors=tensors).save(store, config.digest)
+    store.write_tensors("expert.safetensors", tensors, {})
+    if name == "expert.safetensors":
+        store.write_text("result.json", '{"accuracy": 0.5, "base_accuracy": 0.25, "best_step": 3, "steps": 7}')
+    assert store.local is not None
+    path = store.local / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if how == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b'{"ra\n' if how == "cut" else b"\xff\x00\n{")
+    for flag in ([], ["--json"]):
+        assert main(["status", f"{config.out}/own", *flag]) == 0
+    said = capsys.readouterr().out
+    if name.partition(".")[0] in ("metrics", "result", "expert", "checkpoints/step_000004"):
+        assert f"own: {name}" in said and "--resume` mends what can be mended" in said
+    assert f"last checkpoint: step {2 if 'step' in name else 4}" in said or name == "expert.safetensors"
+
+
+def test_a_damaged_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for data in (b"", b"\xff", b"{}"):
+        (tmp_path / "config.json").write_bytes(data)
+        assert main(["status", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "config.json is not a configuration that this t2ray wrote" in said and said.count("\n") == 1
 
 
 def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -369,12 +369,15 @@ def gone(those: list[psutil.Process], *but: str) -> bool:
 
 def interrupt(of: subprocess.Popen[str], least: int) -> None:
     """Ctrl-C, which a terminal sends to the whole group: one line, exit code 130, at least `least` processes gone."""
+    ended(of, least, lambda: os.killpg(of.pid, signal.SIGINT), 130, "t2ray: interrupted\n")
+
+
+def ended(of: subprocess.Popen[str], least: int, end: Callable[[], None], code: int, line: str) -> None:
     children, start = processes(of), time.monotonic()
     assert len(children) >= least
-    os.killpg(of.pid, signal.SIGINT)
+    end()
     out, err = of.communicate(timeout=20)
-    assert of.returncode == 130, (out, err)
-    assert err == "t2ray: interrupted\n"
+    assert (of.returncode, err) == (code, line), out
     wait_for(lambda: gone(children), 5 - (time.monotonic() - start))
 
 
@@ -411,3 +414,55 @@ def test_an_interrupt_ends_a_job_without_workers_too(tmp_path: Path, driver: Dri
     interrupt(first, 1)
     with pytest.raises(RunError, match="go on with it by --resume"):
         train(config)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.long)])
+def test_sigterm_ends_a_job_as_an_interrupt_does(tmp_path: Path, driver: Driver, workers: int) -> None:
+    config = job(tmp_path, "run", "slow", steps=200, workers=workers)
+    first = driver(config)
+    wait_for(lambda: steps_done(config) >= 4 or first.poll() is not None)
+    ended(first, 5 if workers else 1, first.terminate, 143, "t2ray: terminated\n")
+    (status,) = read_status(config)
+    assert status.checkpoint is not None and status.checkpoint >= 3 and not status.damaged
+
+
+def test_a_killed_driver_is_followed_at_once_and_a_living_one_is_not(tmp_path: Path, driver: Driver) -> None:
+    config = job(tmp_path, "run", "slow", steps=20, workers=0, verifiers=0)
+    first = driver(config)
+    wait_for(lambda: steps_done(config) >= 4 or first.poll() is not None)
+    with pytest.raises(RunError, match=f"is trained by another driver: process {first.pid} on "):
+        train(config, resume=True)
+    first.kill()
+    first.wait()
+    start = time.monotonic()
+    seen: list[float] = []
+    train(config, resume=True, tick=lambda config: seen.append(time.monotonic() - start))
+    assert seen[0] < 15
+
+
+def test_one_of_two_drivers_that_start_at_once_is_refused(tmp_path: Path, driver: Driver) -> None:
+    config = job(tmp_path, "run", "short", steps=6, workers=0, verifiers=0)
+    both = [driver(config, "--resume"), driver(config, "--resume")]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    (line,) = "".join(errors).splitlines()
+    assert "is trained by another driver: process " in line
+
+
+def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
+    for name in ("t2ray.cli.options", "torch"):
+        code = f"""
+import sys, os, signal, importlib.abc
+class Interrupts(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {name!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+from t2ray.cli.main import main
+sys.exit(main(["train", sys.argv[1]]))
+"""
+        (tmp_path / "job.yaml").write_text(job(tmp_path, "run", "short").model_dump_json())
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "job.yaml")], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (130, "t2ray: interrupted\n")

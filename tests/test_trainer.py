@@ -24,14 +24,18 @@ from waiting import wait_until
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
+from t2ray.cluster.train.launch import train
 from t2ray.config.train import RLConfig, resolve
 from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
+from t2ray.experts.registry import Registry
 from t2ray.runs.folder import open_run, read_run
 from t2ray.runs.prepare import prepare
-from t2ray.store import Store
+from t2ray.runs.status import read_status
+from t2ray.store import Store, unseal
 from t2ray.training.checkpoint import FOLDER, latest
-from t2ray.training.domain import EXPERT, domain_store, finished, train_domain
-from t2ray.training.metrics import METRICS, StepMetrics, as_lines, read_metrics
+from t2ray.training.domain import EXPERT, RESULT, Result, domain_store, finished, train_domain
+from t2ray.training.loss import LossTerms
+from t2ray.training.metrics import METRICS, StepMetrics, as_lines, notes, read_metrics
 from t2ray.training.records import Records
 from t2ray.training.trainer import Trained, Trainer
 
@@ -257,7 +261,7 @@ def events(folder: Path, tag: str) -> dict[int, float]:
 def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
     run(trainer_of(model, tmp_path, settings()))
     rows = read_metrics(Store(tmp_path))
-    assert [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()] == [row.row() for row in rows]
+    assert [unseal(line) for line in (tmp_path / METRICS).read_text().splitlines()] == [row.row() for row in rows]
     assert [row.step for row in rows] == list(range(1, 8))
     for row in rows:
         validated = row.step in (2, 4, 6, 7)
@@ -304,6 +308,71 @@ def test_a_reward_that_fails_stops_the_run_and_leaves_its_checkpoints(model: Mod
     assert [row.step for row in read_metrics(Store(tmp_path))] == [1, 2, 3]
     stands = latest(Store(tmp_path), "abc")
     assert stands is not None and stands.progress.step == 2
+
+
+def test_a_damaged_newest_checkpoint_is_noted_and_changes_no_z(model: Model, tmp_path: Path) -> None:
+    trained = run(trainer_of(model, tmp_path / "whole", settings()))
+    with pytest.raises(Stopped):
+        run(trainer_of(model, tmp_path / "run", settings()), stop_after(5))
+    newest = tmp_path / "run" / FOLDER / "step_000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = trainer_of(model, tmp_path / "run", settings())
+    assert resumed.progress.step == 2
+    assert torch.equal(run(resumed).z_K, trained.z_K)
+    (line,) = notes(Store(tmp_path / "run"))
+    assert line.startswith("checkpoints/step_000004.safetensors is damaged") and line.endswith("went on after step 2")
+
+
+@pytest.mark.parametrize("what", ["gradient", "z"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_ends_the_run_with_the_last_finite_checkpoint(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float
+) -> None:
+    trainer = trainer_of(model, tmp_path, settings())
+
+    def update(*args: Any) -> tuple[LossTerms, float]:
+        done = Trainer.update(trainer, *args)
+        if args[-1] < 5:
+            return done
+        if what == "gradient":
+            return done[0], value
+        trainer.p_K.data[3] = value
+        return done
+
+    monkeypatch.setattr(trainer, "update", update)
+    with pytest.raises(RunError, match=r"^step 5: .*(is nan|is inf).*; the checkpoint before stands: lower rl\.lr"):
+        run(trainer)
+    assert [unseal(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1, 2, 3, 4]
+    stands = latest(Store(tmp_path), "abc")
+    assert stands is not None and stands.progress.step == 4
+    assert bool(model.adapter.bank["letters"].isfinite().all())
+
+
+def rewrite(path: Path, how: str) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    if how == "missing":
+        path.unlink()
+    else:
+        odd = {"flipped": lines[1].replace('"step": 2', '"step": 3'), "NaN": '{"step": 2, "kl": NaN}\n',
+               "cut": lines[1][:9] + "\n", "binary": "\udcff\n", "other keys": '{"a": 1}\n'}[how]  # fmt: skip
+        path.write_bytes("".join([lines[0], odd, *lines[2:]]).encode(errors="surrogateescape"))
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped", "NaN", "cut", "binary", "other keys"])
+def test_damaged_metrics_are_noted_and_the_run_goes_on(model: Model, tmp_path: Path, how: str) -> None:
+    with pytest.raises(Stopped):
+        run(trainer_of(model, tmp_path, settings()), stop_after(4))
+    rewrite(tmp_path / METRICS, how)
+    run(trainer_of(model, tmp_path, settings()))
+    first = [] if how == "missing" else [1, 3, 4]
+    assert [row.step for row in read_metrics(Store(tmp_path))] == [*first, 5, 6, 7]
+    (line,) = notes(Store(tmp_path))
+    assert METRICS in line and f"of steps 1 to 4 it holds {len(first)}" in line
+
+
+def test_metrics_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text(json.dumps(step_metrics(1).row()) + "\n")
+    assert read_metrics(Store(tmp_path)) == [step_metrics(1)]
 
 
 class FullAtStep4(Store):
@@ -457,3 +526,45 @@ def test_a_finished_domain_leaves_its_expert_and_figures(tiny_llama: Path, tmp_p
     assert set(z) == {f"model.layers.{i}.{kind}_proj" for i in range(2) for kind in (
         "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}  # fmt: skip
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in z.values())
+
+
+@pytest.mark.parametrize("name", [RESULT, EXPERT])
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+def test_a_result_or_an_expert_that_is_lost_is_made_again_from_the_checkpoint(
+    tiny_llama: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    config = job(tiny_llama, tmp_path, "one", workers=0)
+    results = train(config)
+    store = domain_store(config, "letters")
+    assert store.local is not None
+    path, before = store.local / name, store.read_bytes(EXPERT)
+    shutil.rmtree(tmp_path / "one" / "experts")
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if name == EXPERT else data.replace(b"7", b"8", 1))
+    if (name, how) != (RESULT, "missing"):
+        (found,) = read_status(config)
+        assert [line for line in found.damaged if name in line]
+    assert train(config, resume=True) == results and store.read_bytes(EXPERT) == before
+    (found,) = read_status(config)
+    assert found.state == "done" and not found.damaged
+    assert Registry(tmp_path / "one" / "experts").names() == ("letters",)
+
+
+def test_a_result_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    figures = {"accuracy": 0.5, "base_accuracy": 0.25, "best_step": 3, "steps": 7}
+    (tmp_path / RESULT).write_text(json.dumps(figures))
+    assert finished(Store(tmp_path)) == Result(**figures)
+
+
+def test_a_registry_keeps_an_expert_whose_run_has_lost_it(tiny_llama: Path, tmp_path: Path) -> None:
+    config = job(tiny_llama, tmp_path, "one", workers=0)
+    results = train(config)
+    store = domain_store(config, "letters")
+    store.delete(EXPERT)
+    store.delete(FOLDER)
+    assert train(config, resume=True) == results and not store.exists(EXPERT)

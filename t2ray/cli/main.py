@@ -1,17 +1,24 @@
 """The command line: the table of commands, and how each of them ends.
 
-A mistake of the user's ends with one line and exit code 2; an interrupt with 130. A command imports what it needs only
-after it has checked what it was given: help and errors come without torch, ray, transformers and fastapi.
+A mistake of the user's ends with one line and exit code 2; an interrupt with 130, SIGTERM with 143. A command imports
+what it needs only after it has checked what it was given: help and errors come without torch, ray, transformers and
+fastapi.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING
 
-from t2ray.cli.options import Parser
 from t2ray.core import T2RayError, __version__
+
+if TYPE_CHECKING:
+    from t2ray.cli.options import Parser
 
 COMMANDS = {
     "decompose": "Factor a model's projections into W = U diag(s) V^T.",
@@ -35,6 +42,18 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
+    terminated: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        """Ends what runs as Ctrl-C does, also where Ctrl-C is ignored, as in a shell's background."""
+        terminated.append(number)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
     try:
         args = build_parser().parse_args(argv)
         return int(args.command(args) or 0)
@@ -42,14 +61,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"t2ray: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("t2ray: interrupted", file=sys.stderr)
+        print(f"t2ray: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         sys.stderr.flush()
         sys.stdout.flush()
-        os._exit(130)  # threads that still wait for a cluster must not hold the exit back
+        os._exit(143 if terminated else 130)  # threads that still wait for a cluster must not hold the exit back
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def build_parser() -> Parser:
     """Every command; its options are added when it is asked for."""
+    from t2ray.cli.options import Parser  # here, where an interrupt is one line
+
     parser = Parser(
         prog="t2ray", description="Self-adaptive language models: SVF experts, trained by RL, mixed for every request."
     )

@@ -83,9 +83,9 @@ def _details(d: DomainStatus) -> list[str]:
 
 def _sweep(store: Store, *, as_json: bool) -> None:
     """How many trials are where, the best so far, and what failed."""
-    from t2ray.sweep.results import TRIALS
+    from t2ray.sweep.results import read_rows
 
-    rows = json.loads(store.read_text(TRIALS)) if store.exists(TRIALS) else []
+    rows = read_rows(store)
     if as_json:
         console.print_json(json.dumps(rows))
         return

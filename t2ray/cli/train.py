@@ -31,14 +31,18 @@ def run(args: argparse.Namespace) -> int:
     from t2ray.cli.display import TrainingDisplay
     from t2ray.cluster.train.launch import DomainsFailed, train
     from t2ray.training.domain import domain_store, finished
+    from t2ray.training.metrics import notes
 
-    failed = ""
+    failed, known = "", {(domain, line) for domain in config.domains for line in notes(domain_store(config, domain))}
     with TrainingDisplay() as display:
         try:
             train(config, resume=args.resume, tick=display.show)
         except DomainsFailed as error:
             failed = str(error)
     for domain in config.domains:
+        for line in notes(domain_store(config, domain)):
+            if (domain, line) not in known:
+                print(f"t2ray: warning: {domain}: {line}", file=sys.stderr)
         result = finished(domain_store(config, domain))
         if result is not None:
             console.print(

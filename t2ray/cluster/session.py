@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,7 +55,10 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         if re.fullmatch(r"[^/]+:\d+", address):
             _knock(address)
         more = private if address == "local" else {}
+        before = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=False, logging_level="error", **more)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own would end this process at once, with a stack
     except AuthenticationError:
         raise ResourceError(f"no token for the Ray cluster at {address}; {_TOKEN_REMEDY}") from None
     except RuntimeError as error:

@@ -249,10 +249,17 @@ class TrainConfig(Strict):
 
     def resume_fields(self) -> dict[str, Any]:
         """Everything but where things lie and how many processes do the work."""
-        fixed = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
-        # Ray unpacks a submitted job's files into a folder whose name changes with any of them.
-        text = re.sub(r'[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/', "", json.dumps(fixed))
-        return dict(json.loads(text))
+        return portable({key: value for key, value in self.model_dump(mode="json").items() if key not in FREE})
+
+
+def portable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values whose paths in a submitted job's working folder are relative to it.
+
+    Ray unpacks a job's files into a folder that it deletes, and whose name changes with any of them.
+    """
+    folder = r'"[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+'
+    text = re.sub(rf'{folder}/+(?=[^"])', '"', json.dumps(values))
+    return dict(json.loads(re.sub(rf'{folder}/*"', '"."', text)))
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

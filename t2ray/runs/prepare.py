@@ -29,7 +29,7 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
         T2RayError: the job, its data, its rewards or its model have a mistake.
     """
     config = _absolute(config)
-    _check_run(config, resume)
+    check_run(config, resume)
     _check_base(config)
     check_trackers(config)
     for domain in config.domains:
@@ -38,7 +38,8 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
     return config
 
 
-def _check_run(config: TrainConfig, resume: bool) -> None:
+def check_run(config: TrainConfig, resume: bool) -> None:
+    """Raises RunError if the run exists and `resume` is False, or if it was started with another configuration."""
     folder = f"{config.out}/{config.run}"
     if not Store(folder).exists(CONFIG):
         return
@@ -89,6 +90,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             "model": config.model if config.model == "tiny" else str(model),  # each node has its own "tiny"
             "out": out,
             "factors": str(Path(factors).absolute()),
+            "code": config.code and str(Path(config.code).absolute()),
             "experts": experts if "://" in experts else str(Path(experts).absolute()),
             "domains": domains,
         }

@@ -65,7 +65,7 @@ def _domain(config: TrainConfig, domain: str) -> DomainStatus:
     elif alive:
         state = "running"
     else:
-        state = "stopped" if rows or workers else "waiting"
+        state = "stopped" if rows or workers or steps(store) else "waiting"
     steps_all, checkpoint = config.domain_rl(domain).steps, max(steps(store), default=None)
     if state in ("failed", "stopped"):  # whoever resumes it wants to know where from
         try:

@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 
 from t2ray.config.files import dump_yaml
 from t2ray.config.search import SweepConfig, job_at, laid_over, value_at
+from t2ray.config.train import portable
 from t2ray.core import RunError
 from t2ray.store import Store
 from t2ray.sweep.space import Point, trial_id
 
 CONFIG, TRIALS, BEST = "sweep.json", "trials.json", "best.yaml"
+_REMEDY = "put back a copy of it, or sweep again under another run=NAME"
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
 ReportScore = Callable[[int, float], None]
 """What a running trial calls with its step and its score so far."""
@@ -70,7 +72,7 @@ def open_sweep(config: SweepConfig, *, resume: bool) -> dict[str, Trial]:
         raise RunError(
             f"sweep {config.run!r} exists in {store.uri}; go on with it by --resume, or choose another run=NAME"
         )
-    before, now = json.loads(store.read_text(CONFIG)), config.model_dump(mode="json")
+    before, now = portable(_read(store, CONFIG)), portable(config.model_dump(mode="json"))
     free = ("out", "at_once", "cpus", "gpus")
     differing = [key for key in now if key not in free and before.get(key) != now[key]]
     if differing:
@@ -78,11 +80,34 @@ def open_sweep(config: SweepConfig, *, resume: bool) -> dict[str, Trial]:
             f"sweep {config.run!r} was started with another {differing[0]}: {json.dumps(before.get(differing[0]))}, "
             f"now {json.dumps(now[differing[0]])}; use another run=NAME"
         )
-    rows = json.loads(store.read_text(TRIALS)) if store.exists(TRIALS) else []
-    trials = [Trial(**row | {"history": tuple(map(tuple, row["history"]))}) for row in rows]
+    try:
+        trials = [Trial(**row | {"history": tuple(map(tuple, row["history"]))}) for row in read_rows(store)]
+    except (TypeError, KeyError) as error:
+        raise RunError(f"{store.uri}/{TRIALS} is damaged ({error}); {_REMEDY}") from None
     # a trial that was running or had failed is tried again, from its checkpoints if it has some
     trials = [t if t.settled else replace(t, status="waiting", error=None) for t in trials]
     return {trial.id: trial for trial in trials}
+
+
+def read_rows(store: Store) -> list[dict[str, Any]]:
+    """The trials in a sweep's folder, as they were written.
+
+    Raises:
+        RunError: `trials.json` is damaged.
+    """
+    rows = _read(store, TRIALS) if store.exists(TRIALS) else []
+    if not isinstance(rows, list) or any(
+        not isinstance(row, dict) or not {"point", "seed", "status", "score", "error"} <= row.keys() for row in rows
+    ):
+        raise RunError(f"{store.uri}/{TRIALS} is damaged; {_REMEDY}")
+    return rows
+
+
+def _read(store: Store, name: str) -> Any:
+    try:
+        return json.loads(store.read_bytes(name))
+    except ValueError as error:
+        raise RunError(f"{store.uri}/{name} is damaged ({error}); {_REMEDY}") from None
 
 
 def save(config: SweepConfig, trials: Mapping[str, Trial]) -> None:
@@ -224,7 +249,7 @@ def best_yaml(config: SweepConfig, point: Point, scores: Sequence[float]) -> str
 
 
 def _dump(values: Mapping[str, Any]) -> str:
-    return dump_yaml(json.loads(json.dumps(values)))
+    return dump_yaml(portable(values))
 
 
 def _short(value: Any) -> str:

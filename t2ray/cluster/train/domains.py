@@ -22,7 +22,7 @@ from t2ray.cluster.train.worker import environment, work
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, T2RayError
 from t2ray.runs.heartbeat import heartbeats, note_fault
-from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
+from t2ray.training.checkpoint import steps
 from t2ray.training.domain import domain_store
 
 Tick = Callable[[TrainConfig], None]
@@ -49,7 +49,7 @@ class _Start:
 
     domain: str
     number: int
-    checkpoint: list[str]
+    checkpoint: int
     earlier: frozenset[float]
 
 
@@ -94,7 +94,7 @@ def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick:
 def _next_start(config: TrainConfig, domain: str, last: _Start | None = None) -> _Start:
     """Over days, many nodes may go: a domain that came to another checkpoint has a new count."""
     store = domain_store(config, domain)
-    newest = store.names(CHECKPOINTS)[-1:]
+    newest = max(steps(store), default=0)
     number = last.number + 1 if last is not None and newest == last.checkpoint else 1
     earlier = frozenset(beat.began for beat in heartbeats(store))
     return _Start(domain=domain, number=number, checkpoint=newest, earlier=earlier)

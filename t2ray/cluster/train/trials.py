@@ -27,6 +27,7 @@ from t2ray.training.metrics import read_metrics
 from t2ray.workbench import Workbench, find_place, open_workbench
 
 TRIALS = "trials"
+_LEFTOVER_S = 60.0  # a trial of a sweep that was killed may outlive it by some seconds
 _VERIFIERS = 1
 
 
@@ -50,7 +51,7 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
             best = [max(row.validation or 0.0 for row in rows[:told]) for rows in checked]
             report(max(rows[told - 1].step for rows in checked), fmean(best))
 
-    results = train(config, resume=True, tick=tick)
+    results = train(config, resume=True, tick=tick, wait_s=_LEFTOVER_S)
     return fmean(result.accuracy for result in results.values())
 
 

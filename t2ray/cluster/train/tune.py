@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,6 +25,7 @@ from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 from t2ray.cluster.session import session, slots
 from t2ray.config.search import Dimension, SweepConfig
 from t2ray.core import ConfigError, T2RayError
+from t2ray.runs.lease import lease
 from t2ray.store import Store
 from t2ray.sweep.results import ReportScore, Trial, finalists, open_sweep, save, start
 from t2ray.sweep.space import own_point, points
@@ -60,11 +62,13 @@ def sweep(
     """
     if config.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError("sampler optuna needs the extra: pip install 't2ray[optuna]'; or use random, grid or quasi")
-    known = open_sweep(config, resume=resume)
+    open_sweep(config, resume=resume)
     tried = points(config) if config.sampler != "optuna" else []
     count = len(tried) or config.trials
-    with session() as have:
+    with ExitStack() as stack, session() as have:
         at_once = min(slots(needs, have, f"a trial of sweep {config.run!r}"), config.at_once or count)
+        stack.enter_context(lease(f"{config.out}/{config.run}"))
+        known = open_sweep(config, resume=resume)  # as the driver before left it
         start(config)
         state = _State(config, known, count + min(config.finalists, count) * config.seeds, tick)
         go = partial(state.run, run, steps=steps, holds=holds, at_once=at_once)
