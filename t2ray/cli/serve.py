@@ -43,8 +43,7 @@ def add(p: Parser) -> None:
         type=float,
         default=30.0,
         metavar="SECONDS",
-        help="At a signal to end: how long running answers may take to finish, while new requests are refused. "
-        "Default: 30.",
+        help="At a signal to end: how long running answers may take to finish, while new requests are refused.",
     )
 
 

@@ -8,7 +8,7 @@ import time
 import ray
 
 KNOCK_S = 2.0
-LOST_S = 8.0
+LOST_S = 5.0
 """A head that is started anew, as one that keeps its state elsewhere can be, comes back within it."""
 
 
