@@ -67,6 +67,9 @@ class FakeBackend:
             ),
         }
         self.mixtures = {"sums": Mixture.of({"math": 0.7, "code": 0.2})}
+        self.default: Literal["cls", "prompt", "base"] = "cls"
+        self.strategies: tuple[str, ...] = ("prompt", "cls")
+        self.problems: dict[str, str] = {}
         self.adaptations: dict[str, Adaptation] = {}
         self.pace = pace
         self.go = asyncio.Event()
@@ -89,12 +92,13 @@ class FakeBackend:
     def catalog(self) -> Catalog:
         return Catalog(
             base="fake",
-            default="cls",
-            strategies=("prompt", "cls"),
+            default=self.default,
+            strategies=self.strategies,
             experts=dict(self.experts),
             mixtures=dict(self.mixtures),
             verifiers=("math", "exact"),
             context=CONTEXT,
+            problems=dict(self.problems),
         )
 
     async def dispatch(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -23,8 +24,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from t2ray.api import page, routes
-from t2ray.api.errors import SERVER, ErrorReply, Refusal, on_error, on_fault, on_gone, on_http
-from t2ray.api.guard import Guard
+from t2ray.api.backend import Backend
+from t2ray.api.errors import SERVER, ErrorReply, Refusal, on_error, on_fault, on_gone, on_http, refusal
+from t2ray.api.guard import Door, Guard
 from t2ray.api.keys import Keys
 from t2ray.api.routes import backend_of, refused, reply
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
@@ -32,7 +34,7 @@ from t2ray.config.serve import ApiConfig
 from t2ray.core import T2RayError, __version__
 
 HEALTH_S = 10.0  # the health check fails when its generation of one token takes longer
-FRESH_S = 1.0  # a good result is reused for so long: anyone may ask, and each check costs a generation
+FRESH_S = 1.0  # an outcome answers for so long
 
 monitoring = APIRouter()
 
@@ -48,6 +50,7 @@ def create_api(config: ApiConfig) -> FastAPI:
     app.state.config = config
     app.state.backend = None
     app.state.health = Health()
+    app.state.door = Door()
     app.include_router(routes.router)
     app.include_router(monitoring)
     app.include_router(page.router)
@@ -56,7 +59,7 @@ def create_api(config: ApiConfig) -> FastAPI:
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(ClientDisconnect, on_gone)
     app.add_exception_handler(Exception, on_fault)
-    app.add_middleware(Guard, config=config, keys=keys)
+    app.add_middleware(Guard, config=config, keys=keys, door=app.state.door)
     if config.cors_origins:  # outside the guard: a preflight request has no key, and scripts must see refusals too
         app.add_middleware(
             CORSMiddleware,
@@ -70,29 +73,43 @@ def create_api(config: ApiConfig) -> FastAPI:
 
 
 class Health:
-    """The health check: one generation answers all requests that ask at the same time."""
+    """The health check: one generation at a time, whose outcome answers all who ask meanwhile and for a second after.
+
+    Anyone may ask, and each check costs a generation, or `HEALTH_S` seconds where none ends.
+    """
 
     def __init__(self) -> None:
-        self._lock = asyncio.Lock()
-        self._good_until = 0.0
+        self._check: asyncio.Task[Refusal | None] | None = None
+        self._fresh_until = 0.0
 
     async def check(self, request: Request) -> None:
         """Returns if a generation of one token works.
 
         Raises:
-            Refusal: it did not end within `HEALTH_S` seconds, or there is no backend yet.
-            T2RayError: it failed.
+            Refusal: it failed or did not end within `HEALTH_S` seconds, the endpoint is ending, or there is no backend
+                yet.
         """
-        async with self._lock:
-            if time.monotonic() < self._good_until:
-                return
-            try:
-                async with asyncio.timeout(HEALTH_S):
-                    await backend_of(request).ready()
-            except TimeoutError:
-                message = f"no generation was finished within {HEALTH_S:g} s"
-                raise Refusal(status=503, message=message, type=SERVER, code="stalled", retry_after=5) from None
-            self._good_until = time.monotonic() + FRESH_S
+        backend = backend_of(request)
+        if request.app.state.door.closed:
+            raise request.app.state.door.refusal
+        if self._check is None or (self._check.done() and time.monotonic() > self._fresh_until):
+            self._check = asyncio.create_task(self._checked(backend))
+        bad = await asyncio.shield(self._check)  # who asked first may go
+        if bad is not None:
+            raise replace(bad)
+
+    async def _checked(self, backend: Backend) -> Refusal | None:
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                await backend.ready()
+        except TimeoutError:
+            message = f"no generation was finished within {HEALTH_S:g} s"
+            return Refusal(status=503, message=message, type=SERVER, code="stalled", retry_after=5)
+        except T2RayError as error:
+            return refusal(error)
+        finally:
+            self._fresh_until = time.monotonic() + FRESH_S
+        return None
 
 
 @monitoring.get(

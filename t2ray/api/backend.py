@@ -17,7 +17,7 @@ class ExpertInfo:
 
     `accuracy` is the greedy validation accuracy in 0..1, or None if it is not known. `created` is an ISO 8601 time.
     `labels` are those that a classification expert tells apart, in its order. `problem` says why the expert cannot be
-    used, or is None.
+    used, or is None; `version` is 0 if not even its manifest can be read.
     """
 
     name: str
@@ -29,6 +29,11 @@ class ExpertInfo:
     labels: tuple[str, ...] = ()
     problem: str | None = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether it answers requests when it is not damaged, as far as is known."""
+        return self.version > 0 and not self.classifies
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
@@ -36,7 +41,8 @@ class Catalog:
 
     `base` is the base model's name, `default` the strategy behind the model name `t2ray`. `strategies` are those that
     work with the present experts. `mixtures` holds the saved mixtures by name, `verifiers` the names that an adaptation
-    may use. `context` is the most tokens that a prompt and its answer may have together.
+    may use. `context` is the most tokens that a prompt and its answer may have together. `problems` says what is wrong
+    in the registry, by the names of experts that cannot be used and the paths of other entries; "." is all of it.
     """
 
     base: str
@@ -46,6 +52,7 @@ class Catalog:
     mixtures: Mapping[str, Mixture]
     verifiers: tuple[str, ...]
     context: int
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +78,7 @@ class EndpointLoad:
     """The endpoint's load now: `EndpointLoad(replicas=2, running=5, waiting=0, tokens_per_s=812.0, requests=1204)`.
 
     `requests` counts the requests finished since the replicas started, `aborted` those whose clients disconnected.
-    `kv_used` is the used share of the cache of keys and values, in 0..1.
+    `kv_used` is the used share of the cache of keys and values, in 0..1. `problems` are those of the registry.
     """
 
     replicas: int
@@ -81,6 +88,7 @@ class EndpointLoad:
     requests: int
     aborted: int = 0
     kv_used: float = 0.0
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
 """The ASGI middleware around every request: request id, API key, limit of running requests, headers, log line.
 
 Routes write into `Trace` what the log and the metrics say about their request. Running requests per key are counted in
-each ingress process by itself. Not here: what a role may do (`routes.py`).
+each ingress process by itself. A HEAD is answered as the GET of its path would be, without the body. Not here: what a
+role may do (`routes.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from t2ray.api.errors import Refusal
+from t2ray.api.errors import SERVER, Refusal
 from t2ray.api.keys import Key, Keys
 from t2ray.config.serve import ApiConfig
 
@@ -27,6 +28,7 @@ SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
 # Without keys, a web site could let its own name point to this machine and so reach the endpoint through a visitor's
 # browser. The browser sends that name as the host, so that only hosts of this form are served.
 OWN_HOST = re.compile(r"(localhost|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", re.IGNORECASE)
+CLOSED_S = 10  # what a refused client is asked to wait, in seconds: about as long as a new start takes
 OPEN = {"/", "/health", "/openapi.json"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -68,11 +70,31 @@ class Trace:
         return time.perf_counter() - self.started
 
 
+@dataclass(slots=True)
+class Door:
+    """Whether new requests come in, and how many are inside: `app.state.door`, which the endpoint closes at its end."""
+
+    closed: bool = False
+    inside: int = 0
+
+    @property
+    def refusal(self) -> Refusal:
+        """Answers a request that comes when the door is closed."""
+        return Refusal(
+            status=503,
+            message="the endpoint is ending; ask again when it has started anew",
+            type=SERVER,
+            code="ending",
+            retry_after=CLOSED_S,
+        )
+
+
 class Guard:
     """Wraps the application: admits or refuses each request, and records it."""
 
-    def __init__(self, app: ASGIApp, *, config: ApiConfig, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, *, config: ApiConfig, keys: Keys, door: Door) -> None:
         self._app = app
+        self._door = door
         self._config = config
         self._keys = keys
         self._running: Counter[str | None] = Counter()
@@ -91,18 +113,24 @@ class Guard:
                 trace.status = message["status"]
                 own = [(name.encode(), value.encode()) for name, value in trace.headers.items()]
                 message["headers"] = [*message.get("headers", ()), *own]
+            elif head:
+                message["body"] = b""
             await send(message)
 
-        app = self._admit(scope, headers, trace)
+        head = scope["method"] == "HEAD"
+        asked: Scope = {**scope, "method": "GET"} if head else scope
+        app = self._admit(asked, headers, trace)
         self._running[trace.slot] += 1
+        self._door.inside += 1
         try:
-            await app(scope, receive, reply)
+            await app(asked, receive, reply)
         except Exception as error:
             trace.status, trace.error = 500, type(error).__name__
             raise
         finally:
             self._running[trace.slot] -= 1
-            self._record(scope, trace)
+            self._door.inside -= 1
+            self._record({**asked, "method": scope["method"]}, trace)
 
     def _admit(self, scope: Scope, headers: Headers, trace: Trace) -> ASGIApp:
         """Returns the application, or the response that refuses the request. All paths that are not open need a key."""
@@ -132,6 +160,8 @@ class Guard:
                 ),
             )
         trace.key = key
+        if self._door.closed and scope["method"] != "GET":
+            return self._refuse(trace, self._door.refusal)
         if scope["method"] != "POST":  # reads of the page and of monitors cost little and must work under load
             return self._app
         if self._running[key.name] >= self._config.max_streams:

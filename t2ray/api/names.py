@@ -54,6 +54,8 @@ def resolve(model: str, catalog: Catalog, *, broken: bool = False) -> Route:
         raise unknown(model, catalog)
     if name in STRATEGIES:
         if name not in catalog.strategies:
+            if name == "cls":  # one that is damaged is named
+                usable(Mixture.of({info.name: 1.0 for info in catalog.experts.values() if info.classifies}), catalog)
             raise unknown(model, catalog, why="there is no classification expert" if name == "cls" else "")
         return Route(kind="strategy", strategy=name)
     if name == "base":
@@ -107,7 +109,8 @@ def known_expert(name: str, catalog: Catalog, param: str | None = None) -> Exper
 
 def names(catalog: Catalog) -> Iterable[str]:
     """Yields all model names except mixtures in the form `t2ray:a:0.7,b:0.3`, of which there is no end."""
-    yield "t2ray"
+    if catalog.default in (*catalog.strategies, "base"):
+        yield "t2ray"
     yield from (f"t2ray:{name}" for name in STRATEGIES if name in catalog.strategies)
     yield "t2ray:base"
     yield from (f"t2ray:{name}:1" if name in RESERVED else f"t2ray:{name}" for name in catalog.experts)

@@ -5,6 +5,7 @@ The dataclasses are also the response schemas of `/openapi.json`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -46,9 +47,10 @@ class ModelsReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsReply:
-    """The list of all experts."""
+    """The list of all experts, and what is wrong in the registry (`Catalog.problems`)."""
 
     data: list[ExpertInfo]
+    problems: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +135,13 @@ def model_reply(model: str, catalog: Catalog) -> ModelReply:
     experts = [catalog.experts[name] for name in names if name in catalog.experts]
     problems = [f"expert {expert.name!r}: {expert.problem}" for expert in experts if expert.problem]
     problems += [f"there is no expert {name!r}" for name in names if name not in catalog.experts]
-    created = max((expert.created for expert in experts), default="")
+    try:
+        created = int(datetime.fromisoformat(max((expert.created for expert in experts), default="")).timestamp())
+    except (ValueError, OverflowError):  # none, or what a manifest from elsewhere says
+        created = 0
     return ModelReply(
         id=model,
-        created=int(datetime.fromisoformat(created).timestamp()) if created else 0,
+        created=created,
         t2ray=ModelExtension(
             kind=route.kind,
             strategy=route.strategy,

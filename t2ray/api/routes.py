@@ -138,8 +138,9 @@ async def model(request: Request, model: str) -> Response:
 
 @router.get("/experts", response_model=ExpertsReply, responses=refused())
 async def experts(request: Request) -> Response:
-    """Lists all experts; an expert that cannot be used says why in `problem`."""
-    return reply(ExpertsReply(data=list(backend_of(request).catalog().experts.values())))
+    """Lists all experts; one that cannot be used says why in `problem`, and `problems` has whatever is wrong."""
+    catalog = backend_of(request).catalog()
+    return reply(ExpertsReply(data=list(catalog.experts.values()), problems=catalog.problems))
 
 
 @router.get("/experts/{name}", response_model=ExpertReply, responses=refused(404))

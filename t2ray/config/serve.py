@@ -84,6 +84,11 @@ class ServeConfig(Strict):
         description="What answers under the model name `t2ray`; without one, cls where there is a classification "
         "expert, prompt where there are other experts, else base.",
     )
+    on_damaged: Literal["error", "base"] = Field(
+        "error",
+        description="What a request gets that a strategy dispatches to an expert which cannot be used: an error that "
+        "names the expert, or the base model's answer.",
+    )
     poll_s: float = Field(1.0, gt=0, description="Seconds from one look into the registry to the next.")
     engine: EngineConfig = Field(EngineConfig(), description="Settings of the engine of each replica.")
     api: ApiConfig = Field(ApiConfig(), description="Keys and limits of the API.")

@@ -18,7 +18,7 @@ from t2ray.adapt.cem import Round
 from t2ray.adapt.fewshot import fewshot
 from t2ray.api.backend import Adaptation, AdaptationRequest
 from t2ray.cluster.serve.catalog import Watch
-from t2ray.cluster.serve.handles import retried
+from t2ray.cluster.serve.handles import asked, told
 from t2ray.config.files import nearest, validate
 from t2ray.config.search import CEMConfig
 from t2ray.config.serve import VERIFIERS, ServeConfig
@@ -52,6 +52,7 @@ class Searcher:
         self._searches: OrderedDict[str, Adaptation] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @told
     async def adapt(self, request: AdaptationRequest) -> Adaptation:
         """Starts a few-shot search (paper section 3.2, c).
 
@@ -85,6 +86,7 @@ class Searcher:
         task.add_done_callback(self._tasks.discard)
         return search
 
+    @told
     async def adaptation(self, id: str) -> Adaptation:
         """Where a search stands.
 
@@ -121,7 +123,7 @@ class Searcher:
                 "accuracy": found.accuracy,
                 "verifier": request.verifier,
             }
-            await retried(lambda: self.generator.save_mixture.remote(request.name, found.mixture, meta))
+            await asked(self.generator.save_mixture, request.name, found.mixture, meta)
         except T2RayError as error:
             self._note(id, status="failed", error=str(error))
             return
@@ -170,7 +172,7 @@ class _Together:
         more = (self.sampling,) if method == "generate_many" else ()
         results: list[Any] | None = None
         try:
-            results = await retried(lambda: getattr(self.generator, method).remote(requests, *more))
+            results = await asked(getattr(self.generator, method), requests, *more)
         except T2RayError as error:
             for _, done in chunk:
                 if not done.done():
