@@ -113,6 +113,27 @@ def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(engine: Online
     assert alone.token_ids == among.token_ids != other.token_ids
 
 
+def test_both_engines_choose_alike_by_every_parameter(engine: OnlineEngine) -> None:
+    hot: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "seed": 5}
+    many = [
+        SamplingParams(**hot | other)
+        for other in (
+            {"top_k": 3}, {"min_p": 0.2}, {"top_p": 0.7, "top_k": 5}, {"presence_penalty": 2.0},
+            {"frequency_penalty": -2.0}, {"logit_bias": ((70, 8.0), (71, -100.0))}, {"temperature": 0.0},
+            {"temperature": 0.0, "frequency_penalty": 2.0},
+        )
+    ]  # fmt: skip
+
+    async def all_at_once(engine: OnlineEngine | OfflineEngine) -> list[tuple[int, ...]]:
+        calls = [engine.generate(user("why?"), MIXTURES[0], sampling) for sampling in many]
+        return [answer.token_ids for answer in await asyncio.gather(*calls)]
+
+    online, offline = run(lambda: all_at_once(engine)), run(lambda: all_at_once(OfflineEngine(engine.model)))
+    assert online == offline and len(set(online)) >= 7
+    with pytest.raises(ConfigError, match=r"logit_bias has the token 999; the model's tokens are 0\.\."):
+        run(lambda: engine.generate(user("why?"), MIXTURES[0], SamplingParams(logit_bias=((999, 1.0),))))
+
+
 def test_a_stream_adds_up_to_the_whole_answer(engine: OnlineEngine) -> None:
     async def compare() -> None:
         for seed in range(6):

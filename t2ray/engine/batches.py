@@ -55,16 +55,20 @@ class Request:
         return len(self.prompt_ids) + answer
 
 
-def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
-    """The ids of a prompt (`Chat.ids`).
+def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
+    """The ids of a prompt (`Chat.ids`) that is answered with a `bias` of some tokens.
 
     Raises:
-        ConfigError: the prompt has no tokens, or the model's chat template refuses it.
+        ConfigError: the prompt has no tokens or unknown ones, or the model's chat template refuses it.
         ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
     """
     ids = model.chat.ids(prompt)
     if not ids:
         raise ConfigError("the prompt is empty: it has no tokens; write something")
+    vocabulary = model.hf.get_input_embeddings().num_embeddings
+    for what, tokens in (("the prompt", ids), ("logit_bias", [id for id, _ in bias])):
+        if wrong := [id for id in tokens if not 0 <= id < vocabulary]:
+            raise ConfigError(f"{what} has the token {wrong[0]}; the model's tokens are 0..{vocabulary - 1}")
     if len(ids) + answer > model.context:
         raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "

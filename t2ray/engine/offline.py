@@ -69,7 +69,7 @@ class OfflineEngine:
 
     async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `Engine.generate`."""
-        ids = prompt_ids(self.model, prompt, sampling.max_tokens)
+        ids = prompt_ids(self.model, prompt, sampling.max_tokens, sampling.logit_bias)
         completion = await self._batched(
             Request(prompt_ids=ids, mixture=mixture, continues=isinstance(prompt, str), sampling=sampling)
         )

@@ -108,7 +108,7 @@ class OnlineEngine:
         )
 
     def _submit(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> Row:
-        ids = prompt_ids(self.model, prompt, sampling.max_tokens)
+        ids = prompt_ids(self.model, prompt, sampling.max_tokens, sampling.logit_bias)
         if len(ids) + sampling.max_tokens > self.config.kv_tokens:
             raise ContextExceeded(
                 f"a prompt of {len(ids)} tokens and {sampling.max_tokens} for the answer exceed the engine's cache "
