@@ -96,10 +96,10 @@ class SamplingParams:
     """How to continue a prompt: `SamplingParams(max_tokens=32, temperature=1.0, seed=7)`.
 
     `temperature=0` is greedy. Penalties (by the answer so far) and `logit_bias` change the logits; then `top_k` (0:
-    all), `min_p` (a share of the likeliest token's) and `top_p` cut off what is unlikely. With a `seed`, the text depends on prompt,
-    mixture and seed alone, whatever else is in the batch. `ignore_eos` goes on past the model's end token, up to
-    `max_tokens`, for load tests. `top_logprobs` likeliest tokens beside each chosen one are recorded, by one engine.
-    With `to_end`, the answer may go on to the end of the context: then `max_tokens` is lowered to what has room.
+    all), `min_p` (a share of the likeliest token's) and `top_p` cut off what is unlikely. With a `seed`, the text
+    depends on prompt, mixture and seed alone, whatever else is in the batch. `ignore_eos` goes on past the model's end
+    token, up to `max_tokens`, for load tests. The continuous engine records `top_logprobs` of the likeliest tokens
+    beside each chosen one. With `to_end`, `max_tokens` is lowered to what the context has room for.
     """
 
     max_tokens: int = 64

@@ -153,7 +153,8 @@ def test_what_a_request_says_reaches_the_engine() -> None:
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.0)
     _, mixture, sampling = backend.calls[2]
     assert mixture == Mixture.base()
-    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (64, 1.0, 1.0, None)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (1024, 1.0, 1.0, None)
+    assert sampling.to_end and not backend.calls[0][2].to_end
     assert not sampling.ignore_eos and not sampling.top_logprobs
 
 

@@ -21,6 +21,7 @@ from t2ray.config.serve import EngineConfig
 from t2ray.core import (
     Completion,
     ConfigError,
+    ContextExceeded,
     Delta,
     ExpertError,
     GenerationError,
@@ -262,6 +263,17 @@ def test_a_prompt_that_cannot_fit_and_an_unknown_expert_are_refused_before_anyth
 
         run(refused)
         assert engine.stats.steps == 0
+
+
+def test_an_answer_without_a_limit_of_its_own_goes_on_to_the_end_of_what_has_room(model: Model) -> None:
+    free = SamplingParams(max_tokens=1000, ignore_eos=True, to_end=True)
+    for engine in started(model, EngineConfig(kv_tokens=64, batch_tokens=64, batch_rows=4)):
+        answer = run(lambda engine=engine: engine.generate("abcd", Mixture.base(), free))
+        assert len(answer.tokens) == 60 and answer.finish_reason == "length"
+        with pytest.raises(ContextExceeded, match="cache of 64 tokens"):
+            run(lambda engine=engine: engine.generate("x" * 64, Mixture.base(), free))
+    offline = OfflineEngine(model)
+    assert len(run(lambda: offline.generate("x" * 500, Mixture.base(), free)).tokens) == 12
 
 
 def test_a_cache_too_small_for_all_serves_all_in_turn(model: Model) -> None:

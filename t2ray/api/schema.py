@@ -169,6 +169,11 @@ class Generation(Body):
         return self
 
     @property
+    def limit(self) -> str | None:
+        """The parameter that says how long the answer may be, if one does."""
+        return next((name for name in ("max_tokens", "max_completion_tokens") if getattr(self, name, None)), None)
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from os.path import commonprefix
@@ -53,6 +53,16 @@ class Request:
     def tokens(self) -> int:
         answer = self.sampling.max_tokens if self.sampling else max(map(len, self.labels)) * len(self.labels)
         return len(self.prompt_ids) + answer
+
+
+def fitting(
+    model: Model, prompt: Prompt, sampling: SamplingParams, context: int
+) -> tuple[tuple[int, ...], SamplingParams]:
+    """The ids of a prompt, and its sampling with `max_tokens` that fit; raises as `prompt_ids` does."""
+    ids = prompt_ids(model, prompt, 1 if sampling.to_end else sampling.max_tokens, sampling.logit_bias)
+    if sampling.to_end:
+        sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, context - len(ids))))
+    return ids, sampling
 
 
 def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
