@@ -12,11 +12,12 @@ from typing import Any, Literal, Protocol
 
 __version__ = "0.1.0"
 
-# No error has an own __init__: Ray must be able to unpickle it on the driver.
-
 
 class T2RayError(Exception):
-    """The root of every error that t2ray raises for a mistake that a user can mend."""
+    """The root of every error that t2ray raises for a mistake that a user can mend.
+
+    No error has an own __init__: Ray must be able to unpickle it on the driver.
+    """
 
     def __str__(self) -> str:  # KeyError would print its message in quotes
         return str(self.args[0]) if self.args else ""
@@ -93,28 +94,41 @@ def user(content: str) -> tuple[Message, ...]:
 class SamplingParams:
     """How to continue a prompt: `SamplingParams(max_tokens=32, temperature=1.0, seed=7)`.
 
-    `temperature=0` is greedy. With a `seed`, the text depends on the prompt, the mixture and the seed alone, whatever
-    else is in the batch. `ignore_eos` goes on past the model's end token, up to `max_tokens`: what a load test needs.
-    `top_logprobs` asks for so many of the likeliest tokens beside each chosen one; the continuous engine records them.
+    `temperature=0` is greedy. Penalties (by the answer so far) and `logit_bias` change the logits; then `top_k` (0:
+    all), `min_p` (a share of the likeliest token's) and `top_p` cut off what is unlikely. With a `seed`, the text
+    depends on prompt, mixture and seed alone, whatever else is in the batch. `ignore_eos` goes on past the model's end
+    token, up to `max_tokens`, for load tests. The continuous engine records `top_logprobs` of the likeliest tokens
+    beside each chosen one. With `to_end`, `max_tokens` is lowered to what the context has room for.
     """
 
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    to_end: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.top_logprobs <= 20:
-            raise ConfigError(f"top_logprobs is {self.top_logprobs}; it must lie in 0..20")
+        for name, fine, rule in (
+            ("max_tokens", self.max_tokens >= 1, "be at least 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "be 0 (greedy) or a positive number"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be at least 1, or 0 for all tokens"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "lie in 0..1"),
+            ("presence_penalty", abs(self.presence_penalty) <= 2.0, "lie in -2..2"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 2.0, "lie in -2..2"),
+            ("logit_bias", all(id >= 0 and abs(b) <= 100.0 for id, b in self.logit_bias), "be ids and -100..100"),
+            ("top_logprobs", 0 <= self.top_logprobs <= 20, "lie in 0..20"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must {rule}")
 
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -127,9 +141,8 @@ def check_name(name: str, what: str = "expert") -> str:
         ConfigError: it does not match `[a-z0-9][a-z0-9._-]{0,62}`, so that it could not be a folder's name everywhere.
     """
     if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} cannot name a {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
-        )
+        allowed = "1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+        raise ConfigError(f"{name!r} cannot name a {what}: use {allowed}")
     return name
 
 
@@ -213,12 +226,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One generated answer.
-
-    `Completion(prompt_ids=(1, 45, 9), tokens=(Token(id=30, text="42", logprob=-0.1), ...), text="42",
-    finish_reason="stop", mixture=Mixture.parse("math"))`. `tokens` are the sampled ones, a sampled end token included.
-    The loss uses their ids: text is never tokenised again.
-    """
+    """One generated answer. `tokens` are the sampled ones, a sampled end token included; the loss uses their ids."""
 
     prompt_ids: tuple[int, ...]
     tokens: tuple[Token, ...]
@@ -238,11 +246,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What a stream adds to an answer: some text, the tokens behind it, and in the last delta why the answer ended.
-
-    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9)`. A text that may be the
-    beginning of a stop string is held back, so that `text` can lag behind `tokens`.
-    """
+    """What a stream adds to an answer; a possible beginning of a stop string is held back from `text`."""
 
     text: str
     tokens: tuple[Token, ...] = ()
@@ -279,10 +283,7 @@ class Rollout:
 
 
 class Generate(Protocol):
-    """Answers a prompt with a mixture. Engines, handles of an endpoint and `FakeGenerate` satisfy it.
-
-    Calls that are awaited together (`asyncio.gather`) share a batch.
-    """
+    """Answers a prompt with a mixture, as engines and `FakeGenerate` do; calls awaited together share a batch."""
 
     async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 

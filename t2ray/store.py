@@ -1,12 +1,11 @@
 """Bytes, text and tensors under a URI: a local folder, `s3://bucket/path` or `gs://bucket/path` (pyarrow.fs).
 
 A file is whole or absent: it is written under a temporary name beside its place and then moved. Tensors are stored as
-safetensors, never as pickles. What must not change unnoticed carries a digest of itself (`digest_of`, `seal`).
+safetensors, never as pickles.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -22,53 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 
 from t2ray.core import ConfigError, ResourceError
+from t2ray.integrity import Damaged
 
 DEPTH = 4  # of folders that are listed one by one, which a link to a folder above itself could make endless
 STALE_S = 3600.0  # a temporary file older than this was left by a writer that died
-
-
-class Damaged(ValueError):
-    """A file that does not hold what was written into it; says what is wrong with it."""
-
-
-def digest_of(tensors: Mapping[str, torch.Tensor], *texts: str) -> str:
-    """The digest of tensors with their names, types and shapes, in whatever order, and of texts: 32 hex digits."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    digest.update(json.dumps(texts).encode())
-    return digest.hexdigest()
-
-
-def seal(values: Mapping[str, Any], indent: int | None = None) -> str:
-    """A JSON object that ends with a digest of its other values; NaN and Infinity are refused, as JSON has neither."""
-    return json.dumps({**values, "digest": _digest_of_values(values)}, allow_nan=False, indent=indent)
-
-
-def unseal(text: str | bytes) -> dict[str, Any]:
-    """The values that `seal` wrote; those of a JSON object without a digest, which earlier versions wrote, too.
-
-    Raises:
-        Damaged: it is no such object, holds NaN or Infinity, or has the digest of other values.
-    """
-    try:
-        values = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
-        raise Damaged("it is no JSON" if isinstance(error, json.JSONDecodeError) else str(error)) from None
-    if not isinstance(values, dict):
-        raise Damaged("it is no JSON object")
-    if values.pop("digest", None) not in (None, _digest_of_values(values)):
-        raise Damaged("its digest belongs to other values")
-    return values
-
-
-def _no_number(word: str) -> None:
-    raise ValueError(f"it holds {word}, which is no number of JSON")
-
-
-def _digest_of_values(values: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 class Store:
@@ -109,15 +65,13 @@ class Store:
     def tree(self) -> tuple[dict[str, tuple[int | None, int]], dict[str, str]]:
         """All under the URI but hidden files: path -> (size in bytes, None for a folder; time of change in ns).
 
-        One listing tells it. Where that fails, folders are listed one by one, and those that cannot be listed come
-        second, each with the reason.
+        Second come the folders that cannot be listed, each with the reason.
 
         Raises:
             ResourceError: the URI itself cannot be listed, or is a local folder that does not exist.
         """
         unreadable: dict[str, str] = {}
-        infos = self._walk(self.root, unreadable)
-        shown = (info for info in infos if not info.is_file or not info.base_name.startswith("."))
+        shown = (i for i in self._walk(self.root, unreadable) if not i.is_file or not i.base_name.startswith("."))
         return {self._relative(info.path): (info.size, info.mtime_ns) for info in shown}, unreadable
 
     def age_s(self, path: str) -> float:
@@ -251,6 +205,7 @@ class Store:
             raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
 
     def _walk(self, folder: str, unreadable: dict[str, str], depth: int = DEPTH) -> list[Any]:
+        """One listing; where that fails, folder by folder."""
         absent = self.local is None or folder != self.root  # an object store has no folder where there is no file
         try:
             return list(self._info(fs.FileSelector(folder, recursive=True, allow_not_found=absent)))

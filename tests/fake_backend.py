@@ -26,7 +26,7 @@ from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, EndpointLo
 from t2ray.config.serve import ApiConfig
 from t2ray.core import (
     Completion,
-    ConfigError,
+    ContextExceeded,
     Delta,
     ExpertError,
     Message,
@@ -130,8 +130,9 @@ class FakeBackend:
         self.calls.append((prompt, mixture, sampling))
         text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
         prompt_tokens = len(text.split())
-        if prompt_tokens + sampling.max_tokens > CONTEXT:
-            raise ConfigError(f"{prompt_tokens} + {sampling.max_tokens} tokens do not fit into {CONTEXT}")
+        answer = 1 if sampling.to_end else sampling.max_tokens
+        if prompt_tokens + answer > CONTEXT:
+            raise ContextExceeded("too long", prompt_tokens, answer, CONTEXT)
         self.running.add(number)
         self.idle.clear()
         done = False

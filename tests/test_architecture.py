@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("t2ray.adapters",),
     ("t2ray.models",),
     ("t2ray.config", "t2ray.store", "t2ray.prompts", "t2ray.testing"),
+    ("t2ray.integrity",),
     ("t2ray.core",),
 )
 

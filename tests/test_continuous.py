@@ -21,6 +21,7 @@ from t2ray.config.serve import EngineConfig
 from t2ray.core import (
     Completion,
     ConfigError,
+    ContextExceeded,
     Delta,
     ExpertError,
     GenerationError,
@@ -111,6 +112,27 @@ def test_a_seed_gives_the_same_text_whatever_else_is_in_the_batch(engine: Online
 
     alone, among, other = run(draws)
     assert alone.token_ids == among.token_ids != other.token_ids
+
+
+def test_both_engines_choose_alike_by_every_parameter(engine: OnlineEngine) -> None:
+    hot: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "seed": 5}
+    many = [
+        SamplingParams(**hot | other)
+        for other in (
+            {"top_k": 3}, {"min_p": 0.2}, {"top_p": 0.7, "top_k": 5}, {"presence_penalty": 2.0},
+            {"frequency_penalty": -2.0}, {"logit_bias": ((70, 8.0), (71, -100.0))}, {"temperature": 0.0},
+            {"temperature": 0.0, "frequency_penalty": 2.0},
+        )
+    ]  # fmt: skip
+
+    async def all_at_once(engine: OnlineEngine | OfflineEngine) -> list[tuple[int, ...]]:
+        calls = [engine.generate(user("why?"), MIXTURES[0], sampling) for sampling in many]
+        return [answer.token_ids for answer in await asyncio.gather(*calls)]
+
+    online, offline = run(lambda: all_at_once(engine)), run(lambda: all_at_once(OfflineEngine(engine.model)))
+    assert online == offline and len(set(online)) >= 7
+    with pytest.raises(ConfigError, match=r"logit_bias has the token 999; the model's tokens are 0\.\."):
+        run(lambda: engine.generate(user("why?"), MIXTURES[0], SamplingParams(logit_bias=((999, 1.0),))))
 
 
 def test_a_stream_adds_up_to_the_whole_answer(engine: OnlineEngine) -> None:
@@ -241,6 +263,17 @@ def test_a_prompt_that_cannot_fit_and_an_unknown_expert_are_refused_before_anyth
 
         run(refused)
         assert engine.stats.steps == 0
+
+
+def test_an_answer_without_a_limit_of_its_own_goes_on_to_the_end_of_what_has_room(model: Model) -> None:
+    free = SamplingParams(max_tokens=1000, ignore_eos=True, to_end=True)
+    for engine in started(model, EngineConfig(kv_tokens=64, batch_tokens=64, batch_rows=4)):
+        answer = run(lambda engine=engine: engine.generate("abcd", Mixture.base(), free))
+        assert len(answer.tokens) == 60 and answer.finish_reason == "length"
+        with pytest.raises(ContextExceeded, match="cache of 64 tokens"):
+            run(lambda engine=engine: engine.generate("x" * 64, Mixture.base(), free))
+    offline = OfflineEngine(model)
+    assert len(run(lambda: offline.generate("x" * 500, Mixture.base(), free)).tokens) == 12
 
 
 def test_a_cache_too_small_for_all_serves_all_in_turn(model: Model) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,10 +228,7 @@ LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 
 def drawn(sampling: SamplingParams, rows: int = 4000) -> list[float]:
     """The share of each token of `LOGITS` in `rows` first tokens, seeds 0, 1, ..."""
-    params = [
-        SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, seed=i, max_tokens=1)
-        for i in range(rows)
-    ]
+    params = [replace(sampling, seed=i, max_tokens=1) for i in range(rows)]
     scores = RowSampler(params, torch.device("cpu"))(torch.zeros(rows, 1, dtype=torch.long), LOGITS.repeat(rows, 1))
     assert int(scores.isfinite().sum()) == rows  # one token a row
     counts = Counter(scores.argmax(-1).tolist())
@@ -238,22 +236,30 @@ def drawn(sampling: SamplingParams, rows: int = 4000) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("temperature", "others", "expected"),
     [
-        (1.0, 1.0, [0.5, 0.25, 0.125, 0.125]),
-        (0.5, 1.0, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),  # p^2, normalised
-        (1.0, 0.75, [2 / 3, 1 / 3, 0.0, 0.0]),  # the two that reach 0.75
-        (1.0, 0.8, [4 / 7, 2 / 7, 1 / 7, 0.0]),  # the third reaches beyond 0.8
-        (1.0, 0.5, [1.0, 0.0, 0.0, 0.0]),
-        (0.5, 0.8, [0.8, 0.2, 0.0, 0.0]),  # the temperature first
-        (0.0, 1.0, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, {}, [0.5, 0.25, 0.125, 0.125]),
+        (0.5, {}, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),  # p^2, normalised
+        (1.0, {"top_p": 0.75}, [2 / 3, 1 / 3, 0.0, 0.0]),  # the two that reach 0.75
+        (1.0, {"top_p": 0.8}, [4 / 7, 2 / 7, 1 / 7, 0.0]),  # the third reaches beyond 0.8
+        (1.0, {"top_p": 0.5}, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, {"top_p": 1e-60}, [1.0, 0.0, 0.0, 0.0]),  # the likeliest stays
+        (0.5, {"top_p": 0.8}, [0.8, 0.2, 0.0, 0.0]),  # the temperature first
+        (0.0, {}, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, {"top_k": 2}, [2 / 3, 1 / 3, 0.0, 0.0]),
+        (1.0, {"top_k": 9}, [0.5, 0.25, 0.125, 0.125]),
+        (1.0, {"min_p": 0.3}, [2 / 3, 1 / 3, 0.0, 0.0]),  # at least 0.15
+        (0.5, {"min_p": 0.3}, [1.0, 0.0, 0.0, 0.0]),  # of p^2: at least 0.218
+        (1.0, {"top_k": 3, "top_p": 0.8}, [2 / 3, 1 / 3, 0.0, 0.0]),  # of the three, two reach 6/7
+        (1.0, {"logit_bias": ((3, math.log(4)), (1, -100.0))}, [4 / 9, 0.0, 1 / 9, 4 / 9]),
+        (0.0, {"logit_bias": ((2, 5.0),)}, [0.0, 0.0, 1.0, 0.0]),
     ],
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(
-    temperature: float, top_p: float, expected: list[float]
+    temperature: float, others: dict[str, Any], expected: list[float]
 ) -> None:
     rows = 4000
-    shares = drawn(SamplingParams(temperature=temperature, top_p=top_p), rows)
+    shares = drawn(SamplingParams(temperature=temperature, **others), rows)
     assert [share for share, p in zip(shares, expected, strict=True) if p == 0] == [0.0] * expected.count(0.0)
     chi2 = sum(rows * (share - p) ** 2 / p for share, p in zip(shares, expected, strict=True) if p)
     assert chi2 < 16.3  # 3 degrees of freedom: a right sampler passes 999 of 1000 seeds, and the seeds are fixed
@@ -264,6 +270,20 @@ def test_a_uniform_number_at_either_end_never_picks_an_impossible_token() -> Non
     sampler.uniform_BT = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).repeat(2, 1)
     assert sampler(torch.zeros(2, 1, dtype=torch.long), logits).argmax(-1).tolist() == [1, 2]
+
+
+def test_penalties_are_by_the_tokens_of_the_answer_alone_and_not_in_its_logprobs() -> None:
+    params = [SamplingParams(frequency_penalty=0.5), SamplingParams(presence_penalty=1.0), SamplingParams()]
+    sampler = RowSampler(params, torch.device("cpu"))
+    logits = torch.tensor([1.2, 1.0, 0.0, 0.0]).repeat(3, 1)
+    ids, chosen = torch.zeros(3, 5, dtype=torch.long), []  # a prompt full of the likeliest token
+    for _ in range(4):
+        chosen.append(sampler(ids, logits).argmax(-1))
+        ids = torch.cat([ids, chosen[-1][:, None]], 1)
+    # once 0 is in the answer, it has 1.2 - 0.5 and then 1.2 - 1.0; present or not is all that the second row counts
+    assert torch.stack(chosen, 1).tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    logprob = torch.stack(sampler.logprobs, 1)
+    assert torch.allclose(logprob, logits.log_softmax(-1).gather(-1, torch.stack(chosen, 1)))
 
 
 def test_recorded_logprobs_are_at_temperature_one() -> None:

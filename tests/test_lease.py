@@ -18,9 +18,10 @@ from pyarrow import fs
 from waiting import wait_until
 
 from t2ray.core import RunError
+from t2ray.integrity import seal, unseal
 from t2ray.runs import lease as leases
 from t2ray.runs.lease import LEASES, Driver, lease
-from t2ray.store import Store, seal, unseal
+from t2ray.store import Store
 
 FILE = f"{LEASES}/000001/driver.json"
 ELSEWHERE = Driver(host="node7", pid=811, started=0.0, machine="another one")

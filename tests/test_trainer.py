@@ -28,10 +28,11 @@ from t2ray.cluster.train.launch import train
 from t2ray.config.train import RLConfig, resolve
 from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
 from t2ray.experts.registry import Registry
+from t2ray.integrity import unseal
 from t2ray.runs.folder import open_run, read_run
 from t2ray.runs.prepare import prepare
 from t2ray.runs.status import read_status
-from t2ray.store import Store, unseal
+from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
 from t2ray.training.domain import EXPERT, RESULT, Result, domain_store, finished, train_domain
 from t2ray.training.loss import LossTerms

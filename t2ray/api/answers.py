@@ -117,7 +117,7 @@ async def answer(
         id=f"{shape.prefix}{uuid.uuid4().hex}",
         created=int(time.time()),
     )
-    trace.param = shape.prompt
+    trace.param, trace.limit = shape.prompt, body.limit
     if body.stream:
         events = _events(job, config.log_prompts)
         first = await unless_gone(request.receive, anext(events))
@@ -184,7 +184,7 @@ async def _events(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
         if not started:
             raise
         job.trace.error = type(error).__name__
-        yield b"data: " + refusal(error, job.trace.param).body + b"\n\n"
+        yield b"data: " + refusal(error, job.trace.param, job.trace.limit).body + b"\n\n"
     except Exception as error:
         if started:
             job.trace.error = type(error).__name__

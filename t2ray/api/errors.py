@@ -16,6 +16,7 @@ from starlette.responses import Response
 from t2ray.core import (
     Busy,
     ConfigError,
+    ContextExceeded,
     DataError,
     ExpertError,
     GenerationError,
@@ -30,6 +31,7 @@ INVALID, SERVER = "invalid_request_error", "server_error"
 # one is the server's own fault: 500.
 STATUSES: dict[type[BaseException], tuple[int, str, str, int | None]] = {
     UnknownExpert: (404, INVALID, "not_found", None),
+    ContextExceeded: (400, INVALID, "context_length_exceeded", None),
     ConfigError: (400, INVALID, "invalid_value", None),
     DataError: (400, INVALID, "invalid_value", None),
     ExpertError: (400, INVALID, "invalid_expert", None),
@@ -85,21 +87,28 @@ class Refusal(Exception):
         return Response(self.body, self.status, headers, media_type="application/json")
 
 
-def refusal(error: BaseException, param: str | None = None) -> Refusal:
+def refusal(error: BaseException, param: str | None = None, limit: str | None = None) -> Refusal:
     """The refusal that answers an error. The message of an error that is no `T2RayError` is not shown to clients.
 
     Args:
         param: the parameter that a `ConfigError` is about.
+        limit: the parameter that said how long the answer may be, if one did.
     """
     if isinstance(error, Refusal):
         return error
     for kind in type(error).__mro__:
         if kind in STATUSES:
             status, type_, code, retry_after = STATUSES[kind]
-            named = param if isinstance(error, ConfigError) else None
-            return Refusal(
-                status=status, message=str(error), type=type_, param=named, code=code, retry_after=retry_after
-            )
+            named, message = param if isinstance(error, ConfigError) else None, str(error)
+            if isinstance(error, ContextExceeded) and param:
+                prompt, answer, context = error.args[1:]
+                asked = f"{answer:,} of {limit}" if limit else "at least 1 of the answer"
+                remedy = f"shorten the {param}" + (f" or lower {limit}" if limit else "")
+                message = (
+                    f"the maximum context length is {context:,} tokens; this request has {prompt:,} of the {param} and "
+                    f"{asked}, {prompt + answer:,} together; {remedy}"
+                )
+            return Refusal(status=status, message=message, type=type_, param=named, code=code, retry_after=retry_after)
     message = str(error) if isinstance(error, T2RayError) else "the server failed at this request; its log says why"
     return Refusal(status=500, message=message, type=SERVER, code="internal_error")
 
@@ -108,7 +117,7 @@ async def on_error(request: Request, error: Exception) -> Response:
     """The exception handler of `Refusal` and `T2RayError`."""
     trace = request.state.trace
     trace.error = type(error).__name__ if isinstance(error, T2RayError) else f"http_{_status(error)}"
-    return refusal(error, trace.param).response()
+    return refusal(error, trace.param, trace.limit).response()
 
 
 async def on_http(request: Request, error: Exception) -> Response:

@@ -55,6 +55,7 @@ class Trace:
     error: str | None = None
     model: str | None = None
     param: str | None = None  # the parameter that holds the prompt, once only the engine can refuse it
+    limit: str | None = None  # the parameter that said how long the answer may be
     prompt_tokens: int = 0
     completion_tokens: int = 0
     ttft: float | None = None  # seconds to the first token of a stream

@@ -32,7 +32,8 @@ def at_most(limit: int, value: int, param: str, what: str) -> None:
         Refusal: 400, `value` is above `limit`.
     """
     if value > limit:
-        raise invalid(f"{value:,} {what}, more than the {limit:,} that this endpoint accepts", param, "too_large")
+        message = f"{param}: {value:,} {what}, more than the {limit:,} that this endpoint accepts"
+        raise invalid(message, param, "too_large")
 
 
 async def read(request: Request, limit: int) -> bytes:
@@ -113,23 +114,24 @@ def sampling(body: ChatRequest | CompletionRequest, config: ApiConfig) -> Sampli
     Raises:
         Refusal: 400, the request asks for more than a configured limit.
     """
-    stops, tokens, param, top = tuple(body.stop or ()), body.max_tokens, "max_tokens", 0
-    if isinstance(body, ChatRequest):
-        if body.max_completion_tokens is not None:
-            tokens, param = body.max_completion_tokens, "max_completion_tokens"
-        top = body.top_logprobs or 0
-    else:
-        top = body.logprobs or 0
+    stops, tokens = tuple(body.stop or ()), getattr(body, body.limit) if body.limit else None
+    top = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs
     at_most(config.max_stop, len(stops), "stop", "stop texts")
     for stop in stops:
         at_most(256, len(stop), "stop", "characters in a stop text")
-    at_most(config.max_tokens, tokens or 1, param, "tokens")
+    at_most(config.max_tokens, tokens or 1, body.limit or "max_tokens", "tokens")
     return SamplingParams(
-        max_tokens=tokens or min(config.default_max_tokens, config.max_tokens),
+        max_tokens=tokens or min(config.default_max_tokens or config.max_tokens, config.max_tokens),
+        to_end=tokens is None,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=tuple((int(id), bias) for id, bias in (body.logit_bias or {}).items()),
         seed=body.seed,
         stop=stops,
         ignore_eos=bool(body.ignore_eos),
-        top_logprobs=top,
+        top_logprobs=top or 0,
     )

@@ -34,6 +34,9 @@ from t2ray.config.files import nearest
 from t2ray.config.serve import ApiConfig
 from t2ray.core import check_name
 
+SEARCHED = 64
+"""Tokens of an answer in a few-shot search, which makes thousands of them, where the request says none."""
+
 router = APIRouter(prefix="/v1")
 
 
@@ -203,7 +206,7 @@ async def adapt(request: Request) -> Response:
             examples=[(example.conversation, example.answer) for example in body.examples],
             verifier=body.verifier,
             experts=tuple(body.experts),
-            max_tokens=body.max_tokens or min(config.default_max_tokens, config.max_tokens),
+            max_tokens=body.max_tokens or min(SEARCHED, config.max_tokens),
             settings=body.settings,
         )
     )

@@ -52,8 +52,11 @@ class ApiConfig(Strict):
         262_144, ge=1, description="Greatest number of characters of a prompt, counted before it is tokenised."
     )
     max_tokens: int = Field(1_024, ge=1, description="Greatest number of tokens that a request may ask for.")
-    default_max_tokens: int = Field(
-        64, ge=1, description="Greatest number of tokens of an answer, where the request says none."
+    default_max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Greatest number of tokens of an answer, where the request says none; without one, `max_tokens`. "
+        "The end of the context may come first.",
     )
     max_n: int = Field(8, ge=1, description="Greatest number of answers to one request.")
     max_stop: int = Field(4, ge=0, description="Greatest number of stop strings of a request.")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from os.path import commonprefix
@@ -55,16 +55,30 @@ class Request:
         return len(self.prompt_ids) + answer
 
 
-def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
-    """The ids of a prompt (`Chat.ids`).
+def fitting(
+    model: Model, prompt: Prompt, sampling: SamplingParams, context: int
+) -> tuple[tuple[int, ...], SamplingParams]:
+    """The ids of a prompt, and its sampling with `max_tokens` that fit; raises as `prompt_ids` does."""
+    ids = prompt_ids(model, prompt, 1 if sampling.to_end else sampling.max_tokens, sampling.logit_bias)
+    if sampling.to_end:
+        sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, context - len(ids))))
+    return ids, sampling
+
+
+def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
+    """The ids of a prompt (`Chat.ids`) that is answered with a `bias` of some tokens.
 
     Raises:
-        ConfigError: the prompt has no tokens, or the model's chat template refuses it.
+        ConfigError: the prompt has no tokens or unknown ones, or the model's chat template refuses it.
         ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
     """
     ids = model.chat.ids(prompt)
     if not ids:
         raise ConfigError("the prompt is empty: it has no tokens; write something")
+    vocabulary = model.hf.get_input_embeddings().num_embeddings
+    for what, tokens in (("the prompt", ids), ("logit_bias", [id for id, _ in bias])):
+        if wrong := [id for id in tokens if not 0 <= id < vocabulary]:
+            raise ConfigError(f"{what} has the token {wrong[0]}; the model's tokens are 0..{vocabulary - 1}")
     if len(ids) + answer > model.context:
         raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "

@@ -22,7 +22,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import Request, StaticBatches
-from t2ray.engine.sampling import likeliest, sample
+from t2ray.engine.sampling import adjusted, cuts, likeliest, sample
 from t2ray.engine.text import TextStream
 
 DELTAS_PER_S, LONGEST_GAP_S = 50.0, 0.5
@@ -115,17 +115,19 @@ class Loop:
         return adapter.rows(only[None])
 
     def choose(self, requests: list[str], logits_BV: Tensor) -> Tensor:
-        """Each row's next token, by its own temperature, top_p and stream of random numbers."""
+        """Each row's next token, by its own parameters and stream of random numbers."""
         rows = [self.rows.get(id) for id in requests]
         logprob_BV = logits_BV.log_softmax(-1)
-        token_B1 = logprob_BV.argmax(-1, keepdim=True)
+        params = [row.sampling if row else SamplingParams() for row in rows]
+        adjusted_BV = adjusted(logprob_BV, params, [row.text.ids if row else [] for row in rows])
+        token_B1 = adjusted_BV.argmax(-1, keepdim=True)
         hot = [(i, row) for i, row in enumerate(rows) if row and row.sampling.temperature > 0]
         if hot:
             at = torch.tensor([i for i, _ in hot], device=logits_BV.device)
-            settings = [[r.sampling.temperature, r.sampling.top_p, r.uniforms[r.length]] for _, r in hot]
-            temperature_B1, top_p_B1, u_B1 = torch.tensor(settings, dtype=torch.float64, device=at.device).split(1, 1)
-            nucleus_B1 = top_p_B1.float() if any(row.sampling.top_p < 1 for _, row in hot) else None
-            token_B1[at] = sample(logprob_BV[at], temperature_B1.float(), nucleus_B1, u_B1)
+            settings = [[row.sampling.temperature, row.uniforms[row.length]] for _, row in hot]
+            temperature_B1, u_B1 = torch.tensor(settings, dtype=torch.float64, device=at.device).split(1, 1)
+            cuts_B3 = cuts([row.sampling for _, row in hot], at.device)
+            token_B1[at] = sample(adjusted_BV[at], temperature_B1.float(), cuts_B3, u_B1)
         chosen_B = logprob_BV.gather(-1, token_B1)[:, 0].tolist()
         tokens: list[int] = token_B1[:, 0].tolist()
         for i, (row, token, logprob) in enumerate(zip(rows, tokens, chosen_B, strict=True)):

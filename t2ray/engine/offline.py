@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams
-from t2ray.engine.batches import Request, StaticBatches, prompt_ids, scoring
+from t2ray.engine.batches import Request, StaticBatches, fitting, scoring
 from t2ray.engine.protocol import EngineStats
 
 
@@ -69,7 +69,7 @@ class OfflineEngine:
 
     async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `Engine.generate`."""
-        ids = prompt_ids(self.model, prompt, sampling.max_tokens)
+        ids, sampling = fitting(self.model, prompt, sampling, self.context)
         completion = await self._batched(
             Request(prompt_ids=ids, mixture=mixture, continues=isinstance(prompt, str), sampling=sampling)
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
 from t2ray.core import Completion, ContextExceeded, Delta, GenerationError, Mixture, Prompt, SamplingParams, joined
-from t2ray.engine.batches import prompt_ids, scoring
+from t2ray.engine.batches import fitting, scoring
 from t2ray.engine.loop import Loop, Row
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.sampling import uniforms
@@ -110,7 +110,7 @@ class OnlineEngine:
         )
 
     def _submit(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> Row:
-        ids = prompt_ids(self.model, prompt, sampling.max_tokens)
+        ids, sampling = fitting(self.model, prompt, sampling, min(self.context, self.config.kv_tokens))
         if len(ids) + sampling.max_tokens > self.config.kv_tokens:
             raise ContextExceeded(
                 f"a prompt of {len(ids)} tokens and {sampling.max_tokens} for the answer exceed the engine's cache "

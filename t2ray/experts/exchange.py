@@ -19,8 +19,9 @@ from t2ray.adapters.factors import Factors
 from t2ray.core import ConfigError, ExpertError, ResourceError
 from t2ray.experts.admission import HEADER_BYTES, check_header, check_size, header, place
 from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read_manifest, write_expert
+from t2ray.integrity import Damaged
 from t2ray.models.targets import Target
-from t2ray.store import Damaged, Store
+from t2ray.store import Store
 
 # The errors of torch.load for files that are damaged, contain code or are missing (found by changing random bytes).
 DAMAGED = (

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from t2ray.config.files import nearest
 from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.integrity import Damaged, digest_of
 from t2ray.models.targets import Target
 from t2ray.prompts import OTHERS
-from t2ray.store import Damaged, Store, digest_of
+from t2ray.store import Store
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
 SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's

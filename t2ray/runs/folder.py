@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
-from t2ray.store import Damaged, Store
+from t2ray.integrity import Damaged
+from t2ray.store import Store
 from t2ray.training.domain import CONFIG
 
 

@@ -15,7 +15,8 @@ from typing import TypeVar
 import psutil
 
 from t2ray.core import ResourceError
-from t2ray.store import Damaged, Store, seal, unseal
+from t2ray.integrity import Damaged, seal, unseal
+from t2ray.store import Store
 
 WORKERS, FAULT = "workers", "fault.json"
 BEAT_S = 2.0

@@ -20,7 +20,8 @@ from dataclasses import asdict, dataclass, replace
 import psutil
 
 from t2ray.core import ResourceError, RunError
-from t2ray.store import Damaged, Store, seal, unseal
+from t2ray.integrity import Damaged, seal, unseal
+from t2ray.store import Store
 
 LEASES = "driver"
 BEAT_S = 2.0

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from t2ray.core import RunError
-from t2ray.store import Damaged, Store, digest_of
+from t2ray.integrity import Damaged, digest_of
+from t2ray.store import Store
 
 FOLDER = "checkpoints"
 TENSORS = frozenset({"p_K", "best_z_K", "exp_avg", "exp_avg_sq"})

@@ -12,7 +12,8 @@ from torch import Tensor
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.train import TrainConfig
 from t2ray.engine.offline import OfflineEngine
-from t2ray.store import Damaged, Store, digest_of, seal, unseal
+from t2ray.integrity import Damaged, digest_of, seal, unseal
+from t2ray.store import Store
 from t2ray.tasks.build import build_task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.metrics import note

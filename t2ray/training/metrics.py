@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from t2ray.store import Damaged, Store, seal, unseal
+from t2ray.integrity import Damaged, seal, unseal
+from t2ray.store import Store
 
 METRICS, NOTES = "metrics.jsonl", "notes.jsonl"
 

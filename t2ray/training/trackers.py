@@ -25,7 +25,8 @@ from typing import Any
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
-from t2ray.store import Damaged, Store, seal, unseal
+from t2ray.integrity import Damaged, seal, unseal
+from t2ray.store import Store
 from t2ray.training.metrics import StepMetrics
 
 STATE = "trackers.json"

@@ -16,13 +16,14 @@ from t2ray.cluster.train.nodes import largest
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, RunError, T2RayError
 from t2ray.experts.registry import Registry
+from t2ray.integrity import Damaged
 from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
 from t2ray.runs.folder import open_run
 from t2ray.runs.heartbeat import note_fault, start_heartbeat
 from t2ray.runs.lease import lease
 from t2ray.runs.prepare import check_run, prepare
-from t2ray.store import Damaged, Store
+from t2ray.store import Store
 from t2ray.training.domain import Result, damage, domain_store, expert_of, finished, train_domain
 from t2ray.training.metrics import StepMetrics
 
