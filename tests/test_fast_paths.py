@@ -14,7 +14,7 @@ from t2ray.adapters.layer import Bound, SVFLinear, linear, packed
 from t2ray.adapters.model import Model
 from t2ray.core import Mixture, user
 from t2ray.engine import batches as static
-from t2ray.engine.cache import RoomyLayer, roomy_cache
+from t2ray.engine.batches import RoomyLayer, roomy_cache
 from t2ray.engine.offline import OfflineEngine
 from t2ray.prompts import dispatch_prompt
 

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
-from t2ray.engine.cache import roomy_cache
 from t2ray.engine.sampling import RowEnds, RowSampler
 
 SHARED_TOKENS = 64
@@ -244,3 +245,43 @@ def _shared_prefix(batch: Sequence[Request]) -> int:
     prompts = [request.prompt_ids for request in batch]
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     return shared if shared * (len(batch) - 1) >= SHARED_TOKENS else 0
+
+
+# ------------------------------------------------------------------------------------------------ keys and values
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer whose keys and values, (B, heads, T, D), are the filled part of buffers for `capacity` tokens.
+
+    A step writes its own token. transformers' own cache grows by concatenation, which copies all tokens at every step.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the buffers when the first keys show their sizes."""
+        super().lazy_initialization(key_states, value_states)
+        self.rooms = tuple(
+            states.new_empty(*states.shape[:2], self.capacity, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds new tokens; the keys and values of all tokens so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values
+
+
+def roomy_cache(config: Any, capacity: int) -> DynamicCache:
+    """The cache that `config`'s model asks for, its plain layers with room for `capacity` tokens."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

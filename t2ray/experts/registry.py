@@ -140,8 +140,7 @@ class Registry:
 
         Raises:
             UnknownExpert: there is no such expert or version.
-            ExpertError: the expert belongs to another base model, has targets or shapes that `layout` does not have,
-                has numbers that are not finite, or is damaged.
+            ExpertError: it belongs to another base model, does not fit `layout`, is not finite, or is damaged.
         """
         manifest = self.manifest(name, version)
         return read_expert(self.store, _folder(name, manifest.version), manifest, base_digest, layout)
