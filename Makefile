@@ -9,7 +9,7 @@ PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
 unexport OMP_NUM_THREADS
 
-.PHONY: help setup demo test long nodes lint bench clean
+.PHONY: help setup demo test long nodes lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -42,6 +42,9 @@ lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup  ## the generated pages: docs/cli.md and docs/config.md
+	$(BIN)/python -m t2ray.cli.reference
 
 bench: setup  ## the core's speed beside its peers; figures in runs/bench.json
 	$(BIN)/python -m benchmarks rows folded update rollout cem dispatch --json runs/bench.json

@@ -1,1 +1,1 @@
-"""Measurements of t2ray, outside the package: `python -m benchmarks` lists them."""
+"""Measurements of t2ray, outside the package; `python -m benchmarks --help` lists them."""

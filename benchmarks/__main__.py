@@ -1,13 +1,13 @@
-"""`python -m benchmarks [NAME ...]`: how fast t2ray is, beside its peers, as tables and as JSON.
+"""`python -m benchmarks [NAME ...]`: measures how fast t2ray is, compared with its peers; prints tables, writes JSON.
 
 | command | what is measured |
 | --- | --- |
-| `python -m benchmarks [rows folded ...]` | the core beside the plain model, PEFT and the reference |
-| `python -m benchmarks serve` | a private endpoint beside its engine alone |
+| `python -m benchmarks [rows folded ...]` | the core, compared with the plain model, PEFT and the reference |
+| `python -m benchmarks serve` | a private endpoint, compared with its engine alone |
 | `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
-| `python -m benchmarks scaling [PART ...]` | what more cores and workers give, and cost models of both |
+| `python -m benchmarks scaling [PART ...]` | the gain of more cores and workers, and cost models |
 
-They need the `bench` extra and a checkout of the repository. A running endpoint is measured by `t2ray load`.
+They need the `bench` extra and a checkout of the repository. `t2ray load` measures a running endpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from t2ray.core import T2RayError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 2 for a mistake in the call, 130 for an interrupt."""
+    """Runs one command; returns its exit code: 2 after a user's mistake, 130 after an interrupt."""
     words = list(sys.argv[1:] if argv is None else argv)
     kind = words.pop(0) if words and words[0] in _KINDS else "core"
     args = _KINDS[kind]().parse_args(words)
@@ -38,22 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the call in one line."""
+class _BenchParser(argparse.ArgumentParser):
+    """A parser that reports a wrong call in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"benchmarks: {message}; see {self.prog} --help\n")
 
 
 def _parser(name: str, module: str, function: str, text: str) -> argparse.ArgumentParser:
-    parser = _Parser(prog=f"python -m benchmarks{name}", description=text)
+    parser = _BenchParser(prog=f"python -m benchmarks{name}", description=text)
     parser.set_defaults(module=f"benchmarks.{module}.command", function=function)
     parser.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
     return parser
 
 
 def _core() -> argparse.ArgumentParser:
-    p = _parser("", "core", "core", "Measures the core beside the plain model, PEFT and the reference's algorithm.")
+    p = _parser("", "core", "core", "Compares the core with the plain model, PEFT and the reference's algorithm.")
     p.epilog = "Other commands: serve, soak, scaling; each has its own --help."
     p.add_argument(
         "benches", nargs="*", metavar="BENCH", help="Of rows, folded, update, rollout, cem, dispatch (default: all)."
@@ -64,7 +64,7 @@ def _core() -> argparse.ArgumentParser:
 
 
 def _serve() -> argparse.ArgumentParser:
-    return _parser(" serve", "endpoint", "serve", "Measures a private endpoint beside its engine alone.")
+    return _parser(" serve", "endpoint", "serve", "Compares a private endpoint with its engine alone.")
 
 
 def _soak() -> argparse.ArgumentParser:
@@ -75,7 +75,7 @@ def _soak() -> argparse.ArgumentParser:
 
 
 def _scaling() -> argparse.ArgumentParser:
-    p = _parser(" scaling", "capacity", "scaling", "Measures what more cores and workers give, and fits cost models.")
+    p = _parser(" scaling", "capacity", "scaling", "Measures the gain of more cores and workers, and fits cost models.")
     p.add_argument("parts", nargs="*", metavar="PART", help=f"Of {', '.join(PARTS)} (default: all).")
     p.add_argument(
         "--fleet",

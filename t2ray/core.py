@@ -1,26 +1,23 @@
 """The nouns that the whole program passes around, and its errors. Standard library only.
 
-Not here: anything that computes. Every record is frozen, slotted and keyword-only, and crosses processes as it is;
-tensors never do.
+Every record is frozen, slotted and keyword-only, and crosses processes as it is; tensors never do.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 __version__ = "0.1.0"
 
-# --------------------------------------------------------------------------------------------------------------- errors
-# None has an own __init__: Ray must be able to unpickle them on the driver.
-
 
 class T2RayError(Exception):
-    """The root of every error that t2ray raises for a mistake that a user can mend."""
+    """The root of every error that t2ray raises for a mistake that a user can mend.
+
+    No error has an own __init__: Ray must be able to unpickle it on the driver.
+    """
 
     def __str__(self) -> str:  # KeyError would print its message in quotes
         return str(self.args[0]) if self.args else ""
@@ -28,6 +25,10 @@ class T2RayError(Exception):
 
 class ConfigError(T2RayError, ValueError):
     """A key, value or file that the user wrote is wrong."""
+
+
+class ContextExceeded(ConfigError):
+    """A prompt and its answer are too long together; `args[1:]` are the tokens of the two and of the context."""
 
 
 class DataError(T2RayError, ValueError):
@@ -59,7 +60,7 @@ class Busy(ResourceError):
 
 
 class GenerationError(T2RayError, RuntimeError):
-    """A generation that began and could not be finished: its numbers overflowed, or its replica died."""
+    """A generation that began and could not be finished: its replica died, or its engine stopped."""
 
 
 class RunError(T2RayError, RuntimeError):
@@ -80,6 +81,9 @@ class Message:
 Prompt = tuple[Message, ...] | str
 """A conversation that the model's chat template formats, or a text to continue as it stands."""
 
+FinishReason = Literal["stop", "length"]
+"""Why an answer ended: at an end token or a stop string, or at `max_tokens`."""
+
 
 def user(content: str) -> tuple[Message, ...]:
     """A conversation of one user turn, which is what nearly every prompt is."""
@@ -90,28 +94,41 @@ def user(content: str) -> tuple[Message, ...]:
 class SamplingParams:
     """How to continue a prompt: `SamplingParams(max_tokens=32, temperature=1.0, seed=7)`.
 
-    `temperature=0` is greedy. With a `seed`, the text depends on the prompt, the mixture and the seed alone, whatever
-    else is in the batch. `ignore_eos` goes on past the model's end token, up to `max_tokens`: what a load test needs.
-    `top_logprobs` asks for so many of the likeliest tokens beside each chosen one; the continuous engine records them.
+    `temperature=0` is greedy. Penalties (by the answer so far) and `logit_bias` change the logits; then `top_k` (0:
+    all), `min_p` (a share of the likeliest token's) and `top_p` cut off what is unlikely. With a `seed`, the text
+    depends on prompt, mixture and seed alone, whatever else is in the batch. `ignore_eos` goes on past the model's end
+    token, up to `max_tokens`, for load tests. The continuous engine records `top_logprobs` of the likeliest tokens
+    beside each chosen one. With `to_end`, `max_tokens` is lowered to what the context has room for.
     """
 
     max_tokens: int = 64
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    to_end: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 1")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}; it must be 0 (greedy) or a positive number")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p is {self.top_p}; it must lie in (0, 1]")
-        if not 0 <= self.top_logprobs <= 20:
-            raise ConfigError(f"top_logprobs is {self.top_logprobs}; it must lie in 0..20")
+        for name, fine, rule in (
+            ("max_tokens", self.max_tokens >= 1, "be at least 1"),
+            ("temperature", 0.0 <= self.temperature < float("inf"), "be 0 (greedy) or a positive number"),
+            ("top_p", 0.0 < self.top_p <= 1.0, "lie in (0, 1]"),
+            ("top_k", self.top_k >= 0, "be at least 1, or 0 for all tokens"),
+            ("min_p", 0.0 <= self.min_p <= 1.0, "lie in 0..1"),
+            ("presence_penalty", abs(self.presence_penalty) <= 2.0, "lie in -2..2"),
+            ("frequency_penalty", abs(self.frequency_penalty) <= 2.0, "lie in -2..2"),
+            ("logit_bias", all(id >= 0 and abs(b) <= 100.0 for id, b in self.logit_bias), "be ids and -100..100"),
+            ("top_logprobs", 0 <= self.top_logprobs <= 20, "lie in 0..20"),
+        ):
+            if not fine:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must {rule}")
 
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -124,9 +141,8 @@ def check_name(name: str, what: str = "expert") -> str:
         ConfigError: it does not match `[a-z0-9][a-z0-9._-]{0,62}`, so that it could not be a folder's name everywhere.
     """
     if not NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} cannot name a {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
-        )
+        allowed = "1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+        raise ConfigError(f"{name!r} cannot name a {what}: use {allowed}")
     return name
 
 
@@ -134,8 +150,8 @@ def check_name(name: str, what: str = "expert") -> str:
 class Mixture:
     """Experts and weights: `z' = 1 + sum_k alpha_k (z_k - 1)`; the base holds what they leave (paper section 3.2).
 
-    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, no zero
-    weights. A weight is one number, or one number for each decoder layer.
+    `Mixture.parse("math:0.7,code:0.3")` holds `weights=(("code", (0.3,)), ("math", (0.7,)))`: sorted by name, without
+    zeros. A weight is one number, or one number for each decoder layer.
     """
 
     weights: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -179,19 +195,13 @@ class Mixture:
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                raise ConfigError(
-                    f"mixture {text!r}: {weight!r} is not a number; write name:weight,name:weight"
-                ) from None
+                remedy = "write name:weight,name:weight"
+                raise ConfigError(f"mixture {text!r}: {weight!r} is not a number; {remedy}") from None
         return cls.of(weights)
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(name for name, _ in self.weights)
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits, equal for equal mixtures in every process: the salt of whatever was computed with it."""
-        return hashlib.blake2b(json.dumps(self.weights).encode(), digest_size=8).hexdigest()
 
     def __str__(self) -> str:
         parts = [f"{name}:{'/'.join(f'{w:.3g}' for w in alpha)}" for name, alpha in self.weights]
@@ -199,56 +209,53 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One generated answer.
-
-    `Completion(prompt_ids=(1, 45, 9), token_ids=(30, 2), logprobs=(-0.1, -0.7), text="42", finish_reason="stop",
-    mixture=Mixture.parse("math"))`. `token_ids` are the sampled ids, the end token included when it was sampled;
-    `logprobs` (nats, one a token) are the model's own at temperature 1. The loss uses these ids: text is never
-    tokenised again.
-    """
-
-    prompt_ids: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    text: str
-    finish_reason: Literal["stop", "length"]
-    mixture: Mixture
-
-    def __post_init__(self) -> None:
-        assert len(self.token_ids) == len(self.logprobs), (len(self.token_ids), len(self.logprobs))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What a stream adds to an answer: some text, the tokens behind it, and at the end why it ended.
-
-    `Delta(text=" 42", tokens=(Token(id=30, text=" 42", logprob=-0.1),), prompt_tokens=9, finish_reason=None)`. A text
-    that may be the beginning of a stop string is held back, so that `text` can lag behind `tokens`. `joined` makes one
-    whole answer of all deltas.
-    """
-
-    text: str
-    tokens: tuple[Token, ...] = ()
-    prompt_tokens: int = 0
-    finish_reason: Literal["stop", "length"] | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Token:
-    """A chosen token: `Token(id=30, text="42", logprob=-0.1, top=(("42", -0.1), ("41", -2.7)))`.
+    """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(Token(id=30, ...), ...))`.
 
-    `logprob` in nats, at temperature 1. `top` holds the likeliest tokens where they were asked for, falling.
+    `text` is what it adds to the answer: of a character in several tokens, the last has all of it. `raw` are its bytes
+    where they are not the text's. `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest
+    tokens where they were asked for.
     """
 
     id: int
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    raw: bytes = b""
+    top: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One generated answer. `tokens` are the sampled ones, a sampled end token included; the loss uses their ids."""
+
+    prompt_ids: tuple[int, ...]
+    tokens: tuple[Token, ...]
+    text: str
+    finish_reason: FinishReason
+    mixture: Mixture
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(token.id for token in self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """The log-probability of each token in nats, at temperature 1."""
+        return tuple(token.logprob for token in self.tokens)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """What a stream adds to an answer; a possible beginning of a stop string is held back from `text`."""
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    prompt_tokens: int = 0
+    finish_reason: FinishReason | None = None
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
-    """All deltas of an answer as one."""
+    """Several deltas that follow one another as one."""
     return Delta(
         text="".join(delta.text for delta in deltas),
         tokens=tuple(token for delta in deltas for token in delta.tokens),
@@ -275,23 +282,17 @@ class Rollout:
     reward: float
 
 
-# ---------------------------------------------------------------------------------------------------------------- seams
-
-
 class Generate(Protocol):
-    """Answers a conversation with a mixture. The engine, a Serve handle and `FakeGenerate` satisfy it.
+    """Answers a prompt with a mixture, as engines and `FakeGenerate` do; calls awaited together share a batch."""
 
-    Calls that are awaited together (`asyncio.gather`) share a batch.
-    """
-
-    async def __call__(
-        self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams
-    ) -> Completion: ...
+    async def __call__(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion: ...
 
 
 class Score(Protocol):
-    """Log-likelihoods (nats, summed over tokens) of each of `labels` as the continuation of a conversation."""
+    """The log-likelihood of each of `labels` as the continuation of a prompt, in nats, summed over a label's tokens."""
 
-    async def __call__(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]: ...
+    async def __call__(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture, /) -> tuple[float, ...]: ...
+
+
+Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+"""`verify(completions, rows)`: the reward in [-1, 1] of each completion for its task row, in order."""

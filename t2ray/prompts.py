@@ -1,7 +1,7 @@
-"""The one prompt that t2ray itself writes: the question of pass 1, "what kind of request is this?". No torch.
+"""The question of pass 1, "what kind of request is this?": the only prompt that t2ray itself writes. No torch.
 
-The dispatch strategies (paper section 3.2, a and b), the classification domain and the tiny model's pretraining all
-build it here, so that they ask the same question.
+The dispatch strategies (paper section 3.2, a and b), the classification domain and the tiny model's pretraining all ask
+this same question.
 """
 
 from __future__ import annotations
@@ -9,12 +9,26 @@ from __future__ import annotations
 from t2ray.core import Message, user
 
 OTHERS = "others"
+SHORT = 20
+"""A turn of fewer characters may be a follow-up, such as "and of 7?", that has a meaning only after another turn."""
+
+
+def requests(messages: tuple[Message, ...]) -> tuple[str, ...]:
+    """Returns the texts that pass 1 may read of a conversation, in the order in which it reads them.
+
+    They are the last turn of the user's and, as long as the text before is `SHORT`, the one before it. What the system
+    and the assistant say is no request; a conversation without a user's turn is read by its last message.
+    """
+    turns = [message.content for message in reversed(messages) if message.role == "user"]
+    turns = turns or [messages[-1].content]
+    short = next((i for i, turn in enumerate(turns) if len(turn) >= SHORT), len(turns))
+    return tuple(turns[: short + 1])
 
 
 def dispatch_prompt(messages: tuple[Message, ...], labels: tuple[str, ...]) -> tuple[Message, ...]:
-    """The classification question about a conversation: one user turn that ends with the conversation's last message.
+    """Returns the classification question about a conversation: one user turn that ends with the user's last turn.
 
     The labels come first, so that the prompts of all requests share a prefix.
     """
     kinds = ", ".join(labels)
-    return user(f"Which kind of request is this: {kinds}? Answer with that one word.\n\n{messages[-1].content}")
+    return user(f"Which kind of request is this: {kinds}? Answer with that one word.\n\n{requests(messages)[0]}")

@@ -1,11 +1,12 @@
 """Bytes, text and tensors under a URI: a local folder, `s3://bucket/path` or `gs://bucket/path` (pyarrow.fs).
 
-A file is whole or absent: it is written beside its place and moved there. Not here: what the files mean (svd.py,
-experts.py and run folders know that), and no pickle: tensors go through safetensors only.
+A file is whole or absent: it is written under a temporary name beside its place and then moved. Tensors are stored as
+safetensors, never as pickles.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
@@ -20,15 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors import torch as safetensors
 
 from t2ray.core import ConfigError, ResourceError
+from t2ray.integrity import Damaged
 
-STALE_S = 3600.0  # a temporary file older than this belongs to no living writer
+DEPTH = 4  # of folders that are listed one by one, which a link to a folder above itself could make endless
+STALE_S = 3600.0  # a temporary file older than this was left by a writer that died
 
 
 class Store:
-    """The files under one URI, by their path relative to it.
+    """The files under one URI, named by their paths relative to it. `local` is the folder, or None if it is remote.
 
     Raises:
-        ConfigError: a URI whose scheme is unknown.
+        ConfigError: the URI's scheme is unknown, or the URI names a file.
     """
 
     def __init__(self, uri: str | Path, filesystem: fs.FileSystem | None = None) -> None:
@@ -51,30 +54,55 @@ class Store:
     def exists(self, path: str) -> bool:
         return bool(self._info(f"{self.root}/{path}").type != fs.FileType.NotFound)
 
+    def is_folder(self, path: str) -> bool:
+        return bool(self._info(f"{self.root}/{path}").type == fs.FileType.Directory)
+
     def names(self, path: str = "") -> list[str]:
-        """The names in a folder, sorted; hidden and temporary ones left out. Empty for a folder that is not there."""
+        """The names in a folder, sorted, without hidden and temporary ones; none if there is no such folder."""
         infos = self._info(fs.FileSelector(f"{self.root}/{path}".rstrip("/"), allow_not_found=True))
         return sorted(info.base_name for info in infos if not info.base_name.startswith("."))
 
-    def tree(self) -> dict[str, tuple[int, int]]:
-        """Every file under the URI, hidden ones left out: (size in bytes, time of change in ns), in one listing."""
-        infos = self._info(fs.FileSelector(self.root, recursive=True, allow_not_found=True))
-        files = (info for info in infos if info.is_file and not info.base_name.startswith("."))
-        return {info.path[len(self.root) :].lstrip("/"): (info.size, info.mtime_ns) for info in files}
+    def tree(self) -> tuple[dict[str, tuple[int | None, int]], dict[str, str]]:
+        """All under the URI but hidden files: path -> (size in bytes, None for a folder; time of change in ns).
+
+        Second come the folders that cannot be listed, each with the reason.
+
+        Raises:
+            ResourceError: the URI itself cannot be listed, or is a local folder that does not exist.
+        """
+        unreadable: dict[str, str] = {}
+        shown = (i for i in self._walk(self.root, unreadable) if not i.is_file or not i.base_name.startswith("."))
+        return {self._relative(info.path): (info.size, info.mtime_ns) for info in shown}, unreadable
+
+    def age_s(self, path: str) -> float:
+        """How many seconds ago a file was written, by the storage's own clock, which a file beside it tells."""
+        probe = f"{path}.{uuid.uuid4().hex}"
+        self.write_bytes(probe, b"")
+        try:
+            then, now = self._info([f"{self.root}/{path}", f"{self.root}/{probe}"])
+            return (now.mtime_ns - then.mtime_ns) / 1e9 if then.is_file else 0.0
+        finally:
+            self.delete(probe)
 
     def read_bytes(self, path: str) -> bytes:
-        """Raises FileNotFoundError where there is no such file."""
-        with self.fs.open_input_stream(f"{self.root}/{path}") as file:
+        """Returns the content of a file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            Damaged: it is a folder.
+            ResourceError: it cannot be read.
+        """
+        with self._reading(path), self.fs.open_input_stream(f"{self.root}/{path}") as file:
             return bytes(file.read())
 
     def read_text(self, path: str) -> str:
         return self.read_bytes(path).decode()
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Replace a file, or leave it as it was.
+        """Writes a file, in place of one of that name.
 
         Raises:
-            ResourceError: the disk is full or refuses; what stood there before stands.
+            ResourceError: the disk is full or cannot be written; a file of that name is then unchanged.
         """
         with self._replacing(path) as temporary:
             if self.local is None:
@@ -87,7 +115,7 @@ class Store:
         self.write_bytes(path, text.encode())
 
     def write_tensors(self, path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
-        """Replace a safetensors file; raises as `write_bytes` does."""
+        """Writes a safetensors file, in place of one of that name; raises as `write_bytes` does."""
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if self.local is None:
             self.write_bytes(path, safetensors.save(contiguous, dict(metadata)))
@@ -96,25 +124,36 @@ class Store:
             Path(temporary).touch()
             mode = Path(temporary).stat().st_mode
             safetensors.save_file(contiguous, temporary, dict(metadata))
-            Path(temporary).chmod(mode)  # the library's own files are for their owner alone
+            Path(temporary).chmod(mode)  # safetensors gives its files to their owner alone
 
     def read_tensors(self, path: str) -> dict[str, torch.Tensor]:
-        """The tensors of a safetensors file, memory-mapped where it is local.
+        """Returns the tensors of a safetensors file by name; those of a local file are memory-mapped.
 
         Raises:
-            FileNotFoundError: no such file.
-            SafetensorError: a file that is truncated or no safetensors file.
+            FileNotFoundError: there is no such file.
+            Damaged: the file is truncated or no safetensors file, or it is a folder.
+            ResourceError: it cannot be read.
         """
-        if self.local is None:
-            return dict(safetensors.load(self.read_bytes(path)))
-        with safe_open(self.local / path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        return self.read_safetensors(path)[0]
+
+    def read_safetensors(self, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Returns a safetensors file's tensors and its metadata; raises as `read_tensors` does."""
+        with self._reading(path):
+            if self.local is None:
+                data = self.read_bytes(path)
+                tensors = dict(safetensors.load(data))
+                length = int.from_bytes(data[:8], "little")  # of the header, which is JSON
+                return tensors, dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+            with safe_open(self.local / path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                return tensors, dict(file.metadata() or {})
 
     def claim(self, path: str) -> bool:
-        """Make a folder that this caller alone may fill; False when somebody else has it.
+        """Makes a folder that this caller alone may fill. Returns False if another caller has claimed it.
 
-        Object stores make no folder exclusively: there each caller leaves a mark and then looks, and who sees another's
-        mark stands back. Listings are consistent, so that at most one of them stays; of two at once, neither may.
+        An object store cannot make a folder exclusively. There, each caller writes a mark and then lists the folder; a
+        caller that sees another's mark gives up. Listings are consistent, so that at most one caller succeeds. If two
+        try at once, both may fail.
 
         Raises:
             ResourceError: the folder cannot be made.
@@ -137,7 +176,7 @@ class Store:
         return True
 
     def delete(self, path: str) -> None:
-        """Delete a file, or a folder with all that is in it."""
+        """Deletes a file, or a folder with all its files."""
         full = f"{self.root}/{path}"
         if self._info(full).type == fs.FileType.Directory:
             self.fs.delete_dir(full)
@@ -145,21 +184,52 @@ class Store:
             self.fs.delete_file(full)
 
     def sweep(self) -> None:
-        """Delete the temporary files that killed writers left in the top folder; local only."""
+        """Deletes the temporary files that killed writers left in the top folder of a local store."""
         if self.local is not None:
             for path in self.local.glob(".*.tmp"):
                 if time.time() - path.stat().st_mtime > STALE_S:
                     path.unlink(missing_ok=True)
 
-    def _info(self, what: str | fs.FileSelector) -> Any:
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Raises the errors of a reader as `read_tensors` says."""
+        try:
+            yield
+        except SafetensorError as error:
+            raise Damaged(str(error)) from error
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self.is_folder(path):
+                raise Damaged("it is a folder") from None
+            raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
+
+    def _walk(self, folder: str, unreadable: dict[str, str], depth: int = DEPTH) -> list[Any]:
+        """One listing; where that fails, folder by folder."""
+        absent = self.local is None or folder != self.root  # an object store has no folder where there is no file
+        try:
+            return list(self._info(fs.FileSelector(folder, recursive=True, allow_not_found=absent)))
+        except ResourceError:
+            infos = list(self._info(fs.FileSelector(folder, allow_not_found=absent)))
+        for info in [info for info in infos if depth and info.type == fs.FileType.Directory]:
+            try:
+                infos += self._walk(info.path, unreadable, depth - 1)
+            except ResourceError as error:
+                unreadable[self._relative(info.path)] = str(error)
+        return infos
+
+    def _relative(self, path: str) -> str:
+        return path[len(self.root) :].lstrip("/")
+
+    def _info(self, what: str | list[str] | fs.FileSelector) -> Any:
         try:
             return self.fs.get_file_info(what)
-        except OSError as error:
+        except (OSError, ArrowInvalid, UnicodeError) as error:  # the last: a file's name in another encoding
             raise ResourceError(f"cannot look into {self.uri} ({error}); check its address and your rights") from error
 
     @contextmanager
     def _replacing(self, path: str) -> Iterator[str]:
-        """Yields the full name of a temporary file beside `path` and moves it there when the block ends well."""
+        """Yields the full name of a temporary file beside `path`; moves it to `path` if the block does not raise."""
         folder, _, name = f"{self.root}/{path}".rpartition("/")
         temporary, target = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp", f"{folder}/{name}"
         try:
@@ -183,7 +253,7 @@ class Store:
 
 
 def _sync(path: str) -> None:
-    """Wait until a file's bytes, or a folder's entries, are on the disk."""
+    """Waits until a file's bytes, or a folder's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

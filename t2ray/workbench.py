@@ -1,34 +1,31 @@
-"""A model with its factors, an engine and all experts of a registry: what adapt, chat and eval work with.
+"""A model with its factors, an engine and all experts of a registry: what `t2ray.open`, adapt, chat and eval work with.
 
-Resolves `--run`, `--model`, `--factors` and `--experts`. Not here: what the commands do with it, and training, which
-loads models in its workers. Called by the commands and by jobs.
+Not here: what they do with it, and training, which loads models in its workers.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t2ray.adapt.strategies import Strategy, classify, classify_by_generation, dispatch_labels, fixed
-from t2ray.adapters.factors import MANIFEST, Factors, decompose
+from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
+from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import load_model
 from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
-from t2ray.core import ConfigError, Message, Mixture, UnknownExpert
+from t2ray.core import ConfigError, Mixture, UnknownExpert
 from t2ray.engine.offline import OfflineEngine
-from t2ray.experts.registry import Registry
-from t2ray.models.weights import Weights, resolve
-from t2ray.prompts import dispatch_prompt
-from t2ray.runs.folder import CONFIG, factors_folder, read_run
+from t2ray.engine.protocol import Engine
+from t2ray.experts.registry import SHIPPED, Registry
+from t2ray.models.weights import open_weights
+from t2ray.runs.folder import read_run
 from t2ray.store import Store
+from t2ray.training.domain import CONFIG
 
 DEFAULT_RUN = "runs/demo"
-FEWSHOT = "fewshot/"
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
-_LABEL_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,25 +50,39 @@ class Place:
         return Registry(self.experts)
 
 
-def locate(args: argparse.Namespace) -> Place:
-    """What the options name; without any of them the demo's run where there is one, else the tiny model by itself.
+def find_place(
+    run: str | Path | None = None,
+    model: str | None = None,
+    factors: str | Path | None = None,
+    experts: str | Path | None = None,
+) -> Place:
+    """What was named; where nothing was, the demo's run where there is one, else the tiny model by itself.
 
     Raises:
         ConfigError: both a run and a model were named.
         RunError: there is no run in that folder.
     """
-    if args.run is not None and args.model is not None:
-        raise ConfigError(f"--run {args.run} brings its own model; leave out --model {args.model} or --run")
-    folder = args.run
-    if folder is None and args.model is None and args.experts is None and Store(DEFAULT_RUN).exists(CONFIG):
-        folder = DEFAULT_RUN
-    run = read_run(folder) if folder is not None else None
+    if run is not None and model is not None:
+        raise ConfigError(f"the run {run} brings its own model; leave out the model {model} or the run")
+    if run is None and model is None and experts is None and Store(DEFAULT_RUN).exists(CONFIG):
+        run = DEFAULT_RUN
+    config = read_run(str(run)) if run is not None else None
     return Place(
-        model=args.model or (run.model if run else "tiny"),
-        factors=args.factors or (run.factors if run else None),
-        experts=args.experts or (run.experts if run else None),
-        run=run,
+        model=model or (config.model if config else "tiny"),
+        factors=str(factors) if factors else (config.factors if config else None),
+        experts=str(experts) if experts else (config.experts if config else None),
+        run=config,
     )
+
+
+def place_or_shipped(
+    run: str | Path | None, model: str | None, factors: str | Path | None, experts: str | Path | None
+) -> Place:
+    """As `find_place`; but the tiny model comes with the experts that t2ray ships where no others are named."""
+    place = find_place(run, model, factors, experts)
+    if place.experts is None and place.model == "tiny":
+        return replace(place, experts=str(SHIPPED))
+    return place
 
 
 Bar = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
@@ -90,7 +101,7 @@ def open_factors(place: Place, bar: Bar = quiet) -> Factors:
     Raises:
         ModelError: a model that cannot be read, or factors of another one.
     """
-    weights = Weights(resolve(place.model))
+    weights = open_weights(place.model)
     folder = Path(place.factors or factors_folder("runs", weights.digest, None, None))
     if (folder / MANIFEST).exists():
         return Factors.open(folder, weights.digest)
@@ -108,7 +119,7 @@ class Workbench:
     """
 
     place: Place
-    engine: OfflineEngine
+    engine: Engine
     experts: tuple[str, ...]
     classifiers: Mapping[str, tuple[str, ...]]
 
@@ -129,8 +140,8 @@ class Workbench:
             return classify(self.engine.score, labels, mixture, name=name)
         mixture = Mixture.parse(name)
         for expert in mixture.names:
-            if expert not in self.engine.model.svf.bank:
-                known = [*self.engine.model.svf.bank, *_ADAPTIVE]
+            if expert not in self.engine.experts:
+                known = [*self.engine.experts, *_ADAPTIVE]
                 raise UnknownExpert(f"no strategy or expert {expert!r}{nearest(expert, known)}")
         return fixed(mixture, name=name)
 
@@ -142,7 +153,7 @@ class Workbench:
             UnknownExpert: no mixture of that name, or one of an expert that is gone.
         """
         mixture = self.place.registry().load_mixture(name)
-        self.engine.model.svf.mix(mixture)
+        self.engine.vector(mixture)
         return mixture
 
     def dispatch_labels(self, strategy: str) -> tuple[str, ...]:
@@ -155,18 +166,9 @@ class Workbench:
         where = self.place.experts or "no registry"
         return dispatch_labels(strategy, self.experts, self.classifiers, where)
 
-    def fits(self, messages: tuple[Message, ...], max_tokens: int, labels: tuple[str, ...] = ()) -> bool:
-        """Whether the context holds a conversation with an answer and, with `labels`, the question of pass 1."""
-        engine = self.engine
-        if labels:
-            longest = max(len(engine.model.chat.encode_answer(label)) for label in labels)
-            if not engine.fits(dispatch_prompt(messages, labels), max(longest, _LABEL_TOKENS)):
-                return False
-        return engine.fits(messages, max_tokens)
-
     def answer_tokens(self, asked: int | None, usual: int) -> int:
         """How long an answer may be: what was asked for, else what is usual, but at most half the context."""
-        return asked if asked is not None else min(usual, max(1, self.engine.model.context // 2))
+        return asked if asked is not None else min(usual, max(1, self.engine.context // 2))
 
 
 def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
@@ -182,15 +184,14 @@ def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
         raise ConfigError(
             f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
         )
-    digest = Weights(resolve(place.model)).digest
+    digest = open_weights(place.model).digest
     for manifest in manifests:  # an expert of another base is refused before the model is decomposed
         place.registry().load(manifest.name, base_digest=digest)
     factors = open_factors(place, bar)
-    engine = OfflineEngine(load_model(place.model, factors.folder))
-    svf = engine.model.svf
-    for manifest in manifests:
-        expert = place.registry().load(manifest.name, base_digest=digest, layout=svf.layout)
-        svf.bank[manifest.name] = expert.flat(svf.layout).to(engine.model.device)
+    model = load_model(place.model, factors.folder)
+    engine, adapter = OfflineEngine(model), model.adapter
+    loaded = [place.registry().load(m.name, base_digest=digest, layout=adapter.layout) for m in manifests]
+    engine.set_experts({expert.name: adapter.join(expert.z) for expert in loaded})
     labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
     experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(

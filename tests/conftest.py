@@ -35,7 +35,6 @@ os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # else a warning about GPUs where there are none
     RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.2",  # the default of 2 s is most of a short run
-    RAY_TRAIN_METRICS_ENABLED="0",
     RAY_DASHBOARD_STARTUP_TIMEOUT_S="300",  # beside other work a minute may be too short,
     WANDB_X_SERVICE_WAIT="300",  # and half of one
 )

@@ -80,22 +80,31 @@ def write_config(folder: Path, **generator: Any) -> Path:
 
 
 @contextmanager
-def serving(folder: Path, **generator: Any) -> Iterator[Endpoint]:
-    """Runs `t2ray serve` until the block ends, and then sees that nothing of it is left."""
+def serving(
+    folder: Path, *options: str, before: Callable[[], object] = lambda: None, **generator: Any
+) -> Iterator[Endpoint]:
+    """Runs `t2ray serve` until the block ends, and then sees that nothing of it is left.
+
+    `before` is called when the registry is there and nothing runs.
+    """
     port, config = free_port(), write_config(folder, **generator)
+    before()
     command = [str(Path(sys.executable).with_name("t2ray")), "serve", "--config", str(config), "--port", str(port)]
+    command += options
     quick = {f"RAY_SERVE_{who}_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1" for who in ("REPLICA", "HANDLE")}
     log = open(folder / "serve.log", "w+")  # noqa: SIM115 (closed below)
     process = subprocess.Popen(
         command, cwd=folder, stdout=log, stderr=subprocess.STDOUT, text=True, env=os.environ | quick
     )
     endpoint = Endpoint(url=f"http://127.0.0.1:{port}", registry=folder / "experts", process=process)
+    started: list[psutil.Process] = []
     try:
         wait_until(lambda: process.poll() is not None or "serving on" in Path(log.name).read_text(), "a start")
         assert process.poll() is None, Path(log.name).read_text()
+        started = family(process.pid)
         yield endpoint
     finally:
-        started = family(process.pid)
+        started += family(process.pid)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(GUARD_S)

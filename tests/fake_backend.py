@@ -22,9 +22,22 @@ from safetensors.numpy import load
 
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.app import create_api
-from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, ExpertInfo, Heat, Load
+from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, EndpointLoad, ExpertInfo
 from t2ray.config.serve import ApiConfig
-from t2ray.core import ConfigError, Delta, ExpertError, Message, Mixture, Prompt, SamplingParams, Token, UnknownExpert
+from t2ray.core import (
+    Completion,
+    ContextExceeded,
+    Delta,
+    ExpertError,
+    Message,
+    Mixture,
+    Prompt,
+    SamplingParams,
+    Token,
+    UnknownExpert,
+    joined,
+)
+from t2ray.experts.heatmap import HeatMap
 
 MADE = "2026-11-21T10:00:00+00:00"
 CONTEXT = 4096
@@ -39,7 +52,7 @@ def expert(name: str, **other: object) -> ExpertInfo:
 class FakeBackend:
     """Satisfies `Backend`.
 
-    `running` holds the request ids of generations that run, `aborted` those that were cut off, `calls` every
+    `running` holds the numbers of generations that run, `aborted` those that were cut off, `calls` every
     generation in order, `observed` every metric. `failures` maps a method's name to what it raises; `break_after` makes
     every generation raise `failures["stream"]` after so many tokens.
     """
@@ -54,14 +67,17 @@ class FakeBackend:
             ),
         }
         self.mixtures = {"sums": Mixture.of({"math": 0.7, "code": 0.2})}
+        self.default: Literal["cls", "prompt", "base"] = "cls"
+        self.strategies: tuple[str, ...] = ("prompt", "cls")
+        self.problems: dict[str, str] = {}
         self.adaptations: dict[str, Adaptation] = {}
         self.pace = pace
         self.go = asyncio.Event()
         self.pause_after: int | None = None
         self.break_after: int | None = None
         self.failures: dict[str, Exception] = {}
-        self.running: set[str] = set()
-        self.aborted: list[str] = []
+        self.running: set[int] = set()
+        self.aborted: list[int] = []
         self.paused = asyncio.Event()  # set when a generation waits for `go`
         self.idle = asyncio.Event()  # set when no generation runs
         self.calls: list[tuple[Prompt, Mixture, SamplingParams]] = []
@@ -76,12 +92,13 @@ class FakeBackend:
     def catalog(self) -> Catalog:
         return Catalog(
             base="fake",
-            default="cls",
-            strategies=("prompt", "cls"),
+            default=self.default,
+            strategies=self.strategies,
             experts=dict(self.experts),
             mixtures=dict(self.mixtures),
             verifiers=("math", "exact"),
             context=CONTEXT,
+            problems=dict(self.problems),
         )
 
     async def dispatch(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:
@@ -99,25 +116,24 @@ class FakeBackend:
             cached=len(messages) > 1,
         )
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         self._fail("generate")
-        deltas = [delta async for delta in self.stream(prompt, mixture, sampling, request_id)]
-        return Delta(
-            text="".join(delta.text for delta in deltas),
-            tokens=tuple(token for delta in deltas for token in delta.tokens),
-            prompt_tokens=deltas[-1].prompt_tokens,
-            finish_reason=deltas[-1].finish_reason,
-        )
+        answer = joined([delta async for delta in self.stream(prompt, mixture, sampling)])
+        assert answer.finish_reason is not None
+        return Completion(
+            prompt_ids=tuple(range(answer.prompt_tokens)), tokens=answer.tokens, text=answer.text,
+            finish_reason=answer.finish_reason, mixture=mixture,
+        )  # fmt: skip
 
-    async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
+        number = len(self.calls)
         self.calls.append((prompt, mixture, sampling))
         text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
         prompt_tokens = len(text.split())
-        if prompt_tokens + sampling.max_tokens > CONTEXT:
-            raise ConfigError(f"{prompt_tokens} + {sampling.max_tokens} tokens do not fit into {CONTEXT}")
-        self.running.add(request_id)
+        answer = 1 if sampling.to_end else sampling.max_tokens
+        if prompt_tokens + answer > CONTEXT:
+            raise ContextExceeded("too long", prompt_tokens, answer, CONTEXT)
+        self.running.add(number)
         self.idle.clear()
         done = False
         try:
@@ -127,11 +143,11 @@ class FakeBackend:
                 yield replace(delta, prompt_tokens=prompt_tokens)
             done = True
         finally:
-            self.running.discard(request_id)
+            self.running.discard(number)
             if done:
                 self._finished += 1
             else:
-                self.aborted.append(request_id)
+                self.aborted.append(number)
             if not self.running:
                 self.idle.set()
 
@@ -154,7 +170,7 @@ class FakeBackend:
                 self.paused.set()
                 await self.go.wait()
             await asyncio.sleep(self.pace)
-            top = tuple((f"{word}{k or ''}", -0.5 - k) for k in range(sampling.top_logprobs))
+            top = tuple(Token(id=k, text=f"{word}{k or ''}", logprob=-0.5 - k) for k in range(sampling.top_logprobs))
             token = Token(id=i, text=word, logprob=-0.5, top=top)
             ends = [end for stop in sampling.stop if (end := (said + word).find(stop)) >= 0]
             text = (said + word)[: min(ends)][len(said) :] if ends else word
@@ -167,12 +183,12 @@ class FakeBackend:
             if finish:
                 return
 
-    async def heat(self, name: str) -> Heat:
+    async def heat(self, name: str) -> HeatMap:
         self._fail("heat")
         kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         dice = hashlib.sha256(name.encode()).digest()
         rows = tuple(tuple(dice[(7 * i + k) % 32] / 2550 for k in range(len(kinds))) for i in range(4))
-        return Heat(layers=tuple(range(4)), kinds=kinds, values=rows)
+        return HeatMap(layers=tuple(range(4)), kinds=kinds, values=rows)
 
     async def put_expert(self, name: str, data: bytes) -> int:
         try:
@@ -209,8 +225,8 @@ class FakeBackend:
         self.adaptations[id] = now
         return now
 
-    async def load(self) -> Load:
-        return Load(
+    async def load(self) -> EndpointLoad:
+        return EndpointLoad(
             replicas=1, running=len(self.running), waiting=0, tokens_per_s=8.0 * len(self.running),
             requests=self._finished, kv_used=min(len(self.running) / 16, 1.0),
         )  # fmt: skip

@@ -18,11 +18,12 @@ from waiting import GUARD_S
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Mixture, Rollout, user
+from t2ray.core import Completion, Example, Generate, Mixture, Rollout, Token, user
 from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.task import Task
-from t2ray.training.trainer import Trainer
+from t2ray.training.metrics import StepMetrics
+from t2ray.training.trainer import Publish, Trainer
 
 torch.set_num_threads(1)
 
@@ -70,8 +71,8 @@ def rollout(prompt: Iterable[int], answer: Iterable[int], reward: float = 1.0) -
     """A rollout of given ids."""
     answer = tuple(answer)
     completion = Completion(
-        prompt_ids=tuple(prompt), token_ids=answer, logprobs=(0.0,) * len(answer), text="", finish_reason="length",
-        mixture=Mixture.base(),
+        prompt_ids=tuple(prompt), tokens=tuple(Token(id=id, text="", logprob=0.0) for id in answer), text="",
+        finish_reason="length", mixture=Mixture.base(),
     )  # fmt: skip
     return Rollout(example=Example(id="x", messages=user("x"), row={}), completion=completion, reward=reward)
 
@@ -107,17 +108,32 @@ async def verify_letters(completions: Sequence[str], rows: Sequence[Mapping[str,
     return [letter(text, row) for text, row in zip(completions, rows, strict=True)]
 
 
+def step_metrics(step: int, **changes: float) -> StepMetrics:
+    """A step's figures that a test does not care about."""
+    figures = {
+        "reward_mean": step / 10, "accuracy": 0.5, "kl": 0.01, "loss": 0.2, "grad_norm": 1.0, "z_min": 0.9,
+        "z_max": 1.1, "tokens_per_s": 100.0, "seconds": 0.5,
+    }  # fmt: skip
+    return StepMetrics(step=step, **(figures | changes))
+
+
+def sampler(model: Model) -> tuple[Model, Generate, Publish]:
+    """What a trainer gets of a model: itself, an engine's `generate`, and how to make a vector an expert there."""
+    engine = OfflineEngine(model)
+    return model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K})
+
+
 def train_in_parallel(rank: int, world: int, folder: Path, rl: RLConfig, shares: int = 1) -> None:
     """One of `world` workers that train together without Ray; leaves its rows and its z in `folder`."""
     init = f"file://{folder}/rendezvous"
     distributed.init_process_group(
         "gloo", init_method=init, rank=rank, world_size=world, timeout=timedelta(seconds=GUARD_S)
     )
-    rows: list[dict[str, Any]] = []
+    rows: list[StepMetrics] = []
     trainer = Trainer(
-        OfflineEngine(load_model(str(folder / "model"), folder / "factors", device="cpu")),
+        *sampler(load_model(str(folder / "model"), folder / "factors", device="cpu")),
         letter_task(), verify_letters, rl, Store(folder / "run"), seed=0, digest="x", shares=shares,
     )  # fmt: skip
     asyncio.run(trainer.run(rows.append))
-    torch.save((rows, trainer.p_K.detach(), trainer.p_K.grad), folder / f"rank{rank}.pt")
+    torch.save(([row.row() for row in rows], trainer.p_K.detach(), trainer.p_K.grad), folder / f"rank{rank}.pt")
     distributed.destroy_process_group()

@@ -15,6 +15,7 @@ from fake_backend import FakeBackend, served
 from safetensors.numpy import save
 from waiting import GUARD_S
 
+from t2ray.api.app import create_api
 from t2ray.api.names import names
 from t2ray.api.replies import model_reply
 from t2ray.config.serve import ApiConfig
@@ -133,6 +134,10 @@ def test_what_a_request_says_reaches_the_engine() -> None:
             max_completion_tokens=7, temperature=0.5, top_p=0.9, seed=-1, stop="with", logprobs=True, top_logprobs=3,
             user="ann", presence_penalty=0, tools=[], response_format={"type": "text"}, extra_body={"ignore_eos": True},
         )  # fmt: skip
+        await client.chat.completions.create(
+            model="t2ray:base", messages=ASK, presence_penalty=0.5, frequency_penalty=-1,
+            logit_bias={"7": 3, "9": -100}, extra_body={"top_k": 40, "min_p": 0.05},
+        )  # fmt: skip
         await client.chat.completions.create(model="t2ray:base", messages=ASK)
 
     backend = with_client(work)
@@ -143,10 +148,45 @@ def test_what_a_request_says_reaches_the_engine() -> None:
     assert mixture == Mixture.of({"math": 0.7, "code": 0.3})
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.5, 0.9)
     assert (sampling.seed, sampling.stop, sampling.top_logprobs, sampling.ignore_eos) == (2**63 - 1, ("with",), 3, True)
-    _, mixture, sampling = backend.calls[1]
+    sampling = backend.calls[1][2]
+    assert (sampling.top_k, sampling.min_p, sampling.logit_bias) == (40, 0.05, ((7, 3.0), (9, -100.0)))
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -1.0)
+    _, mixture, sampling = backend.calls[2]
     assert mixture == Mixture.base()
-    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (64, 1.0, 1.0, None)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed) == (1024, 1.0, 1.0, None)
+    assert sampling.to_end and not backend.calls[0][2].to_end
     assert not sampling.ignore_eos and not sampling.top_logprobs
+
+
+NOTHING: dict[str, Any] = {
+    "metadata": {"run": "7"}, "user": "ann", "store": True, "safety_identifier": "x", "prompt_cache_key": "y",
+    "top_k": -1, "min_p": 0, "repetition_penalty": 1, "length_penalty": 1.0, "top_p": 1, "presence_penalty": 0.0,
+    "frequency_penalty": None, "logit_bias": None, "best_of": 1, "min_tokens": 0, "stop_token_ids": [], "seed": None,
+    "skip_special_tokens": True, "use_beam_search": False, "guided_json": None, "n": None, "logprobs": None,
+    "stop": None, "stream": None, "stream_options": None, "temperature": None, "max_tokens": None, "echo": False,
+    "response_format": {"type": "text"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_what_means_nothing_changes_nothing(name: str) -> None:
+    turn = {"role": "user", "name": "ann", "id": "msg_1", "cache_control": {"type": "ephemeral"}}
+    part = {"type": "text", "text": "what is 17+25", "cache_control": {"type": "ephemeral"}}
+    both = {"model": "t2ray:base", name: NOTHING[name]}
+
+    async def main(backend: FakeBackend) -> None:
+        app = create_api(ApiConfig())
+        app.state.backend = backend
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://127.0.0.1/v1") as http:
+            for body in (both | {"messages": ASK}, both | {"messages": [turn | {"content": [part]}]}):
+                answer = await http.post("/chat/completions", json=body)
+                assert answer.status_code == 200, answer.text
+            answer = await http.post("/completions", json=both | {"prompt": "what is 17+25"})
+            assert answer.status_code == 200, answer.text
+
+    backend = FakeBackend()
+    asyncio.run(main(backend))
+    assert backend.calls[0] == backend.calls[1] and backend.calls[0][1:] == backend.calls[2][1:]
 
 
 def test_a_stop_text_ends_the_answer_and_is_no_part_of_it() -> None:
@@ -302,6 +342,21 @@ def test_an_error_before_the_first_token_is_a_status(error: Exception, status: i
     assert ("errors_total", 1, {"kind": type(error).__name__}) in backend.observed
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_the_engine_alone_can_refuse_names_the_parameter_of_the_prompt(stream: bool) -> None:
+    async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        backend.failures["stream"] = ConfigError("the model's chat template refuses this conversation (user): no")
+        asked: dict[str, Any] = {"model": "t2ray:base", "stream": stream}
+        with pytest.raises(openai.BadRequestError, match="refuses this conversation") as refused:
+            await client.chat.completions.create(**asked, messages=ASK)
+        assert refused.value.param == "messages"
+        with pytest.raises(openai.BadRequestError) as refused:
+            await client.completions.create(**asked, prompt="x")
+        assert refused.value.param == "prompt"
+
+    with_client(work)
+
+
 def test_experts_are_uploaded_looked_at_and_deleted() -> None:
     async def main() -> None:
         async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
@@ -385,8 +440,9 @@ def test_health_says_whether_a_generation_works() -> None:
             sick = await http.get("/health")
             assert sick.status_code == 503 and "the engine is stuck" in sick.json()["error"]["message"]
             backend.failures.clear()
-            healthy = await http.get("/health")
-            assert healthy.status_code == 200 and healthy.json() == {"status": "ok"}
+            while (healthy := await http.get("/health")).status_code != 200:  # an outcome is remembered for a second
+                await asyncio.sleep(0.05)
+            assert healthy.json() == {"status": "ok"}
 
     asyncio.run(main())
 

@@ -80,11 +80,17 @@ def refused(
         ({"stream": True, "stream_options": {"include_usag": True}}, "stream_options.include_usag"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"logit_bias": {"50": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logit_bias": {"50": 101}}, "logit_bias.50"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias.hello.[key]"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"presence_penalty": False}, "presence_penalty"),
-        ({"frequency_penalty": -1}, "frequency_penalty"),
-        ({"store": True}, "store"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"min_tokens": 3}, "min_tokens"),
+        ({"guided_json": {}}, "guided_json"),
+        ({"use_beam_search": True}, "use_beam_search"),
         ({"temprature": 1}, "temprature"),
         ({"messages": []}, "messages"),
         ({"messages": None}, "messages"),
@@ -107,7 +113,7 @@ def refused(
 def test_what_is_wrong_with_a_chat_is_named(change: dict[str, Any], param: str) -> None:
     status, error = refused(CHAT | change)
     assert (status, error["param"]) == (400, param)
-    assert param.split(".")[-1].split("[")[0] in error["message"] or error["code"] == "too_large"
+    assert param.split(".")[-1].split("[")[0] in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -253,10 +259,22 @@ def test_a_content_length_that_lies_is_no_fault_of_the_server(length: str) -> No
 def test_a_prompt_that_does_not_fit_the_context_is_the_requests_mistake() -> None:
     async def main() -> None:
         async with served(FakeBackend()) as url, httpx2.AsyncClient(base_url=f"{url}/v1", timeout=GUARD_S) as http:
+            text, chat = {"prompt": "a " * 5000}, {"messages": [{"role": "user", "content": "a " * 4090}]}
             for stream in (False, True):
-                long = {"model": "t2ray:base", "prompt": "a " * 5000, "stream": stream}
-                response = await http.post("/completions", json=long)
-                assert response.status_code == 400 and "4096" in response.json()["error"]["message"]
+                for path, body, has in (
+                    ("completions", text, "5,000 of the prompt and at least 1 of the answer, 5,001 together"),
+                    ("completions", text | {"max_tokens": 9}, "5,000 of the prompt and 9 of max_tokens"),
+                    ("chat/completions", chat | {"max_tokens": 7}, "4,090 of the messages and 7 of max_tokens"),
+                    ("chat/completions", chat | {"max_completion_tokens": 7}, "7 of max_completion_tokens, 4,097"),
+                ):
+                    response = await http.post(f"/{path}", json=body | {"model": "t2ray:base", "stream": stream})
+                    error = response.json()["error"]
+                    assert response.status_code == 400 and error["code"] == "context_length_exceeded"
+                    assert error["message"].startswith("the maximum context length is 4,096 tokens; ")
+                    assert has in error["message"] and error["param"] == next(iter(body))
+                    assert ("lower" in error["message"]) == (len(body) > 1)
+            whole = await http.post("/chat/completions", json=chat | {"model": "t2ray:base"})
+            assert whole.status_code == 200
 
     asyncio.run(main())
 

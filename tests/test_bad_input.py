@@ -29,7 +29,8 @@ from safetensors.torch import load_file, save_file
 from waiting import GUARD_S, end_all, family, wait_until
 
 from t2ray.adapters.factors import Factors, decompose
-from t2ray.cli import adapt, evaluate
+from t2ray.cli import adapt
+from t2ray.cli import eval as evaluate
 from t2ray.cli.main import main
 from t2ray.cluster import session
 from t2ray.cluster.train import launch as cluster_train
@@ -157,7 +158,7 @@ def test_a_job_that_is_missing_or_no_yaml(place: Path, refused: Refused) -> None
         ("eval --tasks math --limit 0 --model model", "--limit is 0; it must be at least 1"),
         ("eval --tasks math --json nowhere/e.json --model model", "no folder .*nowhere; make it first"),
         ("eval --tasks math --run nowhere", "no run in nowhere; `t2ray train` makes one"),
-        ("eval --tasks math --run runs/x --model tiny", "leave out --model tiny or --run"),
+        ("eval --tasks math --run runs/x --model tiny", "leave out the model tiny or the run"),
         ("eval --tasks math --experts nowhere", "nowhere holds no experts; train some by"),
         ("verify --task maths", "unknown task 'maths'; did you mean 'math'?"),
         ("verify", "name a built-in task by --task, or a training job by --config"),

@@ -13,13 +13,13 @@ from benchmarks import harness
 from benchmarks.__main__ import main
 from benchmarks.core import generation, suite
 from benchmarks.core.reference import Reference, greedy
-from benchmarks.core.shape import Shape, Subject, make
+from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.core.training import Allocations, random_rollouts
 from benchmarks.harness import Measure, Skipped, interleaved, measure, ratio
 from t2ray.core import Mixture, SamplingParams
 from t2ray.training.loss import backward
 
-SMALL = Shape(
+SMALL = BenchShape(
     layers=2, width=32, inner=64, heads=4, vocabulary=64, prompt=6, new=5, sequence=12, members=3, shots=2, answer=3,
     pass2=4, experts=4,
 )  # fmt: skip
@@ -35,7 +35,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 
 
 def test_the_default_shape_is_the_one_that_targets_are_stated_for() -> None:
-    shape = Shape()
+    shape = BenchShape()
     matrices = shape.layers * sum(m * n for m, n in shape.matrices().values())
     assert 43e6 < matrices + shape.vocabulary * shape.width < 45e6
     assert shape.bound() == pytest.approx(12 / 19)  # 7 matrices: 4 square, 3 of 3:8
@@ -62,13 +62,15 @@ def test_every_answer_is_as_long_as_it_may_be(subject: Subject) -> None:
 
 def test_the_reference_composes_the_base_at_z_1(subject: Subject) -> None:
     reference = Reference(subject.plain, subject.factors)
-    for weight, composed in zip(reference.weights, reference.compose(torch.ones(subject.model.svf.K)), strict=True):
+    for weight, composed in zip(
+        reference.weights, reference.compose(torch.ones(subject.model.adapter.size)), strict=True
+    ):
         torch.testing.assert_close(composed, weight, atol=1e-6, rtol=1e-4)
 
 
 def test_the_reference_answers_each_row_with_its_mixture_as_the_engine_does(subject: Subject) -> None:
     prompts, mixtures = subject.prompts(6), subject.mixtures(3)
-    z_RK = torch.stack([subject.model.svf.mix(mixture) for mixture in mixtures])
+    z_RK = torch.stack([subject.model.adapter.mix(mixture) for mixture in mixtures])
     row_index = [0, 2, 1, 1, 0, 2]
     theirs = Reference(subject.plain, subject.factors).generate(subject.ids(prompts), z_RK, row_index, 5)
     ours = subject.generate(prompts, [mixtures[i] for i in row_index], [SamplingParams(max_tokens=5)] * 6)
@@ -78,13 +80,13 @@ def test_the_reference_answers_each_row_with_its_mixture_as_the_engine_does(subj
 def test_the_reference_leaves_the_base_as_it_was(subject: Subject) -> None:
     before = {name: tensor.clone() for name, tensor in subject.plain.state_dict().items()}
     reference = Reference(subject.plain, subject.factors)
-    reference.load(reference.compose(torch.zeros(subject.model.svf.K)))
+    reference.load(reference.compose(torch.zeros(subject.model.adapter.size)))
     assert all(torch.equal(before[name], tensor) for name, tensor in subject.plain.state_dict().items())
 
 
 def test_the_reference_has_the_gradient_of_z_that_the_factored_update_has(subject: Subject) -> None:
     rollouts = random_rollouts(subject)
-    z_1K = 1 + 0.2 * torch.randn(1, subject.model.svf.K, generator=torch.Generator().manual_seed(0))
+    z_1K = 1 + 0.2 * torch.randn(1, subject.model.adapter.size, generator=torch.Generator().manual_seed(0))
     advantage = [0.5 - i for i in range(len(rollouts))]
     leaf_1K = z_1K.clone().requires_grad_()
     leaf_1K.grad = torch.zeros_like(leaf_1K)
@@ -163,7 +165,7 @@ def test_without_peft_its_rows_are_skipped_with_the_reason(subject: Subject, mon
         (["row"], "unknown bench 'row'; did you mean 'rows'?"),
         (["--repeats", "2"], "--repeats is 2; a median with its spread needs at least 5"),
         (["--threads", "0"], "--threads is 0"),
-        (["--json", "nowhere/bench.json"], "no such folder"),
+        (["--json", "nowhere/bench.json"], "there is no folder"),
     ],
 )
 def test_a_mistaken_call_ends_with_one_line(
@@ -180,7 +182,7 @@ def test_the_command_prints_a_table_and_writes_the_figures(
 ) -> None:
     from benchmarks.core import command as bench
 
-    monkeypatch.setattr(bench, "Shape", lambda: SMALL)
+    monkeypatch.setattr(bench, "BenchShape", lambda: SMALL)
     monkeypatch.setattr(
         suite, "BENCHES", {"rows": lambda subject, n: {"x": measure([2.0], 1.0), "y": Skipped(reason="why")}}
     )

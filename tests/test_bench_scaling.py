@@ -18,24 +18,24 @@ from benchmarks.__main__ import main
 from benchmarks.capacity import PARTS, engines, queues, runs, scaling, steps
 from benchmarks.capacity import fleet as fleets
 from benchmarks.capacity.engines import Batch
-from benchmarks.capacity.fit import Fit, Point, fitted
+from benchmarks.capacity.fit import Fit, FitPoint, fitted
 from benchmarks.capacity.fleet import Costs, Demand, Device, token_flops
-from benchmarks.capacity.simulate import Fleet, Load, Simulation
-from benchmarks.capacity.steps import Bench, Work
-from benchmarks.core.shape import Shape
+from benchmarks.capacity.simulate import Fleet, Simulation, Traffic
+from benchmarks.capacity.steps import StepBench, StepWork
+from benchmarks.core.shape import BenchShape
 from t2ray.adapters.factors import decompose
 from t2ray.runs.memory import shape_of
 
 ROOT = Path(__file__).parents[1]
-SMALL = Shape(layers=2, width=16, inner=32, heads=2, vocabulary=32, experts=1)
+SMALL = BenchShape(layers=2, width=16, inner=32, heads=2, vocabulary=32, experts=1)
 
 # -------------------------------------------------------------------------------------------------------------- fit
 
 
-def points(prices: dict[str, float], held: bool = False) -> list[Point]:
+def points(prices: dict[str, float], held: bool = False) -> list[FitPoint]:
     terms = [{name: float((i + 1) ** power) for power, name in enumerate(prices)} for i in range(6)]
     return [
-        Point(name=str(i), terms=each, seconds=sum(prices[name] * each[name] for name in prices), held=held)
+        FitPoint(name=str(i), terms=each, seconds=sum(prices[name] * each[name] for name in prices), held=held)
         for i, each in enumerate(terms)
     ]
 
@@ -48,7 +48,7 @@ def test_a_fit_finds_the_prices_that_made_the_points() -> None:
 
 def test_points_held_out_are_predicted_and_change_no_price() -> None:
     prices = {"once": 1.0, "each": 2.0}
-    far = Point(name="far", terms={"once": 1.0, "each": 50.0}, seconds=202.0, held=True)
+    far = FitPoint(name="far", terms={"once": 1.0, "each": 50.0}, seconds=202.0, held=True)
     fit = fitted([*points(prices), far])
     assert fit.prices == pytest.approx(prices)
     assert fit.errors(held=True) == pytest.approx([0.5])
@@ -57,7 +57,9 @@ def test_points_held_out_are_predicted_and_change_no_price() -> None:
 
 def test_no_price_is_negative() -> None:
     """Times that grow more slowly than any term: the line through them would begin below 0."""
-    fit = fitted([Point(name="", terms={"once": 1.0, "each": n}, seconds=n**1.1 - 0.5) for n in (1.0, 2.0, 4.0, 8.0)])
+    fit = fitted(
+        [FitPoint(name="", terms={"once": 1.0, "each": n}, seconds=n**1.1 - 0.5) for n in (1.0, 2.0, 4.0, 8.0)]
+    )
     assert set(fit.prices) == {"each"} and fit.prices["each"] > 0
 
 
@@ -65,16 +67,16 @@ def test_no_price_is_negative() -> None:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    made = Bench(tmp_path_factory.mktemp("steps"), SMALL)
+def bench(tmp_path_factory: pytest.TempPathFactory) -> StepBench:
+    made = StepBench(tmp_path_factory.mktemp("steps"), SMALL)
     made.write()
     return made
 
 
-def test_a_steps_work_is_counted(bench: Bench) -> None:
+def test_a_steps_work_is_counted(bench: StepBench) -> None:
     """Per layer 4 of 16 x 16 and 3 of 16 x 32; a fold pays from 16 to 64 tokens of a row on, depending on the shape."""
     dense, factored = 4 * 256 + 3 * 512, 4 * 512 + 3 * 768
-    work = Work(rows=10, prompt=6, answer=4, layers="0-1")
+    work = StepWork(rows=10, prompt=6, answer=4, layers="0-1")
     found = steps.terms(work, SMALL, bench.factors("0-1"))
     assert found["pass"] == 4 and found["z"] == 2 * 7 * 16
     assert found["fold_gmac"] * 1e9 == 2 * 16 * dense
@@ -82,29 +84,32 @@ def test_a_steps_work_is_counted(bench: Bench) -> None:
     assert found["update_gmac"] * 1e9 == 100 * 2 * (dense + 2 * factored) + 3 * 40 * 512
 
 
-def test_what_is_not_adapted_costs_no_factors_and_nothing_below_it_a_gradient(bench: Bench) -> None:
+def test_what_is_not_adapted_costs_no_factors_and_nothing_below_it_a_gradient(bench: StepBench) -> None:
     dense, factored = 4 * 256 + 3 * 512, 4 * 512 + 3 * 768
-    found = steps.terms(Work(rows=10, prompt=6, answer=4), SMALL, bench.factors("1"))
+    found = steps.terms(StepWork(rows=10, prompt=6, answer=4), SMALL, bench.factors("1"))
     assert found["z"] == 7 * 16
     assert found["update_gmac"] * 1e9 == 100 * (2 * dense + dense + 2 * factored) + 3 * 40 * 512
 
 
-def test_few_tokens_are_generated_through_the_factors(bench: Bench) -> None:
-    found = steps.terms(Work(rows=2, prompt=6, answer=4), SMALL, bench.factors("0-1"))
+def test_few_tokens_are_generated_through_the_factors(bench: StepBench) -> None:
+    found = steps.terms(StepWork(rows=2, prompt=6, answer=4), SMALL, bench.factors("0-1"))
     assert found["fold_gmac"] == 0
     assert found["generate_gmac"] * 1e9 == 20 * 2 * (4 * 512 + 3 * 768) + 8 * 512
 
 
-def test_two_workers_have_half_the_rows_each(bench: Bench) -> None:
+def test_two_workers_have_half_the_rows_each(bench: StepBench) -> None:
     factors = bench.factors("0-1")
-    whole, half = (steps.terms(Work(rows=20, prompt=6, answer=4, workers=n), SMALL, factors) for n in (1, 2))
+    whole, half = (steps.terms(StepWork(rows=20, prompt=6, answer=4, workers=n), SMALL, factors) for n in (1, 2))
     assert half["update_gmac"] == pytest.approx(whole["update_gmac"] / 2)
     assert half["fold_gmac"] == whole["fold_gmac"]
 
 
 def test_steps_of_several_sizes_are_timed_and_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
-    grid = [Work(rows=rows, prompt=4, answer=answer, layers="0-1") for rows in (2, 4, 6) for answer in (2, 5)]
-    grid += [Work(rows=4, prompt=4, answer=3, layers="1"), Work(rows=8, prompt=4, answer=3, layers="0-1", held=True)]
+    grid = [StepWork(rows=rows, prompt=4, answer=answer, layers="0-1") for rows in (2, 4, 6) for answer in (2, 5)]
+    grid += [
+        StepWork(rows=4, prompt=4, answer=3, layers="1"),
+        StepWork(rows=8, prompt=4, answer=3, layers="0-1", held=True),
+    ]
     figures, fit = steps.steps(rounds=1, shape=SMALL, grid=grid, shared=())
     assert len(fit.points) == 8 and all(point.seconds > 0 for point in fit.points)
     assert figures["held_out_error"].target == 0.15  # type: ignore[union-attr]
@@ -145,7 +150,7 @@ def fleet(**changes: object) -> Fleet:
 
 def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
     made = fleet(ingress_s=0.2, dispatch_s=0.1, score_s=(0.3, 0.05), prompt_s=0.001)
-    report = Simulation(made, Load(rate=1e-3, seconds=5e3, tokens=10, prompt=20, scored=1.0)).run()
+    report = Simulation(made, Traffic(rate=1e-3, seconds=5e3, tokens=10, prompt=20, scored=1.0)).run()
     assert report["requests"] > 0 and report["refused"] == 0
     assert report["latency_ms"]["p50"] == pytest.approx(1000 * (0.2 + 0.1 + 0.3 + 0.02 + 10 * 0.01))
     assert report["ttft_ms"]["p50"] == pytest.approx(1000 * (0.2 + 0.1 + 0.3 + 0.02 + 0.01))
@@ -154,35 +159,35 @@ def test_a_request_alone_takes_the_sum_of_its_parts() -> None:
 def test_waiting_for_one_process_is_that_of_its_queue() -> None:
     """M/D/1 at 0.8 of what it can do: the mean wait is 0.8 / (2 (1 - 0.8)) = 2 services, the median a little less."""
     made = fleet(step_s=lambda rows: 0.0, ingress_s=1.0)
-    report = Simulation(made, Load(rate=0.8, seconds=50_000, tokens=1)).run()
+    report = Simulation(made, Traffic(rate=0.8, seconds=50_000, tokens=1)).run()
     assert 1000 * (1 + 1.0) < report["latency_ms"]["p50"] < 1000 * (1 + 2.0)
     assert report["requests_per_s"] == pytest.approx(0.8, rel=0.02)
 
 
 def test_a_batch_takes_what_comes_until_it_is_full_and_then_the_queue_until_it_is_too() -> None:
     made = fleet(rows=8, ongoing=12, queued=3)
-    report = Simulation(made, Load(rate=500, seconds=10, tokens=10)).run()
+    report = Simulation(made, Traffic(rate=500, seconds=10, tokens=10)).run()
     assert report["refused"] > 0
     assert report["requests_per_s"] == pytest.approx(8 / (10 * 0.01), rel=0.03)
     assert report["rows_a_step"] == pytest.approx(8, rel=0.03)
 
 
 def test_a_place_that_nobody_waits_for_inside_is_empty_for_a_step() -> None:
-    report = Simulation(fleet(rows=8, ongoing=8, queued=3), Load(rate=500, seconds=10, tokens=10)).run()
+    report = Simulation(fleet(rows=8, ongoing=8, queued=3), Traffic(rate=500, seconds=10, tokens=10)).run()
     assert report["requests_per_s"] == pytest.approx(8 / (11 * 0.01), rel=0.03)
 
 
 def test_twice_the_replicas_serve_twice_the_requests_and_share_them_evenly() -> None:
-    load = Load(rate=1000, seconds=10, tokens=10)
-    one, two = (Simulation(fleet(rows=8, ongoing=8, replicas=n), load) for n in (1, 2))
+    traffic = Traffic(rate=1000, seconds=10, tokens=10)
+    one, two = (Simulation(fleet(rows=8, ongoing=8, replicas=n), traffic) for n in (1, 2))
     assert two.run()["requests_per_s"] == pytest.approx(2 * one.run()["requests_per_s"], rel=0.03)
     left, right = (replica.row_steps for replica in two.replicas)
     assert left == pytest.approx(right, rel=0.05)
 
 
 def test_a_seed_is_a_run() -> None:
-    made, load = fleet(ingress_s=0.001), Load(rate=50, seconds=5)
-    assert Simulation(made, load).run() == Simulation(made, load).run()
+    made, traffic = fleet(ingress_s=0.001), Traffic(rate=50, seconds=5)
+    assert Simulation(made, traffic).run() == Simulation(made, traffic).run()
 
 
 # -------------------------------------------------------------------------------------------------------------- queues
@@ -193,11 +198,11 @@ def test_the_simulated_endpoint_reaches_what_the_real_one_showed() -> None:
     step = Fit(prices={"step": 2e-3, "row": 1e-4}, points=())
     score = Fit(prices={"turn": 5e-3, "prompt": 1e-3}, points=())
     full_s = 2 * 64 * (2e-3 + 32 * 1e-4) + 0.02
-    times = queues.Times(alone_s=2 * 64 * 2.1e-3 + 0.02, capacity=32 / full_s)
+    times = queues.EndpointSpeed(alone_s=2 * 64 * 2.1e-3 + 0.02, capacity=32 / full_s)
     made = queues.fleet(step, score, times)
     assert (made.step_s(1), made.step_s(32)) == pytest.approx((2 * 2.1e-3, 2 * 5.2e-3))
     assert made.ingress_s == pytest.approx(0.02) and made.score_s == pytest.approx((1.2e-2, 2e-3))
-    alone = Simulation(made, Load(rate=0.1, seconds=500, tokens=64)).run()
+    alone = Simulation(made, Traffic(rate=0.1, seconds=500, tokens=64)).run()
     assert alone["latency_ms"]["p50"] == pytest.approx(1000 * times.alone_s)
 
 
@@ -209,7 +214,7 @@ def test_a_fleet_carries_what_it_was_made_for() -> None:
     demand = Demand(rate=200.0, answer=16)
     made = fleets.fleet(shape, demand, Costs(), Device(), rows=64)
     assert token_flops(shape) == pytest.approx(20.5e9, rel=0.01)  # 1.39 times the dense layers', and the vocabulary's
-    report = Simulation(made, Load(rate=200.0, seconds=10, tokens=16, prompt=200, scored=1.0)).run()
+    report = Simulation(made, Traffic(rate=200.0, seconds=10, tokens=16, prompt=200, scored=1.0)).run()
     steps_s, prompts_s = 16 * 0.025 / 64, (200 + 300) * token_flops(shape) / (0.4 * 989e12)
     assert made.replicas == math.ceil(200 * (steps_s + prompts_s) / 0.7) == 10
     assert report["requests_per_s"] == pytest.approx(200, rel=0.1)

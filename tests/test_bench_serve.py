@@ -215,7 +215,7 @@ def test_percentiles_and_the_summary_are_those_of_the_answered() -> None:
     assert nothing["requests"] == 0 and "latency_ms" not in nothing
 
 
-# --------------------------------------------------------------------------------------------------- `t2ray bench load`
+# --------------------------------------------------------------------------------------------------------- `t2ray load`
 
 
 APART = """
@@ -279,7 +279,7 @@ def test_load_asks_with_a_key_prints_and_writes(
         (["load", "http://127.0.0.1:1", "--rate", "1", "--key", "NO_SUCH_KEY"], "--key NO_SUCH_KEY: no such"),
         (["load", "http://127.0.0.1:1"], "required: --rate"),
         (["soak", "--minutes", "-1"], "--minutes is -1; it must be above 0"),
-        (["serve", "--json", "nowhere/bench.json"], "no such folder"),
+        (["serve", "--json", "nowhere/bench.json"], "there is no folder"),
         (["serve", "rows"], "unrecognized arguments: rows"),
     ],
 )
@@ -417,7 +417,7 @@ def test_experts_that_are_written_in_bulk_are_held_as_any_other(factors: Path, t
     shelf, registry = tmp_path / "shelf", tmp_path / "experts"
     many.write_experts(shelf, factors, 12)
     registry.mkdir()
-    held = many._held(factors, shelf, registry, [3, 6, 12])
+    held = many._bytes_by_step(factors, shelf, registry, [3, 6, 12])
     assert len(held) == 4 and min(held) > 2**20
     assert len(list(registry.iterdir())) == 12 and not list(shelf.iterdir())
     assert move(registry, shelf) == move(shelf, registry)
@@ -433,7 +433,7 @@ def test_the_endpoints_benches_give_every_figure(
     registry.mkdir()
     size = Size(rounds=2, single=2, rows=2, each=1, tokens=20, open_s=0.4)
     with asyncio.Runner() as runner, apart(registry) as url, started(factors) as engine:
-        engine.set_experts({name: torch.ones(engine.model.svf.K) for name in ("math", "code", "pick")})
+        engine.set_experts({name: torch.ones(engine.model.adapter.size) for name in ("math", "code", "pick")})
         asker = runner.run(Client(url).__aenter__())
         endpoint = serving.Endpoint(url=url, registry=registry, pid=os.getpid())
         pair = serving.Pair(endpoint=endpoint, client=asker, engine=engine, runner=runner, size=size)

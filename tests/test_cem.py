@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from t2ray.adapt.cem import CEMConfig, Fitness, cem
+from t2ray.adapt.cem import Fitness, cem
+from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError
 
 START = np.array([[0.33, 0.33, 0.33]])

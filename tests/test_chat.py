@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from t2ray.core import Message, user
+from t2ray.core import ConfigError, Message, user
 from t2ray.models.chat import Chat
 
 
@@ -42,6 +42,17 @@ def test_without_a_template_contents_are_plain_text_that_goes_on(chat: Chat) -> 
     ids = chat.encode((Message(role="system", content="Once "), *user("upon")))
     assert chat.decode(ids) == "Once upon"
     assert chat.encode_answer(" a") == tuple(chat.tokenizer(" a")["input_ids"])
+
+
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+
+
+def test_a_template_that_refuses_is_a_mistake_in_the_conversation_in_the_templates_words(chat: Chat) -> None:
+    chat.tokenizer.chat_template = REFUSES + "{{ messages[1].content.nothing.at_all }}"
+    with pytest.raises(ConfigError, match=r"refuses this conversation \(system\): System role not supported"):
+        chat.encode((Message(role="system", content="s"),))
+    with pytest.raises(ConfigError, match=r"refuses this conversation \(user\): .*undefined|has no element"):
+        chat.encode(user("x"))
 
 
 def test_text_survives_byte_for_byte(chat: Chat) -> None:

@@ -13,16 +13,18 @@ import needs
 import pytest
 import torch
 
-from t2ray.cli import adapt, evaluate
+from t2ray.cli import adapt
+from t2ray.cli import eval as evaluate
 from t2ray.cli.chat import Talk
 from t2ray.cli.main import build_parser, main
 from t2ray.cli.output import weight_bars
 from t2ray.config.train import TrainConfig
 from t2ray.core import Message, Mixture, SamplingParams, user
 from t2ray.experts.registry import Registry
-from t2ray.runs.folder import prepare, read_run
+from t2ray.runs.folder import read_run
+from t2ray.runs.prepare import prepare
 from t2ray.tasks.verifier import Verifier
-from t2ray.workbench import Place, Workbench, locate, open_factors, open_workbench
+from t2ray.workbench import Place, Workbench, find_place, open_factors, open_workbench
 
 REWARDS = """
 def vowel(completion, row):
@@ -93,11 +95,11 @@ def test_training_leaves_the_dispatchers_labels_in_the_jobs_order(bench: Workben
 
 
 def test_every_expert_is_in_the_bank_as_the_registry_has_it(bench: Workbench, trained: Path) -> None:
-    svf = bench.engine.model.svf
+    svf = bench.engine.model.adapter
     for name in ("letters", "sorter", "vowels"):
         expert = Registry(trained / "runs/small/experts").load(name)
-        assert torch.equal(svf.bank[name], expert.flat(svf.layout))
-        assert not torch.equal(svf.bank[name], torch.ones(svf.K))
+        assert torch.equal(svf.bank[name], svf.join(expert.z))
+        assert not torch.equal(svf.bank[name], svf.neutral)
 
 
 def test_factors_are_shared_with_training_and_made_once(
@@ -116,14 +118,12 @@ def test_factors_are_shared_with_training_and_made_once(
 def test_without_options_the_demos_run_counts_and_else_the_tiny_model(
     run: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    nothing = type("Args", (), dict.fromkeys(("run", "model", "factors", "experts")))()
-    assert locate(nothing) == Place(model="tiny", factors=None, experts=None, run=None)
+    assert find_place() == Place(model="tiny", factors=None, experts=None, run=None)
     shutil.copytree(run, "runs/demo")
-    assert locate(nothing).experts == f"{run}/experts"
+    assert find_place().experts == f"{run}/experts"
     assert main(["experts", "list"]) == 0
     assert "sorter" in capsys.readouterr().out
-    nothing.model = "tiny"  # somebody who names a model means that model alone
-    assert locate(nothing).experts is None
+    assert find_place(model="tiny").experts is None  # somebody who names a model means that model alone
 
 
 # ---------------------------------------------------------------------------------------------------------------- eval

@@ -1,13 +1,23 @@
-"""A training job's configuration: precedence, and one clear line for whatever is wrong in it."""
+"""Configurations: precedence, one clear line for what is wrong, numbers as in YAML 1.2, a sentence for every key."""
 
 from __future__ import annotations
 
+import copy
+import importlib
+import math
+import pickle
+import pkgutil
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from t2ray.config.files import nearest, override
+import t2ray.config
+from t2ray.config import search
+from t2ray.config.files import Strict, dump_yaml, nearest, override, read_yaml
 from t2ray.config.train import PRESETS, DomainConfig, RLConfig, TrainConfig, load, resolve
 from t2ray.core import ConfigError
 
@@ -34,7 +44,7 @@ def test_defaults_then_preset_then_file_then_command_line(tmp_path: Path) -> Non
     config = load(job, ["rl.kl=0.7", "domains.math.rl.samples=3", "run=second"])
     assert config.rl.steps == RLConfig().steps  # type: ignore[call-arg]
     assert config.rl.prompts == PRESETS["paper"]["prompts"] == 256
-    assert config.rl.lr == 1e-4  # YAML reads 1e-4 as text
+    assert config.rl.lr == 1e-4
     assert config.rl.kl == 0.7
     rl = config.domain_rl("math")
     assert (rl.lr, rl.samples, rl.kl, config.rl.samples) == (0.3, 3, 0.7, 1)
@@ -149,7 +159,90 @@ def test_the_nearest_word_is_offered_only_where_one_is_near() -> None:
     assert nearest("x", []) == " (known: none)"
 
 
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E4", 1e4), ("-2e+3", -2e3), (".5", 0.5), ("1.", 1.0), ("-.5e-1", -0.05), ("3.25", 3.25),
+        ("7", 7), ("-7", -7), (".inf", math.inf), ("1e4abc", "1e4abc"), ('"1e-4"', "1e-4"), ("'7'", "7"), ("e4", "e4"),
+        ("1e", "1e"), (".", "."), ("-", "-"), ("1.2.3", "1.2.3"), ("1:30.5", "1:30.5"), ("0-3", "0-3"),
+    ],
+)  # fmt: skip
+def test_a_number_is_what_yaml_1_2_takes_for_one(text: str, value: object, tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(f"key: {text}\nkeys: [{text}]\n" if text != "-" else "key: '-'\nkeys: ['-']\n")
+    read = read_yaml(path)
+    assert read == {"key": value, "keys": [value]} and type(read["key"]) is type(value)
+    if text != "-":  # a list with nothing in it
+        said = override({}, [f"key={text}"])["key"]
+        assert said == value and type(said) is type(value)
+
+
+def test_the_values_of_a_sweep_are_numbers_though_no_model_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    space = "{rl.lr: [1e-4, 2e-4], rl.kl: {log: [1e-3, 1]}}"
+    path.write_text(f"kind: rl\njob: {{domains: {{math: {{task: math}}}}}}\nspace: {space}\n")
+    read = search.load(path).space
+    assert (read["rl.lr"].values, read["rl.kl"].log) == ((1e-4, 2e-4), (1e-3, 1.0))
+
+
+TEXT = st.text(st.characters(min_codepoint=32, max_codepoint=126)) | st.from_regex(r"[-+.0-9e_:]{1,6}", fullmatch=True)
+PLAIN = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXT, values, max_size=3),
+)
+
+
+@given(values=st.dictionaries(TEXT, PLAIN, max_size=4))
+def test_what_is_written_is_read_as_it_was(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "written.yaml"
+    path.write_text(dump_yaml(values), encoding="utf-8")
+    read = read_yaml(path)
+    assert read == values and str(read) == str(values)
+
+
+# --------------------------------------------------------------------------------------------------------- descriptions
+
+
+def models() -> list[type[Strict]]:
+    """Every configuration model that there is."""
+    for module in pkgutil.iter_modules(t2ray.config.__path__, "t2ray.config."):
+        importlib.import_module(module.name)
+    return sorted((m for m in Strict.__subclasses__() if m.__module__.startswith("t2ray.")), key=lambda m: m.__name__)
+
+
+@pytest.mark.parametrize("model", models(), ids=lambda model: model.__name__)
+def test_every_key_is_described_by_a_sentence(model: type[Strict]) -> None:
+    wrong = [
+        f"{name}: {field.description!r}"
+        for name, field in model.model_fields.items()
+        if not re.fullmatch(r"[A-Z]\S*( \S+){2,}\.", field.description or "")
+    ]
+    assert not wrong, f"{model.__name__}: a capital letter, three words or more, a full stop:\n" + "\n".join(wrong)
+
+
 # ------------------------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_copy_with_other_values_has_its_own_digest_and_settings() -> None:
+    job = made()
+    before, steps = job.digest, job.domain_rl("math").steps
+    for changed in (job.model_copy(update={"seed": 5}), job.model_copy(update={"seed": 5}, deep=True)):
+        assert changed.digest == made(seed=5).digest != before
+    longer = job.model_copy(update={"rl": job.rl.model_copy(update={"steps": steps + 1})})
+    assert (longer.domain_rl("math").steps, job.domain_rl("math").steps) == (steps + 1, steps)
+    assert job.model_copy().digest == before
+
+
+def test_what_a_job_remembers_is_no_part_of_it() -> None:
+    asked, fresh = made(), made()
+    assert asked.digest and asked.domain_rl("math") is asked.domain_rl("math")
+    for other in (fresh, copy.copy(asked), copy.deepcopy(asked), pickle.loads(pickle.dumps(asked))):
+        assert asked == other and other.digest == asked.digest and repr(other) == repr(asked)
+        assert other.model_dump_json() == asked.model_dump_json()
+    assert asked != made(seed=1)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ import pytest
 
 from t2ray.config.train import DomainConfig
 from t2ray.core import ConfigError, DataError, Message, user
-from t2ray.tasks import own
-from t2ray.tasks.data import read
+from t2ray.tasks.data import own, read
 
 ROWS: list[dict[str, Any]] = [{"question": f"what is {i}?", "answer": str(i)} for i in range(25)]
 

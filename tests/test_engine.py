@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def loaded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def model(loaded: Model) -> Iterator[Model]:
-    loaded.svf.bank = {"math": random_z(loaded.svf.K, 1), "code": random_z(loaded.svf.K, 2)}
+    loaded.adapter.bank = {"math": random_z(loaded.adapter.size, 1), "code": random_z(loaded.adapter.size, 2)}
     yield loaded
-    loaded.svf.bank = {}
+    loaded.adapter.bank = {}
 
 
 def generate(model: Model, jobs: Any, **limits: int) -> list[Completion]:
@@ -49,7 +50,7 @@ def jobs(sampling: list[SamplingParams]) -> list[tuple[str, Mixture, SamplingPar
 
 def logprobs(model: Model, mixture: Mixture, prompt: tuple[int, ...], answer: tuple[int, ...]) -> Tensor:
     """Of each token of `answer`, by one forward pass without a cache or padding, (N,)."""
-    with torch.no_grad(), model.svf.rows(model.svf.mix(mixture)[None]):
+    with torch.no_grad(), model.adapter.rows(model.adapter.mix(mixture)[None]):
         logits = model.hf(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0]
     return logits[len(prompt) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(answer)[:, None])[:, 0]
 
@@ -106,19 +107,19 @@ def test_calls_that_are_awaited_together_share_batches_within_the_limits(
 
 def test_folding_or_not_gives_the_same_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = [(prompt, Mixture.parse("math"), sampling) for prompt, sampling in zip(PROMPTS, SAMPLED, strict=True)]
-    model.svf.bank["math"] = random_z(model.svf.K, 9)  # one that no test before has folded
-    monkeypatch.setattr(model.svf, "tokens_to_fold", lambda: 10**9)
+    model.adapter.bank["math"] = random_z(model.adapter.size, 9)  # one that no test before has folded
+    monkeypatch.setattr(model.adapter, "tokens_to_fold", lambda: 10**9)
     factored = generate(model, batch)
-    assert not model.svf.is_folded(model.svf.mix(Mixture.parse("math")))
-    monkeypatch.setattr(model.svf, "tokens_to_fold", lambda: 0)
+    assert not model.adapter.is_folded(model.adapter.mix(Mixture.parse("math")))
+    monkeypatch.setattr(model.adapter, "tokens_to_fold", lambda: 0)
     folded = generate(model, batch)
-    assert model.svf.is_folded(model.svf.mix(Mixture.parse("math")))
+    assert model.adapter.is_folded(model.adapter.mix(Mixture.parse("math")))
     assert [c.token_ids for c in folded] == [c.token_ids for c in factored]
 
 
 def test_experts_that_are_added_change_no_answer_bit_for_bit(model: Model) -> None:
     before = generate(model, jobs(SAMPLED)), score(model, PROMPTS, LABELS, MIXTURES)
-    model.svf.bank |= {f"new-{i}": random_z(model.svf.K, 50 + i) for i in range(5)}
+    model.adapter.bank |= {f"new-{i}": random_z(model.adapter.size, 50 + i) for i in range(5)}
     assert (generate(model, jobs(SAMPLED)), score(model, PROMPTS, LABELS, MIXTURES)) == before
 
 
@@ -128,7 +129,7 @@ def test_nothing_is_recorded_for_a_gradient(model: Model, monkeypatch: pytest.Mo
     monkeypatch.setattr(
         model.hf, "forward", lambda *a, **kw: (seen.append(torch.is_grad_enabled()), plain(*a, **kw))[1]
     )
-    model.svf.bank["math"].requires_grad_()
+    model.adapter.bank["math"].requires_grad_()
     generate(model, jobs(GREEDY)[:2])
     score(model, PROMPTS[:2], LABELS, MIXTURES[:2])
     assert seen and not any(seen)
@@ -146,7 +147,7 @@ def test_logprobs_are_those_of_a_plain_forward_pass(model: Model) -> None:
 
 def test_greedy_takes_the_likeliest_token(model: Model) -> None:
     for done in generate(model, jobs(GREEDY)):
-        with torch.no_grad(), model.svf.rows(model.svf.mix(done.mixture)[None]):
+        with torch.no_grad(), model.adapter.rows(model.adapter.mix(done.mixture)[None]):
             logits = model.hf(input_ids=torch.tensor([done.prompt_ids + done.token_ids])).logits[0]
         assert tuple(logits[len(done.prompt_ids) - 1 : -1].argmax(-1).tolist()) == done.token_ids
 
@@ -208,6 +209,8 @@ def test_what_does_not_fit_is_refused_and_fails_its_own_caller_alone(model: Mode
             return_exceptions=True,
         )
 
+    with pytest.raises(ConfigError, match="it has no tokens"):
+        asyncio.run(engine.generate("", Mixture.base(), GREEDY[0]))
     long, unknown, label, done = asyncio.run(all_of_them())
     assert isinstance(long, ConfigError) and isinstance(unknown, UnknownExpert) and isinstance(label, ConfigError)
     assert str(long) == (
@@ -225,10 +228,7 @@ LOGITS = torch.tensor([0.5, 0.25, 0.125, 0.125]).log()
 
 def drawn(sampling: SamplingParams, rows: int = 4000) -> list[float]:
     """The share of each token of `LOGITS` in `rows` first tokens, seeds 0, 1, ..."""
-    params = [
-        SamplingParams(temperature=sampling.temperature, top_p=sampling.top_p, seed=i, max_tokens=1)
-        for i in range(rows)
-    ]
+    params = [replace(sampling, seed=i, max_tokens=1) for i in range(rows)]
     scores = RowSampler(params, torch.device("cpu"))(torch.zeros(rows, 1, dtype=torch.long), LOGITS.repeat(rows, 1))
     assert int(scores.isfinite().sum()) == rows  # one token a row
     counts = Counter(scores.argmax(-1).tolist())
@@ -236,22 +236,30 @@ def drawn(sampling: SamplingParams, rows: int = 4000) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "expected"),
+    ("temperature", "others", "expected"),
     [
-        (1.0, 1.0, [0.5, 0.25, 0.125, 0.125]),
-        (0.5, 1.0, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),  # p^2, normalised
-        (1.0, 0.75, [2 / 3, 1 / 3, 0.0, 0.0]),  # the two that reach 0.75
-        (1.0, 0.8, [4 / 7, 2 / 7, 1 / 7, 0.0]),  # the third reaches beyond 0.8
-        (1.0, 0.5, [1.0, 0.0, 0.0, 0.0]),
-        (0.5, 0.8, [0.8, 0.2, 0.0, 0.0]),  # the temperature first
-        (0.0, 1.0, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, {}, [0.5, 0.25, 0.125, 0.125]),
+        (0.5, {}, [16 / 22, 4 / 22, 1 / 22, 1 / 22]),  # p^2, normalised
+        (1.0, {"top_p": 0.75}, [2 / 3, 1 / 3, 0.0, 0.0]),  # the two that reach 0.75
+        (1.0, {"top_p": 0.8}, [4 / 7, 2 / 7, 1 / 7, 0.0]),  # the third reaches beyond 0.8
+        (1.0, {"top_p": 0.5}, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, {"top_p": 1e-60}, [1.0, 0.0, 0.0, 0.0]),  # the likeliest stays
+        (0.5, {"top_p": 0.8}, [0.8, 0.2, 0.0, 0.0]),  # the temperature first
+        (0.0, {}, [1.0, 0.0, 0.0, 0.0]),
+        (1.0, {"top_k": 2}, [2 / 3, 1 / 3, 0.0, 0.0]),
+        (1.0, {"top_k": 9}, [0.5, 0.25, 0.125, 0.125]),
+        (1.0, {"min_p": 0.3}, [2 / 3, 1 / 3, 0.0, 0.0]),  # at least 0.15
+        (0.5, {"min_p": 0.3}, [1.0, 0.0, 0.0, 0.0]),  # of p^2: at least 0.218
+        (1.0, {"top_k": 3, "top_p": 0.8}, [2 / 3, 1 / 3, 0.0, 0.0]),  # of the three, two reach 6/7
+        (1.0, {"logit_bias": ((3, math.log(4)), (1, -100.0))}, [4 / 9, 0.0, 1 / 9, 4 / 9]),
+        (0.0, {"logit_bias": ((2, 5.0),)}, [0.0, 0.0, 1.0, 0.0]),
     ],
 )
 def test_tokens_are_drawn_as_often_as_their_probability_says(
-    temperature: float, top_p: float, expected: list[float]
+    temperature: float, others: dict[str, Any], expected: list[float]
 ) -> None:
     rows = 4000
-    shares = drawn(SamplingParams(temperature=temperature, top_p=top_p), rows)
+    shares = drawn(SamplingParams(temperature=temperature, **others), rows)
     assert [share for share, p in zip(shares, expected, strict=True) if p == 0] == [0.0] * expected.count(0.0)
     chi2 = sum(rows * (share - p) ** 2 / p for share, p in zip(shares, expected, strict=True) if p)
     assert chi2 < 16.3  # 3 degrees of freedom: a right sampler passes 999 of 1000 seeds, and the seeds are fixed
@@ -262,6 +270,20 @@ def test_a_uniform_number_at_either_end_never_picks_an_impossible_token() -> Non
     sampler.uniform_BT = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     logits = torch.tensor([-math.inf, 0.0, 0.0, -math.inf]).repeat(2, 1)
     assert sampler(torch.zeros(2, 1, dtype=torch.long), logits).argmax(-1).tolist() == [1, 2]
+
+
+def test_penalties_are_by_the_tokens_of_the_answer_alone_and_not_in_its_logprobs() -> None:
+    params = [SamplingParams(frequency_penalty=0.5), SamplingParams(presence_penalty=1.0), SamplingParams()]
+    sampler = RowSampler(params, torch.device("cpu"))
+    logits = torch.tensor([1.2, 1.0, 0.0, 0.0]).repeat(3, 1)
+    ids, chosen = torch.zeros(3, 5, dtype=torch.long), []  # a prompt full of the likeliest token
+    for _ in range(4):
+        chosen.append(sampler(ids, logits).argmax(-1))
+        ids = torch.cat([ids, chosen[-1][:, None]], 1)
+    # once 0 is in the answer, it has 1.2 - 0.5 and then 1.2 - 1.0; present or not is all that the second row counts
+    assert torch.stack(chosen, 1).tolist() == [[0, 1, 0, 1], [0, 1, 0, 0], [0, 0, 0, 0]]
+    logprob = torch.stack(sampler.logprobs, 1)
+    assert torch.allclose(logprob, logits.log_softmax(-1).gather(-1, torch.stack(chosen, 1)))
 
 
 def test_recorded_logprobs_are_at_temperature_one() -> None:

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,12 @@ from pyarrow import fs
 from safetensors.torch import save_file
 
 from t2ray.adapters.factors import Factors, Target, decompose
+from t2ray.cli.main import main
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
 from t2ray.experts.exchange import export_expert, histogram, import_expert
-from t2ray.experts.registry import Expert, Registry
+from t2ray.experts.follow import Follower
+from t2ray.experts.heatmap import HeatMap, mean_distance, mean_shift
+from t2ray.experts.registry import SHIPPED, Expert, Registry
 from t2ray.store import Store
 
 BASE = "ab" * 16
@@ -74,14 +78,6 @@ def test_an_expert_is_loaded_as_it_was_saved(registry: Registry) -> None:
     assert (kept.domain, kept.config, kept.metrics, kept.seed) == ("math", {"lr": 0.02}, {"accuracy": 0.9}, 7)
     assert kept.rescaled and kept.parametrisation == "scale" and kept.base_digest == BASE
     assert kept.targets == tuple((target.name, target.rank) for target in LAYOUT)
-
-
-def test_flat_follows_the_layout_and_is_one_where_there_is_no_target(local: Registry) -> None:
-    z = vectors(targets=LAYOUT[1:])
-    local.save("code", z, base_digest=BASE)
-    flat = local.load("code", layout=LAYOUT).flat(LAYOUT)
-    assert flat.dtype == torch.float32
-    assert torch.equal(flat, torch.cat([torch.ones(4), z[LAYOUT[1].name], z[LAYOUT[2].name]]))
 
 
 def test_versions_rise_and_the_latest_is_loaded(registry: Registry) -> None:
@@ -190,6 +186,7 @@ def test_targets_and_shapes_that_the_factors_lack_are_refused(local: Registry) -
     [
         ("truncated", "damaged: .*cannot be read"),
         ("missing", "damaged: .*cannot be read"),
+        ("folder", "damaged: .*it is a folder"),
         ("shape", r"damaged: model\.layers\.0\.mlp\.up_proj has the shape \(2,\), not \(3,\)"),
         ("absent", r"damaged: model\.layers\.0\.mlp\.up_proj has the shape None"),
         ("nan", r"not finite, in model\.layers\.0\.mlp\.up_proj"),
@@ -203,11 +200,60 @@ def test_damaged_tensors_are_refused(damage: str, says: str, local: Registry, tm
         path.write_bytes(path.read_bytes()[:-1])
     elif damage == "missing":
         path.unlink()
+    elif damage == "folder":
+        path.unlink()
+        path.mkdir()
     else:
         z[name] = torch.ones(2) if damage == "shape" else torch.full((3,), float("nan"))
         save_file({key: value for key, value in z.items() if (damage, key) != ("absent", name)}, path)
     with pytest.raises(ExpertError, match=says):
         local.load("math")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "another expert's", "another version's"])
+def test_tensors_that_are_not_the_manifests_are_refused_at_every_load(
+    damage: str, local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    base = factors.base_digest
+    local.save("math", vectors(2), base_digest=base)
+    local.save("math", vectors(0), base_digest=base)
+    local.save("code", vectors(1), base_digest=base)
+    export_expert(local.load("math"), tmp_path / "handed on")
+    follower = Follower(local, base, LAYOUT, lambda z: torch.cat(list(z.values())))
+    paths = [tmp_path / "experts/math/v0002/expert.safetensors", tmp_path / "handed on/expert.safetensors"]
+    for path in paths:
+        other = {"another expert's": "code/v0001", "another version's": "math/v0001"}.get(damage)
+        data = bytearray((tmp_path / f"experts/{other}/expert.safetensors" if other else path).read_bytes())
+        data[-1] ^= 0 if other else 1
+        path.write_bytes(data)
+    says = "damaged: its numbers are not those of its manifest's digest"
+    with pytest.raises(ExpertError, match=says):
+        local.load("math", layout=LAYOUT)
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "theirs", tmp_path / "handed on", factors)
+    follower.sync()
+    assert says in follower.snapshot.problems["math"] and list(follower.snapshot.tensors) == ["code"]
+
+
+def test_an_expert_without_a_digest_is_loaded_and_shown_as_unverified(
+    local: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    local.save("math", vectors(), base_digest=BASE)
+    show = ["experts", "show", "math", "--experts", str(tmp_path / "experts")]
+    assert main(show) == 0
+    digest = local.manifest("math").digest
+    assert digest is not None and f"{digest}\n" in capsys.readouterr().out
+    manifest = json.loads(local.store.read_text("math/v0001/manifest.json"))
+    del manifest["digest"]
+    local.store.write_text("math/v0001/manifest.json", json.dumps(manifest))
+    assert equal(local.load("math"), vectors())
+    assert main(show) == 0
+    assert re.search(r"^digest +unverified$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_shipped_experts_have_digests() -> None:
+    registry = Registry(SHIPPED)
+    assert all(registry.load(name).manifest.digest for name in registry.names())
 
 
 @pytest.mark.parametrize(
@@ -304,6 +350,53 @@ def test_an_exported_expert_of_another_base_is_refused(local: Registry, factors:
         import_expert(local, "theirs", tmp_path / "x", factors)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda z: {f"t{i}": torch.ones(1) for i in range(10_000)}, "10,000 tensors; the factors have 3 targets"),
+        (lambda z: z | {"lm_head": torch.ones(3)}, r"4 tensors; the factors have 3"),
+        (lambda z: {"lm_head": torch.ones(3)}, "'lm_head' is no target"),
+        (lambda z: z | {LAYOUT[0].name: torch.ones(5_000_000)}, r"\(5000000,\); its factors need \(4,\)"),
+        (lambda z: z | {LAYOUT[1].name: torch.ones(3, dtype=torch.int64)}, "holds I64; an expert's numbers are one of"),
+        (lambda z: z | {LAYOUT[1].name: torch.ones(3, dtype=torch.float8_e4m3fn)}, "holds F8_E4M3;"),
+        (lambda z: z | {LAYOUT[1].name: torch.full((3,), -2e3)}, r"value 2e\+03; \|z\| is at most 1000"),
+    ],
+)
+def test_a_file_that_is_no_expert_is_refused(
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    says: str, local: Registry, factors: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """By its header, where that says enough: nothing reads its tensors then."""
+    save_file(change(vectors()), tmp_path / "z.safetensors")
+    if "value" not in says:
+        monkeypatch.setattr(Store, "read_tensors", None)
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "math", tmp_path / "z.safetensors", factors)
+    assert local.names() == ()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda data: b"", "its header has 0 bytes"),
+        (lambda data: b"\xff" * 99, "its header has 18,446,744,073,709,551,615 bytes"),
+        (lambda data: data[:-1], r"it has \d+ bytes, not \d+"),
+        (lambda data: data + b"more", r"it has \d+ bytes, not \d+"),
+        (lambda data: data.replace(b"{", b"[", 1), "cannot be read as an expert"),
+        (lambda data: data.replace(b'"dtype"', b'"typed"', 1), "cannot be read as an expert"),
+        (lambda data: data.replace(b"[", b"9", 1), "cannot be read as an expert"),
+    ],
+)
+def test_a_damaged_header_is_refused(
+    damage: Callable[[bytes], bytes], says: str, local: Registry, factors: Factors, tmp_path: Path
+) -> None:
+    path = tmp_path / "z.safetensors"
+    save_file(vectors(), path)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ExpertError, match=says):
+        import_expert(local, "math", path, factors)
+
+
 @pytest.mark.parametrize("spell", [str, "{}.weight".format, lambda name: f"{name}.weight".replace(".", "_")])
 def test_names_are_read_in_every_spelling(spell, local: Registry, factors: Factors, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     save_file({spell(name): z for name, z in vectors().items()}, tmp_path / "z.safetensors")
@@ -332,7 +425,7 @@ def test_equal_numbers_in_a_reference_checkpoint_are_the_base(
 ) -> None:
     torch.save({f"{target.name}.weight": torch.full((target.rank,), 0.1) for target in LAYOUT}, tmp_path / "p.pt")
     import_expert(local, "same", tmp_path / "p.pt", factors)
-    torch.testing.assert_close(local.load("same").flat(LAYOUT), torch.ones(10))
+    torch.testing.assert_close(torch.cat(list(local.load("same").z.values())), torch.ones(10))
 
 
 @pytest.mark.parametrize(
@@ -394,3 +487,16 @@ def test_the_histogram_has_a_line_a_kind_with_its_figures(local: Registry) -> No
 def test_the_histogram_of_the_base_is_one_bar(local: Registry) -> None:
     local.save("same", {"l.0.q": torch.ones(3)}, base_digest=BASE)
     assert histogram(local.load("same")).splitlines()[1].split() == ["q", "█", "1.000", "1.000", "1.000", "3"]
+
+
+# ------------------------------------------------------------------------------------------------------- the heat map
+
+
+def test_a_heat_map_is_the_mean_over_all_singular_values_of_a_layer_and_kind() -> None:
+    """Two matrices share a layer and a kind, as those of MoE experts do; layer 0 has no `v_proj`."""
+    names = (("0.q_proj", 0, 2), ("3.experts.0.q_proj", 3, 1), ("3.experts.1.q_proj", 3, 3), ("3.v_proj", 3, 1))
+    layout = [Target(name=name, layer=layer, m=4, n=rank, rank=rank) for name, layer, rank in names]
+    z_K = torch.tensor([1.5, 0.5, 2.0, 0.0, 1.0, 0.0, 1.25])
+    places = {"layers": (0, 3), "kinds": ("q_proj", "v_proj")}
+    assert mean_shift(layout, z_K) == HeatMap(values=((0.0, 0.0), (-0.25, 0.25)), **places)
+    assert mean_distance(layout, z_K) == HeatMap(values=((0.5, 0.0), (0.75, 0.25)), **places)

@@ -10,11 +10,11 @@ import torch
 from small import load_as, random_z, together, token_rows
 from torch import Tensor, nn
 
+from t2ray.adapters.layer import Bound, SVFLinear, linear, packed
 from t2ray.adapters.model import Model
-from t2ray.adapters.svf import Bound, SVFLinear, linear, packed
 from t2ray.core import Mixture, user
 from t2ray.engine import batches as static
-from t2ray.engine.cache import RoomyLayer, roomy_cache
+from t2ray.engine.batches import RoomyLayer, roomy_cache
 from t2ray.engine.offline import OfflineEngine
 from t2ray.prompts import dispatch_prompt
 
@@ -34,9 +34,9 @@ def loaded(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture
 def model(loaded: Model) -> Iterator[Model]:
-    loaded.svf.bank = {"math": random_z(loaded.svf.K, 1), "dispatch": random_z(loaded.svf.K, 2)}
+    loaded.adapter.bank = {"math": random_z(loaded.adapter.size, 1), "dispatch": random_z(loaded.adapter.size, 2)}
     yield loaded
-    loaded.svf.bank = {}
+    loaded.adapter.bank = {}
 
 
 # ----------------------------------------------------------------------------------------------------- packed products
@@ -93,12 +93,12 @@ def test_factored_and_folded_without_gradients_are_the_float64_layer(m: int, n: 
 
 def test_a_forward_with_gradients_never_goes_through_packed_factors(tiny_llama: Path, tmp_path: Path) -> None:
     single = load_as(torch.float32, tiny_llama, tmp_path)
-    z_1K = random_z(single.svf.K, 3)[None].requires_grad_()
+    z_1K = random_z(single.adapter.size, 3)[None].requires_grad_()
     ids_BT = token_rows(single, 2, 6)
-    with single.svf.rows(z_1K):
+    with single.adapter.rows(z_1K):
         single.hidden(ids_BT, torch.ones_like(ids_BT)).sum().backward()
     assert z_1K.grad is not None and (z_1K.grad != 0).all()
-    assert all(layer.packed_factors is None for layer in single.svf.layers)
+    assert all(layer.packed_factors is None for layer in single.adapter.layers)
 
 
 # --------------------------------------------------------------------------------------------------- cache with room

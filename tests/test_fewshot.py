@@ -5,8 +5,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from t2ray.adapt.cem import CEMConfig
 from t2ray.adapt.fewshot import fewshot
+from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError, Example, Mixture, SamplingParams, user
 from t2ray.testing import FakeGenerate, FakeScore
 

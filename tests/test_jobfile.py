@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from t2ray.cli import jobfile
 from t2ray.cli.main import build_parser, main
+from t2ray.cli.options import JOB
 from t2ray.core import ConfigError
 
 ROOT = Path(__file__).parents[1]
@@ -22,14 +22,18 @@ def test_a_file_says_what_the_command_line_says(tmp_path: Path) -> None:
     file = tmp_path / "adapt.yaml"
     file.write_text(
         "task: rows.jsonl\nname: mine\nshots: 5\nper_layer: true\nonly: [math, code]\nunsafe_code: false\n"
-        "max_tokens: null\nsettings: {population: 8, elite: 0.5}\n"
+        "max_tokens: null\nsettings: {population: 8, elite: 5e-1, mean: null}\n"
     )
     words = ("--task", "rows.jsonl", "--name", "mine", "--shots", "5", "--per-layer", "--only", "math,code")
-    assert parsed("adapt", "--config", str(file)) == parsed("adapt", *words, "population=8", "elite=0.5")
+    assert parsed("adapt", "--config", str(file)) == parsed("adapt", *words, "population=8", "elite=0.5", "mean=null")
     # what is typed wins, as an option or as key=value
     assert parsed("adapt", "--config", str(file), "--shots", "7")["shots"] == 7
     changed = parsed("adapt", "--config", str(file), "shots=7", "settings.elite=0.1", "name=other")
-    assert (changed["shots"], changed["name"], changed["settings"]) == (7, "other", ["population=8", "elite=0.1"])
+    assert (changed["shots"], changed["name"], changed["settings"]) == (
+        7,
+        "other",
+        ["population=8", "elite=0.1", "mean=null"],
+    )
 
 
 def test_positionals_and_lists_come_from_a_file_too(tmp_path: Path) -> None:
@@ -68,5 +72,5 @@ def test_a_file_that_is_not_named_or_not_there(tmp_path: Path) -> None:
 def test_a_shipped_job_is_accepted(name: str) -> None:
     command = {"evaluate": "eval"}.get(name, name)
     path = ROOT / "jobs" / f"{name}.yaml"
-    args = parsed(command, jobfile.OPTION, str(path))
+    args = parsed(command, JOB, str(path))
     assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= set(args)

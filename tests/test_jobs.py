@@ -25,7 +25,7 @@ from waiting import GUARD_S, end_all, family
 from t2ray.adapters.factors import Factors
 from t2ray.experts.registry import Registry
 from t2ray.store import Store
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -144,7 +144,7 @@ def test_jobs_are_submitted_fail_and_are_resumed(submit: Submit, place: Path) ->
     again = submit(*train[:3], "workers=0", *train[3:])  # how many do the work changes nothing
     assert again.returncode == 0, again.stdout + again.stderr
     assert "best at step" in again.stdout and "succeeded" in again.stdout
-    assert [row["step"] for row in read_metrics(store)] == [1, 2, 3, 4]
+    assert [row.step for row in read_metrics(store)] == [1, 2, 3, 4]
 
 
 def test_a_run_is_adapted_evaluated_and_swept_by_jobs(submit: Submit, place: Path) -> None:

@@ -110,11 +110,11 @@ def test_a_worker_without_rollouts_has_no_advantages(baseline: str) -> None:
 @pytest.mark.parametrize(("lam", "temperature"), [(0.3, 1.0), (0.0, 1.0), (0.3, 0.7), (5.0, 1.6)])
 def test_the_gradient_is_that_of_the_plain_algorithm(model: Model, lam: float, temperature: float) -> None:
     """Row by row, without padding or chunks: dense weights U diag(s z) V^T, one autograd graph to z."""
-    z_K = random_z(model.svf.K, 3).double().requires_grad_()
-    policy, base, gain_K = plain(model), plain(model), z_K * model.svf.s_K
+    z_K = random_z(model.adapter.size, 3).double().requires_grad_()
+    policy, base, gain_K = plain(model), plain(model), z_K * model.adapter.s_K
     weights = {
         f"{target.name}.weight": (layer.U_Mr * gain_K[layer.span]) @ layer.Vh_rN
-        for target, layer in zip(model.svf.layout, model.svf.layers, strict=True)
+        for target, layer in zip(model.adapter.layout, model.adapter.layers, strict=True)
     }
     total, kl_sum = torch.zeros((), dtype=torch.float64), 0.0
     for one, advantage in zip(ROLLOUTS, ADVANTAGES, strict=True):
@@ -142,7 +142,7 @@ def test_the_gradient_is_that_of_the_plain_algorithm(model: Model, lam: float, t
 def test_chunks_of_the_vocabulary_give_what_the_whole_gives(
     model: Model, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
 ) -> None:
-    z_K = random_z(model.svf.K, 3)
+    z_K = random_z(model.adapter.size, 3)
     whole, terms = gradient(model, z_K)
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", tokens_at_once * model.hf.config.vocab_size)
     chunked, chunked_terms = gradient(model, z_K)
@@ -152,7 +152,7 @@ def test_chunks_of_the_vocabulary_give_what_the_whole_gives(
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_add_up_to_the_whole_batch(model: Model, size: int) -> None:
-    z_K = random_z(model.svf.K, 3)
+    z_K = random_z(model.adapter.size, 3)
     whole, terms = gradient(model, z_K)
     parts = [gradient(model, z_K, ROLLOUTS[i : i + size], ADVANTAGES[i : i + size]) for i in range(0, 5, size)]
     summed = torch.stack([grad for grad, _ in parts]).sum(0)
@@ -162,31 +162,31 @@ def test_micro_batches_add_up_to_the_whole_batch(model: Model, size: int) -> Non
 
 
 def test_a_micro_batch_adds_to_the_gradient_that_is_there(model: Model) -> None:
-    leaf_1K = torch.ones(1, model.svf.K, dtype=torch.float64, requires_grad=True)
+    leaf_1K = torch.ones(1, model.adapter.size, dtype=torch.float64, requires_grad=True)
     for _ in range(2):
         backward(model, leaf_1K, ROLLOUTS[:1], [1.0], lam=0.1, temperature=1.0, batch=1)
-    once = torch.ones(1, model.svf.K, dtype=torch.float64, requires_grad=True)
+    once = torch.ones(1, model.adapter.size, dtype=torch.float64, requires_grad=True)
     backward(model, once, ROLLOUTS[:1], [1.0], lam=0.1, temperature=1.0, batch=1)
     torch.testing.assert_close(leaf_1K.grad, 2 * once.grad)
 
 
 def test_at_the_base_model_the_divergence_and_its_gradient_are_zero(model: Model) -> None:
-    ones = torch.ones(model.svf.K)
+    ones = torch.ones(model.adapter.size)
     grad_K, terms = gradient(model, ones, advantage_B=[0.0] * 5, lam=1.0)
-    away, _ = gradient(model, random_z(model.svf.K, 3), advantage_B=[0.0] * 5, lam=1.0)
+    away, _ = gradient(model, random_z(model.adapter.size, 3), advantage_B=[0.0] * 5, lam=1.0)
     assert abs(terms.kl) < 1e-6
     assert float(grad_K.abs().max()) < 1e-5 * float(away.abs().max())
 
 
 def test_the_divergence_pulls_z_back_to_the_base(model: Model) -> None:
-    z_K = random_z(model.svf.K, 3, spread=0.05).double()
+    z_K = random_z(model.adapter.size, 3, spread=0.05).double()
     grad_K, terms = gradient(model, z_K, advantage_B=[0.0] * 5, lam=1.0)
     assert terms.kl > 0
     assert float(grad_K @ (z_K - 1)) > 0  # a step against the gradient goes back towards 1
 
 
 def test_a_rewarded_answer_becomes_likelier(model: Model) -> None:
-    z_K = torch.ones(model.svf.K, dtype=torch.float64)
+    z_K = torch.ones(model.adapter.size, dtype=torch.float64)
     grad_K, before = gradient(model, z_K, ROLLOUTS[:1], [1.0], lam=0.0)
     _, after = gradient(model, z_K - 1e-3 * grad_K / grad_K.norm(), ROLLOUTS[:1], [1.0], lam=0.0)
     assert after.loss < before.loss

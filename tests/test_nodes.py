@@ -24,21 +24,21 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from small import letter_task, train_in_parallel, verify_letters
+from small import letter_task, sampler, train_in_parallel, verify_letters
 from test_train_cluster import wait_for
 from torch import Tensor
+from waiting import GUARD_S
 
-from benchmarks.core.shape import Shape, _write_model
+from benchmarks.core.shape import BenchShape, _write_model
 from benchmarks.endpoint.processes import pss
 from t2ray.adapters.factors import decompose, prepare
 from t2ray.adapters.model import load_model
 from t2ray.cluster.train.launch import train
 from t2ray.config.train import RLConfig, TrainConfig, resolve
 from t2ray.core import ConfigError, ResourceError
-from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.training.domain import EXPERT, domain_store, finished
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import StepMetrics, read_metrics
 from t2ray.training.trainer import Trainer
 
 # Rewards that note which node they run on: the worker's, since these jobs have no verifier processes.
@@ -157,25 +157,25 @@ def test_three_workers_make_the_z_that_one_makes_of_as_many_shares_bit_for_bit(
         worker.start()
     model = load_model(str(tmp_path / "model"), tmp_path / "factors", device="cpu")
 
-    def alone(shares: int) -> tuple[Trainer, list[dict[str, Any]]]:
-        model.svf.bank.clear()
-        store, rows = Store(tmp_path / f"alone{shares}"), list[dict[str, Any]]()
+    def alone(shares: int) -> tuple[Trainer, list[StepMetrics]]:
+        model.adapter.bank.clear()
+        store, rows = Store(tmp_path / f"alone{shares}"), list[StepMetrics]()
         trainer = Trainer(
-            OfflineEngine(model), letter_task(), verify_letters, rl, store, seed=0, digest="x", shares=shares
+            *sampler(model), letter_task(), verify_letters, rl, store, seed=0, digest="x", shares=shares
         )  # fmt: skip
         asyncio.run(trainer.run(rows.append))
         return trainer, rows
 
     (_, whole_rows), (shared, shared_rows) = alone(1), alone(4)
     for worker in workers:
-        worker.join(90)
+        worker.join(GUARD_S)
         assert worker.exitcode == 0
     timed = dict.fromkeys(("seconds", "tokens_per_s"))
     for rows, p_K, gradient_K in (torch.load(tmp_path / f"rank{i}.pt") for i in range(3)):
         assert torch.equal(p_K, shared.p_K) and torch.equal(gradient_K, shared.p_K.grad)
-        assert [row | timed for row in rows] == [row | timed for row in shared_rows]
+        assert [row | timed for row in rows] == [row.row() | timed for row in shared_rows]
     for key in ("loss", "kl", "grad_norm"):
-        assert shared_rows[0][key] == pytest.approx(whole_rows[0][key], abs=1e-6)
+        assert getattr(shared_rows[0], key) == pytest.approx(getattr(whole_rows[0], key), abs=1e-6)
 
 
 @pytest.mark.parametrize(("given", "span"), [(0, (0, 0)), (3, (3, 3)), ("3", (3, 3)), ("1-4", (1, 4)), ("2-2", (2, 2))])
@@ -208,7 +208,7 @@ def test_domains_train_on_different_nodes_and_none_waits_for_a_straggler(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def shared_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def shared_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], list[StepMetrics]]:
     """The expert and the metrics of a job of two workers on two nodes, undisturbed; its batches have two shares."""
     folder = tmp_path_factory.mktemp("whole")
     config = job(folder, "whole", reward="slow", workers=2, rl=LONG)
@@ -218,7 +218,7 @@ def shared_by_two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, T
     return expert(config), read_metrics(domain_store(config, "first"))
 
 
-Undisturbed = tuple[dict[str, Tensor], list[dict[str, Any]]]
+Undisturbed = tuple[dict[str, Tensor], list[StepMetrics]]
 
 
 @pytest.mark.cluster
@@ -275,7 +275,7 @@ def test_a_killed_driver_and_then_a_killed_head_change_no_z(shared_by_two: Undis
             wait_for(lambda: steps_done(config) >= at + 6 or driver.poll() is not None)
             assert driver.poll() is None
             cluster.kill(cluster.cluster.head_node.node_id)
-            _, err = driver.communicate(timeout=120)
+            _, err = driver.communicate(timeout=GUARD_S)
             assert driver.returncode == 2 and err.count("\n") == 1 and "the run goes on with --resume" in err
         assert finished(domain_store(config, "first")) is None
     with nodes(2):
@@ -298,7 +298,7 @@ from t2ray.training.loss import backward
 model, factors = sys.argv[1:]
 print("imported", flush=True), input()
 model = load_model(model, factors, device="cpu")
-z_1K = torch.ones(1, model.svf.K, requires_grad=True)
+z_1K = torch.ones(1, model.adapter.size, requires_grad=True)
 z_1K.grad = torch.zeros_like(z_1K)
 backward(model, z_1K, [rollout([4, 5, 6], [7, 8])], [1.0], lam=0.1, temperature=1.0, batch=1)
 print("loaded", flush=True), input()
@@ -314,7 +314,7 @@ def go_on(worker: subprocess.Popen[str], to: str) -> None:
 
 @pytest.mark.slow
 def test_a_further_worker_of_a_node_shares_the_weights_and_the_factors(tmp_path: Path) -> None:
-    _write_model(Shape(), tmp_path / "model")
+    _write_model(BenchShape(), tmp_path / "model")
     plan, size = prepare(str(tmp_path / "model"), tmp_path / "factors"), 0
     for target in plan.plan.targets:  # as large as a decomposition, and made in no time
         parts = {"U": torch.ones(target.m, target.rank), "s": torch.ones(target.rank)}
@@ -360,8 +360,8 @@ def test_a_divided_model_is_the_same_model(tiny_llama: Path, tmp_path: Path, mon
     decompose(str(tiny_llama), tmp_path)
     ids = torch.arange(10, 20)[None]
     whole, divided = (load_model(str(tiny_llama), tmp_path, device=device) for device in (None, "auto"))
-    z_1K = torch.full((1, whole.svf.K), 1.1)
-    with whole.svf.rows(z_1K), divided.svf.rows(z_1K):
+    z_1K = torch.full((1, whole.adapter.size), 1.1)
+    with whole.adapter.rows(z_1K), divided.adapter.rows(z_1K):
         assert torch.equal(whole.hidden(ids, torch.ones_like(ids)), divided.hidden(ids, torch.ones_like(ids)))
     monkeypatch.setattr("t2ray.models.load.find_spec", lambda name: None)
     with pytest.raises(ResourceError, match="pip install accelerate, on every node"):

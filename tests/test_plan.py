@@ -14,20 +14,20 @@ from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import load_model
 from t2ray.cli.main import main
 from t2ray.core import ConfigError, ModelError, ResourceError
-from t2ray.engine.cache import roomy_cache
+from t2ray.engine.batches import roomy_cache
 from t2ray.models.weights import Weights
-from t2ray.runs.memory import GIB, Load, least_gpus, serving, shape_of, training
+from t2ray.runs.memory import GIB, GpuMemory, least_gpus, serving, shape_of, training
 from t2ray.training.loss import backward
 
 ROOT = Path(__file__).parents[1]
 LLAMA_8B, LLAMA_70B = (str(ROOT / "docs" / "configs" / f"llama-3-{size}.json") for size in ("8b", "70b"))
 
 
-def whole(loads: list[Load], name: str) -> int:
+def whole(loads: list[GpuMemory], name: str) -> int:
     return int(sum(getattr(load, name) for load in loads))
 
 
-def plan_70b(gpus: int, layers: str | None = None) -> list[Load]:
+def plan_70b(gpus: int, layers: str | None = None) -> list[GpuMemory]:
     return training(shape_of(LLAMA_70B, layers=layers), gpus, micro_batch=8, tokens=1024, rows=128)
 
 
@@ -51,8 +51,8 @@ def test_a_plan_from_config_json_is_that_of_the_model_itself(tiny_llama: Path, t
     model = load_model(str(tiny_llama), tmp_path / "factors", device="cpu")
     assert (shape.K, list(shape.targets)) == (factors.K, list(factors.layout))
     (load,) = training(shape, 1, micro_batch=2, tokens=20, rows=3)
-    assert load.factors == sum(t.nbytes for layer in model.svf.layers for t in (layer.U_Mr, layer.Vh_rN))
-    assert load.folded == sum(layer.weight.nbytes for layer in model.svf.layers)
+    assert load.factors == sum(t.nbytes for layer in model.adapter.layers for t in (layer.U_Mr, layer.Vh_rN))
+    assert load.folded == sum(layer.weight.nbytes for layer in model.adapter.layers)
     cache = roomy_cache(model.hf.config, 20)
     model.hf(input_ids=torch.full((3, 20), 9), past_key_values=cache)
     assert load.kv == sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
@@ -62,7 +62,7 @@ def test_a_plan_from_config_json_is_that_of_the_model_itself(tiny_llama: Path, t
 def test_the_activations_are_what_a_gradient_keeps(layers: str | None, tiny_llama: Path, tmp_path: Path) -> None:
     decompose(str(tiny_llama), tmp_path / "factors", layers=layers)
     model = load_model(str(tiny_llama), tmp_path / "factors", device="cpu")
-    z_1K = torch.ones(1, model.svf.K, requires_grad=True)
+    z_1K = torch.ones(1, model.adapter.size, requires_grad=True)
     z_1K.grad = torch.zeros_like(z_1K)
     parameters = {p.data_ptr() for p in (*model.hf.parameters(), *model.hf.buffers(), z_1K)}
     kept: dict[int, int] = {}

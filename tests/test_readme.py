@@ -29,7 +29,6 @@ EXEMPT = {
     "ray job submit": "a cluster",
     "t2ray status s3://": "a cluster's run",
     "serve deploy": "a cluster",
-    "import asyncio\nfrom t2ray.core import Mixture": "it names a folder by dots",
 }
 
 

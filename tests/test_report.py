@@ -10,10 +10,11 @@ import pytest
 from t2ray.core import Mixture
 from t2ray.evals.evaluate import Cell, build_report
 from t2ray.evals.report import html_page, text_tables, write_report
+from t2ray.experts.heatmap import HeatMap
 
 LABELS = ("math", "code", "others")
 CURVES = {"math": [{"step": 0, "accuracy": 0.1, "kl": 0.0, "validation": 0.2}, {"step": 1, "accuracy": 0.5, "kl": 0.1}]}
-HEAT = {"math": {"rows": ["q_proj", "up_proj"], "layers": [0, 1], "values": [[0.1, -0.2], [0.0, 0.3]]}}
+SHIFTS = {"math": HeatMap(layers=(0, 1), kinds=("q_proj", "up_proj"), values=((0.1, 0.0), (-0.2, 0.3)))}
 
 
 def cell(right, n=10, **fields):
@@ -70,7 +71,7 @@ class Page(HTMLParser):
 
 def test_writes_three_files_and_the_json_is_the_dictionary(tmp_path):
     made = report()
-    write_report(tmp_path / "runs" / "demo", made, CURVES, HEAT)
+    write_report(tmp_path / "runs" / "demo", made, CURVES, SHIFTS)
     folder = tmp_path / "runs" / "demo"
     assert sorted(p.name for p in folder.iterdir()) == ["report.html", "report.json", "report.md"]
     assert json.loads((folder / "report.json").read_text()) == json.loads(json.dumps(made))
@@ -78,7 +79,7 @@ def test_writes_three_files_and_the_json_is_the_dictionary(tmp_path):
 
 
 def test_the_page_loads_nothing_and_is_well_formed():
-    page = html_page(report(), CURVES, HEAT)
+    page = html_page(report(), CURVES, SHIFTS)
     assert [x for x in Page(page).loads if not x.startswith(("#", "data:"))] == []
     assert "<script" not in page
     assert "@import" not in page
@@ -86,11 +87,11 @@ def test_the_page_loads_nothing_and_is_well_formed():
 
 
 def test_the_page_has_a_figure_for_every_domain_and_expert():
-    assert Page(html_page(report(), CURVES | {"code": CURVES["math"]}, HEAT)).tags["svg"] == 1 + 2 + 1
+    assert Page(html_page(report(), CURVES | {"code": CURVES["math"]}, SHIFTS)).tags["svg"] == 1 + 2 + 1
 
 
 def test_figures_take_the_pages_colours_and_their_ids_do_not_meet():
-    page = html_page(report(), CURVES | {"code": CURVES["math"]}, HEAT | {"code": HEAT["math"]})
+    page = html_page(report(), CURVES | {"code": CURVES["math"]}, SHIFTS | {"code": SHIFTS["math"]})
     assert "#010203" not in page
     assert "currentColor" in page
     clips = re.findall(r'<clipPath id="([^"]+)"', page)
@@ -105,7 +106,7 @@ def test_what_comes_from_outside_is_escaped():
 
 
 def test_the_same_report_gives_the_same_page():
-    assert html_page(report(), CURVES, HEAT) == html_page(report(), CURVES, HEAT)
+    assert html_page(report(), CURVES, SHIFTS) == html_page(report(), CURVES, SHIFTS)
 
 
 def test_tables_show_accuracy_n_and_interval_and_leave_out_what_was_not_run():
@@ -136,14 +137,16 @@ def test_a_report_of_nearly_nothing_still_renders(tmp_path):
     assert "0.0 (0-28)" in (tmp_path / "report.md").read_text()
 
 
-@pytest.mark.parametrize("values", [[[0.0, 0.0]], [[0.1, 0.4]], [[-0.1, 0.4]]])
+@pytest.mark.parametrize("values", [((0.0,), (0.0,)), ((0.1,), (0.4,)), ((-0.1,), (0.4,))])
 def test_a_heat_map_of_zeros_magnitudes_or_both_signs(values):
-    heat = {"math": {"rows": ["q_proj"], "layers": [0, 1], "values": values}}
-    assert "<svg" in html_page(report(), {}, heat)
+    shifts = {"math": HeatMap(layers=(0, 1), kinds=("q_proj",), values=values)}
+    assert "<svg" in html_page(report(), {}, shifts)
 
 
 def test_many_layers_and_many_experts_still_draw():
-    heat = {f"e{i}": {"rows": ["q", "k"], "layers": list(range(80)), "values": [[0.1] * 80] * 2} for i in range(3)}
+    heat = HeatMap(layers=tuple(range(80)), kinds=("q", "k"), values=((0.1, 0.1),) * 80)
     mixtures = {f"task{i}": Mixture.of({f"e{j}": 0.1 for j in range(9)}) for i in range(4)}
-    page = html_page(report(mixtures=mixtures, experts=[f"e{j}" for j in range(9)]), {}, heat)
+    page = html_page(
+        report(mixtures=mixtures, experts=[f"e{j}" for j in range(9)]), {}, {f"e{i}": heat for i in range(3)}
+    )
     assert Page(page).tags["svg"] == 4

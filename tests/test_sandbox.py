@@ -78,7 +78,8 @@ def test_objects_of_the_candidate_can_be_built_changed_and_handed_back() -> None
         def f(node): return 0 if node is None else node.v + f(node.next)
     """
     setup = "root = Node(1)\nroot.next = Node(2)\nroot.next.next = Node(3)"
-    assert check(textwrap.dedent(code), ["assert f(root) == 6"], names=["Node", "f"], setup=setup).reason == "pass"
+    names, tests = ["Node", "f"], ["assert f(root) == 6", "assert root.next.v == 2"]
+    assert check(textwrap.dedent(code), tests, names=names, classes=["Node"], setup=setup).reason == "pass"
 
 
 def test_a_wrong_answer_fails_and_says_by_which_test() -> None:
@@ -191,6 +192,43 @@ def test_success_cannot_be_faked(fake: str) -> None:
 )
 def test_an_object_is_never_taken_for_true_false_equal_or_unequal(test: str) -> None:
     assert not passes("class A: pass\ndef f(x): return A()", test)
+
+
+YES = """
+    class Yes:
+        def __getattr__(self, name): return lambda *a: True
+        ok = True
+    def f(x): return Yes()
+"""
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        "assert f(3).startswith('nine')",
+        "assert f(3).ok",
+        "assert hasattr(f(3), 'ok')",
+        "assert getattr(f(3), 'ok', 0)",
+        "assert (lambda y: y.isdigit())(f(3))",
+        "x = f(3)\nassert x.ok",
+        "assert f.ok",
+    ],
+)
+def test_an_object_passes_no_test_by_its_methods(test: str) -> None:
+    assert not passes(YES + "    f.ok = True", test)
+
+
+def test_a_class_passes_as_a_function_for_no_test_that_asks_its_result() -> None:
+    fake = "class f:\n    def __init__(self, x): pass\n    def startswith(self, text): return True"
+    honest = "def f(x): return 'nine'"
+    tests = ["assert f(3).startswith('nine')"]
+    assert passes(honest, *tests) and not passes(fake, *tests)
+    assert check(fake, tests, names=["f"], classes=["f"]).passed  # here the tests expect a class
+
+
+def test_a_result_that_is_a_function_can_be_called() -> None:
+    assert passes("def f(x): return lambda y: x + y", "assert f(3)(4) == 7")
+    assert not passes("def f(x): return lambda y: x", "assert f(3)(4) == 7")
 
 
 def test_bytes_that_no_encoder_wrote_never_become_a_value() -> None:
@@ -313,6 +351,18 @@ def test_files_cannot_fill_the_disk(mode: str) -> None:
     assert not passes(many + "\ndef f(x): return x * x", mode=mode)
 
 
+def test_files_are_counted(mode: str) -> None:
+    code = """
+        made = 0
+        try:
+            for made in range(10_000):
+                open(str(made), "w").close()
+        except OSError: pass
+        def f(x): return x * x if made < 256 else made
+    """
+    assert passes(code, mode=mode)
+
+
 def test_printing_gigabytes_costs_nothing(mode: str) -> None:
     assert end_of("while True: print('x' * (1 << 20))", mode, cpu_s=1) == ENDED
     assert ok("import sys\nfor _ in range(100): sys.stdout.write('x' * (1 << 20))", mode)
@@ -353,13 +403,13 @@ def test_the_walls_hold_against_new_namespaces_mounts_and_users(mode: str) -> No
 
 def test_nothing_is_left_running(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[psutil.Process] = []
-    end = sandbox._end
+    end = sandbox._kill
 
-    def noted(process: subprocess.Popen[bytes]) -> None:
+    def noted(process: subprocess.Popen[bytes], mode: str) -> None:
         started.extend([psutil.Process(process.pid), *family(process.pid)])
-        end(process)
+        end(process, mode)
 
-    monkeypatch.setattr(sandbox, "_end", noted)
+    monkeypatch.setattr(sandbox, "_kill", noted)
     for timeout_s in (0.5, 5.0, 50.0):  # the next where the machine was too slow for all of it to begin
         end_of("import time\ntime.sleep(600)", mode, timeout_s=timeout_s)
         if len(started) >= WHOLE:
@@ -408,6 +458,56 @@ def test_limits_hold_without_isolation_too() -> None:
     assert not ok("import os\nos.kill(os.getppid(), 9)", "none")
     assert not ok("import socket\nsocket.socket()", "none")
     assert not passes(FAKES["os._exit"], mode="none") and not passes(FAKES["equal to everything"], mode="none")
+
+
+STAYS = {
+    "when its time is up": "import os, time\nos.setsid()\ntime.sleep(600)",
+    "after its answers": "import atexit, os, time\nos.setsid()\natexit.register(time.sleep, 600)\ndef f(x): return x*x",
+    "though asked to end": "import os, signal, time\nos.setsid()\nsignal.signal(15, signal.SIG_IGN)\ntime.sleep(600)",
+}
+
+
+def left(name: str) -> list[int]:
+    """The processes whose command line names a file so: those of a sandbox, and only of this test's."""
+    found = [process for process in psutil.process_iter(["cmdline"]) if name in " ".join(process.info["cmdline"] or [])]
+    return [process.pid for process in found if lives(process)]
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name that only this test's sandboxes have on their command lines."""
+    name, command = f"sandbox-{uuid.uuid4().hex}", sandbox._command
+    monkeypatch.setattr(sandbox, "_command", lambda *args: [*command(*args), name])
+    return name
+
+
+@pytest.mark.filterwarnings("ignore:model-written code runs without isolation")
+@pytest.mark.parametrize("when", STAYS)
+def test_what_leaves_the_session_is_ended_without_isolation_too(when: str, mine: str) -> None:
+    verdict = check(STAYS[when], SQUARE, names=["f"], mode="none", timeout_s=GUARD_S if "answers" in when else 3)
+    assert verdict.passed == ("answers" in when)
+    assert left(mine) == []
+
+
+def test_what_leaves_the_session_ends_with_the_owner_without_isolation_too(mine: str, tmp_path: Path) -> None:
+    code = f"import os, time\nos.setsid()\nopen({str(tmp_path / 'begun')!r}, 'w').close()\ntime.sleep(600)"
+    program = f"""
+from t2ray.sandbox import check
+command = check._command
+check._command = lambda *args: [*command(*args), {mine!r}]
+check.check({code!r}, [], names=['f'], mode='none', timeout_s=600)
+"""
+    owner = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_until(lambda: owner.poll() is not None or (tmp_path / "begun").exists(), "a candidate that runs")
+        family_of = [psutil.Process(pid) for pid in left(mine) if pid != owner.pid]
+    finally:
+        owner.kill()
+        owner.wait()
+    assert len(family_of) >= WHOLE
+    wait_until(lambda: not any(map(lives, family_of)), "the end of a sandbox whose owner was killed")
 
 
 def test_a_mode_that_this_system_lacks_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

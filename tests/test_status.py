@@ -10,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from waiting import wait_until
 
 from t2ray.cli.main import main
 from t2ray.cluster.train.faults import diagnosis
-from t2ray.cluster.train.launch import train
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import RewardError
-from t2ray.runs import status
-from t2ray.runs.status import Beat, DomainStatus, beats, heart, note_fault, read_status
+from t2ray.runs import heartbeat, status
+from t2ray.runs.folder import open_run
+from t2ray.runs.heartbeat import Heartbeat, heartbeats, note_fault, start_heartbeat
+from t2ray.runs.status import DomainStatus, read_status
 from t2ray.store import Store
+from t2ray.training.checkpoint import Checkpoint, Progress
 from t2ray.training.domain import domain_store
 
 SMALL = {"steps": 4, "prompts": 2, "samples": 2, "eval_every": 2, "eval_prompts": 2}
@@ -32,13 +35,17 @@ def broken(completion, row):
 """
 
 
-def job(folder: Path, reward: str = "good") -> TrainConfig:
+def job(folder: Path, reward: str = "good", **more: str) -> TrainConfig:
+    """A job of the domain `own`, and of `more` with other rewards."""
     (folder / f"rewards_of_status_{reward}.py").write_text(REWARDS)
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(20)))
-    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "reward": f"rewards_of_status_{reward}:{reward}",
-           "max_tokens": 2}  # fmt: skip
+    own = {"data": str(folder / "rows.jsonl"), "prompt": "{text}", "max_tokens": 2}
+    domains = {
+        name: own | {"reward": f"rewards_of_status_{reward}:{function}"}
+        for name, function in {"own": reward, **more}.items()
+    }
     values = {"model": "tiny", "out": str(folder / "runs"), "run": "own", "factors": str(folder / "factors"),
-              "workers": 0, "verifiers": 0, "code": str(folder), "domains": {"own": own}, "rl": SMALL}  # fmt: skip
+              "workers": 0, "verifiers": 0, "code": str(folder), "domains": domains, "rl": SMALL}  # fmt: skip
     return resolve(values, where="job.yaml")
 
 
@@ -74,20 +81,79 @@ def test_a_mistake_that_ended_a_run_is_told_until_the_run_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = job(tmp_path, "broken")
-    with pytest.raises(RewardError):
+    with pytest.raises(DomainsFailed):
         train(config)
     now = only(config)
     assert now.state == "failed" and now.fault is not None and "ZeroDivisionError: unlucky" in now.fault.message
     assert main(["status", f"{config.out}/own"]) == 0
     assert "last error" in capsys.readouterr().out
-    heart(domain_store(config, "own"), 0)
+    start_heartbeat(domain_store(config, "own"), 0)
     assert only(config).state == "running"
+
+
+def test_domains_that_fail_are_told_beside_those_that_are_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, a line each, and by `t2ray status`."""
+    config = job(tmp_path, "broken", second="good", third="broken")
+    (tmp_path / "job.yaml").write_text(config.model_dump_json())
+    assert main(["train", str(tmp_path / "job.yaml")]) == 2
+    said = capsys.readouterr()
+    first, third = said.err.splitlines()
+    assert first.startswith("t2ray: domain 'own' failed: ") and third.startswith("t2ray: domain 'third' failed: ")
+    assert all("ZeroDivisionError: unlucky; --resume trains the domains that are not done" in x for x in (first, third))
+    assert "second: greedy validation accuracy" in said.out and "own: greedy" not in said.out
+    assert main(["status", f"{config.out}/own", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [(row["domain"], row["state"]) for row in rows] == [
+        ("own", "failed"), ("second", "done"), ("third", "failed"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["cut", "a folder", "binary"])
+@pytest.mark.parametrize("name", [
+    "metrics.jsonl", "result.json", "fault.json", "workers/0.json", "notes.jsonl", "trackers.json",
+    "expert.safetensors", "checkpoints/step_000004.safetensors",
+])  # fmt: skip
+def test_no_damaged_file_of_a_domain_hides_the_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    config, store = job(tmp_path), domain_store(job(tmp_path), "own")
+    open_run(config)
+    tensors = {key: torch.ones(3) for key in ("p_K", "best_z_K", "exp_avg", "exp_avg_sq")}
+    for step in (2, 4):
+        Checkpoint(progress=Progress(step=step), tensors=tensors).save(store, config.digest)
+    store.write_tensors("expert.safetensors", tensors, {})
+    if name == "expert.safetensors":
+        store.write_text("result.json", '{"accuracy": 0.5, "base_accuracy": 0.25, "best_step": 3, "steps": 7}')
+    assert store.local is not None
+    path = store.local / name
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if how == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b'{"ra\n' if how == "cut" else b"\xff\x00\n{")
+    for flag in ([], ["--json"]):
+        assert main(["status", f"{config.out}/own", *flag]) == 0
+    said = capsys.readouterr().out
+    if name.partition(".")[0] in ("metrics", "result", "expert", "checkpoints/step_000004"):
+        assert f"own: {name}" in said and "--resume` mends what can be mended" in said
+    assert f"last checkpoint: step {2 if 'step' in name else 4}" in said or name == "expert.safetensors"
+
+
+def test_a_damaged_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for data in (b"", b"\xff", b"{}"):
+        (tmp_path / "config.json").write_bytes(data)
+        assert main(["status", str(tmp_path)]) == 2
+        said = capsys.readouterr().err
+        assert "config.json is not a configuration that this t2ray wrote" in said and said.count("\n") == 1
 
 
 def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = job(tmp_path)
     store = domain_store(config, "own")
-    beat = heart(store, 0)
+    beat = start_heartbeat(store, 0)
     assert only(config).state == "running"
     monkeypatch.setattr(status, "STALE_S", -1.0)
     assert only(config).state == "stopped"
@@ -97,29 +163,29 @@ def test_a_worker_that_is_silent_for_long_is_not_running(tmp_path: Path, monkeyp
     del beat
 
 
-def test_a_heart_beats_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also within a long step; a thread that ends and a heart that is let go of are no sign of life."""
-    monkeypatch.setattr(status, "BEAT_S", 0.02)
+def test_a_heartbeat_goes_on_by_itself_until_its_worker_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also within a long step; none is written after the thread has ended or the writer was deleted."""
+    monkeypatch.setattr(heartbeat, "BEAT_S", 0.02)
     config, others = job(tmp_path), set(threading.enumerate())
     store = domain_store(config, "own")
 
-    def at(rank: int) -> Beat:
-        return {beat.rank: beat for beat in beats(store)}[rank]
+    def at(rank: int) -> Heartbeat:
+        return {beat.rank: beat for beat in heartbeats(store)}[rank]
 
     def beating() -> int:
         return len(set(threading.enumerate()) - others)
 
-    hearts = [heart(store, 0)]
-    worker = threading.Thread(target=lambda: hearts.append(heart(store, 1)))
+    writers = [start_heartbeat(store, 0)]
+    worker = threading.Thread(target=lambda: writers.append(start_heartbeat(store, 1)))
     worker.start()
     worker.join()
     first = at(0)
-    hearts[0](7)
+    writers[0](7)
     wait_until(lambda: at(0).step == 7 and at(0).at > first.at, "a beat of the seventh step")
     assert at(0).began == first.began
-    wait_until(lambda: beating() == 1, "the end of the heart whose worker has ended")
-    hearts.clear()
-    wait_until(lambda: not beating(), "the end of the heart that was let go of")
+    wait_until(lambda: beating() == 1, "the end of the heartbeat whose worker has ended")
+    writers.clear()
+    wait_until(lambda: not beating(), "the end of the heartbeat whose writer was deleted")
 
 
 def test_no_run_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +218,7 @@ The actor is dead because its worker process has died. Worker exit type: SYSTEM_
 unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was killed \
 by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed unexpectedly \
 due to SIGSEGV or another unexpected error. ..."""
-BEAT = Beat(rank=0, host="node3", pid=1169, step=12, at=0.0, rss_gib=9.1, used_gib=30.0, total_gib=64.0)
+BEAT = Heartbeat(rank=0, host="node3", pid=1169, step=12, at=0.0, rss_gib=9.1, used_gib=30.0, total_gib=64.0)
 
 
 def test_a_dead_workers_end_names_the_place_the_memory_and_the_knob() -> None:

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from t2ray.adapt.strategies import classify, classify_by_generation, fixed
-from t2ray.core import Message, Mixture, user
+from t2ray.core import ConfigError, ContextExceeded, Message, Mixture, user
 from t2ray.prompts import dispatch_prompt
 from t2ray.testing import FakeGenerate, FakeScore
 
@@ -42,6 +42,72 @@ def test_all_labels_are_scored_in_one_call_on_the_dispatch_prompt_with_the_class
     assert score.calls == [(dispatch_prompt(messages, LABELS), LABELS, Mixture.parse("dispatch"))]
     assert dispatch.strategy == "cls"
     assert dispatch.seconds > 0
+
+
+def said(*turns):
+    """A conversation of ("user", text) turns and others."""
+    return tuple(Message(role=role, content=content) for role, content in turns)
+
+
+FOLLOW = (("user", "math please"), ("assistant", "write code"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "label", "read"),
+    [
+        (said(("user", "math please"), ("assistant", "write code")), "math", 1),
+        (said(("user", "math please"), ("system", "write code")), "math", 1),
+        (said(*FOLLOW, ("user", "and of 7?, others")), "math", 2),
+        (said(*FOLLOW, ("user", "why? others"), ("assistant", "x"), ("user", "go on, others")), "math", 3),
+        (said(*FOLLOW, ("user", "write code")), "code", 1),
+        (said(*FOLLOW, ("user", "what a lovely day it is, others")), "others", 1),
+        (said(("user", "hello, others")), "others", 1),
+        (said(("system", "write code"), ("user", "math please")), "math", 1),
+        (said(("system", "write code")), "code", 1),
+    ],
+)
+@pytest.mark.parametrize("generated", [False, True])
+def test_the_last_turn_of_the_user_decides_and_a_short_one_of_no_kind_takes_the_kind_of_the_one_before(
+    messages, label, read, generated
+):
+    by_label = FakeGenerate(lambda m, x: next(w for w in LABELS if w in m[-1].content.rpartition("\n")[2]))
+    score = FakeScore(by_word)
+    if generated:
+        dispatch = asyncio.run(classify_by_generation(by_label, LABELS, Mixture.base())(messages))
+        assert len(by_label.calls) == read
+    else:
+        dispatch = asyncio.run(classify(score, LABELS, Mixture.base())(messages))
+        assert len(score.calls) == read
+    assert dispatch.label == label
+
+
+def test_a_question_of_one_user_turn_is_the_one_that_the_tiny_model_was_trained_on():
+    question = "Which kind of request is this: math, code, others? Answer with that one word.\n\n17+25"
+    assert dispatch_prompt(user("17+25"), LABELS) == user(question)
+
+
+@pytest.mark.parametrize("room", [90, 200, 1000])
+def test_of_a_text_that_exceeds_the_context_the_beginning_and_the_end_are_read(room):
+    calls = []
+
+    async def score(prompt, labels, mixture):
+        calls.append(prompt[0].content)
+        if (size := len(calls[-1])) + 4 > room:
+            raise ContextExceeded("too long", size, 4, room)
+        return (0.0, -1.0, -2.0)
+
+    dispatch = asyncio.run(classify(score, LABELS, Mixture.base())(user("begins" + "x" * 5000 + "ends")))
+    assert dispatch.label == "math" and len(calls) < 30
+    text = calls[-1].rpartition("\n")[2]
+    assert room == 90 or (text.startswith("begins") and text.endswith("ends") and len(text) > (room - 90) / 2)
+
+
+def test_labels_that_exceed_the_context_are_no_fault_of_the_text():
+    async def score(prompt, labels, mixture):
+        raise ContextExceeded("too long", 500, 4, 64)
+
+    with pytest.raises(ConfigError, match="3 labels, which exceed the model's context; name an expert"):
+        asyncio.run(classify(score, LABELS, Mixture.base())(user("17+25")))
 
 
 def test_probabilities_are_the_softmax_of_the_scores():

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import Model
-from t2ray.adapters.svf import SVF, by_target, parametrise
+from t2ray.adapters.svf import SVF, parametrise
 from t2ray.core import ExpertError, Mixture, UnknownExpert
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
@@ -33,9 +33,11 @@ def loaded64(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Mode
 
 
 def with_experts(model: Model) -> Iterator[Model]:
-    model.svf.bank = {name: random_z(model.svf.K, seed) for seed, name in enumerate(("math", "code", "pick"))}
+    model.adapter.bank = {
+        name: random_z(model.adapter.size, seed) for seed, name in enumerate(("math", "code", "pick"))
+    }
     yield model
-    model.svf.bank = {}
+    model.adapter.bank = {}
 
 
 @pytest.fixture
@@ -69,32 +71,32 @@ def test_with_nothing_bound_it_is_the_base_model_bit_for_bit(model: Model) -> No
 
 def test_z_of_one_is_the_base_model(model: Model) -> None:
     ids = token_rows(model, 2, 9)
-    with model.svf.rows(torch.ones(1, model.svf.K)):
+    with model.adapter.rows(torch.ones(1, model.adapter.size)):
         close(model, forward(model, ids), plain(model)(input_ids=ids).logits)
 
 
 def test_an_expert_answers_unlike_the_base(model: Model) -> None:
     ids = token_rows(model, 2, 9)
-    with model.svf.rows(model.svf.bank["math"][None]):
+    with model.adapter.rows(model.adapter.bank["math"][None]):
         difference = forward(model, ids)
     assert float((difference - forward(model, ids)).abs().max()) > 0.5
 
 
 def test_a_row_of_a_mixed_batch_is_that_row_alone(model: Model) -> None:
     ids, index = token_rows(model, 5, 9), [0, 1, 2, 1, 3]
-    z_RK = torch.stack([*model.svf.bank.values(), torch.ones(model.svf.K)])
-    with model.svf.rows(z_RK, torch.tensor(index)):
+    z_RK = torch.stack([*model.adapter.bank.values(), torch.ones(model.adapter.size)])
+    with model.adapter.rows(z_RK, torch.tensor(index)):
         mixed = forward(model, ids)
     for row, z in enumerate(index):
-        with model.svf.rows(z_RK[z : z + 1]):
+        with model.adapter.rows(z_RK[z : z + 1]):
             close(model, mixed[row : row + 1], forward(model, ids[row : row + 1]))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 17])
 def test_inference_gives_what_training_differentiates(model: Model, rows: int) -> None:
     """Without autograd the factors may lie in another layout."""
-    ids, z_RK = token_rows(model, rows, 9), torch.stack(list(model.svf.bank.values())).requires_grad_()
-    with model.svf.rows(z_RK, torch.arange(rows) % 3):
+    ids, z_RK = token_rows(model, rows, 9), torch.stack(list(model.adapter.bank.values())).requires_grad_()
+    with model.adapter.rows(z_RK, torch.arange(rows) % 3):
         differentiable = model.hf(input_ids=ids, use_cache=False).logits
         assert differentiable.requires_grad
         close(model, forward(model, ids), differentiable.detach())
@@ -103,48 +105,48 @@ def test_inference_gives_what_training_differentiates(model: Model, rows: int) -
 @pytest.mark.parametrize("text", ["math", "math:0.7,code:0.3", "base", "math:-0.5,pick:1.5"])
 def test_folded_equals_factored(model: Model, text: str) -> None:
     ids, mixture = token_rows(model, 3, 9), Mixture.parse(text)
-    with model.svf.rows(model.svf.mix(mixture)[None]):
+    with model.adapter.rows(model.adapter.mix(mixture)[None]):
         factored = forward(model, ids)
-    with model.svf.folded(model.svf.mix(mixture)):
+    with model.adapter.folded(model.adapter.mix(mixture)):
         close(model, forward(model, ids), factored)
 
 
 def test_rows_with_a_z_each_are_those_of_a_table_bit_for_bit_whatever_was_bound_before(model: Model) -> None:
-    a, b, _ = model.svf.bank.values()
+    a, b, _ = model.adapter.bank.values()
     ids, same = token_rows(model, 3, 9), b.clone()
     for z in ([a, None, b], [a, None, b], [b, None, a], [a, None, same], [a, a, a]):
-        with model.svf.rows(model.svf.table(z), torch.arange(3)):
+        with model.adapter.rows(model.adapter.table(z), torch.arange(3)):
             expected = forward(model, ids)
-        with model.svf.each(z):
+        with model.adapter.each(z):
             assert torch.equal(forward(model, ids), expected)
-    with model.svf.each([a]):
+    with model.adapter.each([a]):
         alone = forward(model, ids[:1])
     close(model, alone, expected[:1])
 
 
 def test_an_index_by_token_equals_an_index_by_row(model: Model) -> None:
-    z_RK = torch.stack(list(model.svf.bank.values()))
-    for layer in model.svf.layers[:7]:
+    z_RK = torch.stack(list(model.adapter.bank.values()))
+    for layer in model.adapter.layers[:7]:
         x_BTN = torch.randn(4, 6, layer.weight.shape[1], dtype=layer.weight.dtype)
         index = torch.tensor([2, 0, 1, 0])
-        with model.svf.rows(z_RK, index):
+        with model.adapter.rows(z_RK, index):
             by_row = layer(x_BTN)
-        with model.svf.rows(z_RK, index.repeat_interleave(6)):
+        with model.adapter.rows(z_RK, index.repeat_interleave(6)):
             close(model, layer(x_BTN.reshape(1, 24, -1)).reshape_as(by_row), by_row)
 
 
 def test_a_fold_follows_its_expert(model: Model) -> None:
     """An expert that is trained changes under one name: the folded weights must not be the old ones."""
     ids, mixture = token_rows(model, 1, 5), Mixture.parse("math")
-    with model.svf.folded(model.svf.mix(mixture)):
+    with model.adapter.folded(model.adapter.mix(mixture)):
         before = forward(model, ids)
-    assert model.svf.is_folded(model.svf.mix(mixture))
-    model.svf.bank["math"] = random_z(model.svf.K, 99)
-    assert not model.svf.is_folded(model.svf.mix(mixture))
-    with model.svf.folded(model.svf.mix(mixture)):
+    assert model.adapter.is_folded(model.adapter.mix(mixture))
+    model.adapter.bank["math"] = random_z(model.adapter.size, 99)
+    assert not model.adapter.is_folded(model.adapter.mix(mixture))
+    with model.adapter.folded(model.adapter.mix(mixture)):
         after = forward(model, ids)
     assert float((after - before).abs().max()) > 0.1
-    with model.svf.rows(model.svf.bank["math"][None]):
+    with model.adapter.rows(model.adapter.bank["math"][None]):
         close(model, after, forward(model, ids))
 
 
@@ -152,31 +154,33 @@ def test_experts_that_are_added_change_nothing_for_the_others_bit_for_bit(model:
     ids, mixture = token_rows(model, 2, 7), Mixture.parse("math:0.7,code:0.3")
 
     def outputs() -> list[Tensor]:
-        with model.svf.rows(torch.stack([model.svf.mix(mixture), model.svf.bank["pick"]]), torch.tensor([0, 1])):
+        with model.adapter.rows(
+            torch.stack([model.adapter.mix(mixture), model.adapter.bank["pick"]]), torch.tensor([0, 1])
+        ):
             factored = forward(model, ids)
-        with model.svf.folded(model.svf.mix(mixture)):
+        with model.adapter.folded(model.adapter.mix(mixture)):
             return [factored, forward(model, ids), forward(model, ids)]
 
     before = outputs()
     for seed in range(20):
-        model.svf.bank[f"new-{seed}"] = random_z(model.svf.K, 100 + seed)
+        model.adapter.bank[f"new-{seed}"] = random_z(model.adapter.size, 100 + seed)
     assert all(torch.equal(a, b) for a, b in zip(before, outputs(), strict=True))
 
 
 def test_singular_values_keep_their_precision_under_a_bfloat16_model(tiny_llama: Path, tmp_path: Path) -> None:
     model = load_as(torch.bfloat16, tiny_llama, tmp_path)
-    stored = torch.cat([Factors.open(tmp_path / "factors").load(target.name)[1] for target in model.svf.layout])
-    assert model.svf.s_K.dtype == torch.float32
-    assert torch.equal(model.svf.s_K, stored)
+    stored = torch.cat([Factors.open(tmp_path / "factors").load(target.name)[1] for target in model.adapter.layout])
+    assert model.adapter.s_K.dtype == torch.float32
+    assert torch.equal(model.adapter.s_K, stored)
     assert not torch.equal(stored, stored.bfloat16().float())
     assert all(
-        layer.weight.dtype == layer.U_Mr.dtype == layer.Vh_rN.dtype == torch.bfloat16 for layer in model.svf.layers
+        layer.weight.dtype == layer.U_Mr.dtype == layer.Vh_rN.dtype == torch.bfloat16 for layer in model.adapter.layers
     )
     # A z so near to 1 that bfloat16 would round it away still moves the output.
     ids = token_rows(model, 4, 9)
-    with model.svf.rows(torch.ones(1, model.svf.K)):
+    with model.adapter.rows(torch.ones(1, model.adapter.size)):
         at_one = forward(model, ids)
-    with model.svf.rows(torch.full((1, model.svf.K), 1.002)):
+    with model.adapter.rows(torch.full((1, model.adapter.size), 1.002)):
         assert not torch.equal(forward(model, ids), at_one)
 
 
@@ -187,10 +191,10 @@ def test_the_gradient_of_z_is_that_of_finite_differences(model64: Model) -> None
     ids, generator = token_rows(model64, 3, 5), torch.Generator().manual_seed(1)
     weight = torch.randn(3, 5, model64.hf.config.vocab_size, generator=generator, dtype=torch.float64)
     index = torch.tensor([0, 1, 0])
-    z_RK = torch.stack([random_z(model64.svf.K, 5), random_z(model64.svf.K, 6)]).double().requires_grad_()
+    z_RK = torch.stack([random_z(model64.adapter.size, 5), random_z(model64.adapter.size, 6)]).double().requires_grad_()
 
     def f(z_RK: Tensor) -> Tensor:
-        with model64.svf.rows(z_RK, index):
+        with model64.adapter.rows(z_RK, index):
             return (model64.hf(input_ids=ids, use_cache=False).logits * weight).sum()
 
     f(z_RK).backward()
@@ -221,13 +225,13 @@ class Watch(TorchDispatchMode):
 
 def test_only_z_gets_a_gradient_and_no_weights_gradient_is_ever_allocated(model: Model) -> None:
     ids, hf = token_rows(model, 3, 7), model.hf  # 21 tokens: no activation has a weight's shape
-    z_1K = torch.ones(1, model.svf.K, requires_grad=True)
+    z_1K = torch.ones(1, model.adapter.size, requires_grad=True)
     shapes = {tuple(p.shape) for p in hf.parameters() if p.dim() == 2}
     shapes |= {shape[::-1] for shape in shapes}
     known = [*hf.parameters(), *hf.buffers()]
 
     def backward() -> set[tuple[int, ...]]:
-        with model.svf.rows(z_1K):
+        with model.adapter.rows(z_1K):
             loss = hf(input_ids=ids, use_cache=False).logits.square().mean()
         with Watch(known) as watch:
             loss.backward()
@@ -250,7 +254,9 @@ def test_only_z_gets_a_gradient_and_no_weights_gradient_is_ever_allocated(model:
 def test_bindings_refuse_to_nest(model: Model, outer: str, inner: str) -> None:
     def bind(kind: str) -> Any:
         return (
-            model.svf.folded(model.svf.bank["math"]) if kind == "folded" else model.svf.rows(torch.ones(1, model.svf.K))
+            model.adapter.folded(model.adapter.bank["math"])
+            if kind == "folded"
+            else model.adapter.rows(torch.ones(1, model.adapter.size))
         )
 
     with bind(outer), pytest.raises(AssertionError, match="do not nest"), bind(inner):
@@ -261,8 +267,8 @@ def test_bindings_refuse_to_nest(model: Model, outer: str, inner: str) -> None:
 def test_an_exception_unbinds(model: Model, kind: str) -> None:
     ids = token_rows(model, 1, 4)
     base = forward(model, ids)
-    z = model.svf.bank["math"][None]
-    binding = model.svf.folded(model.svf.bank["math"]) if kind == "folded" else model.svf.rows(z)
+    z = model.adapter.bank["math"][None]
+    binding = model.adapter.folded(model.adapter.bank["math"]) if kind == "folded" else model.adapter.rows(z)
     with pytest.raises(KeyboardInterrupt), binding:
         assert not torch.equal(forward(model, ids), base)
         raise KeyboardInterrupt
@@ -272,7 +278,7 @@ def test_an_exception_unbinds(model: Model, kind: str) -> None:
 def test_a_binding_is_its_threads_own(model: Model) -> None:
     ids = token_rows(model, 1, 4)
     base, seen = forward(model, ids), []
-    with model.svf.rows(model.svf.bank["math"][None]):
+    with model.adapter.rows(model.adapter.bank["math"][None]):
         thread = threading.Thread(target=lambda: seen.append(forward(model, ids)))
         thread.start()
         thread.join()
@@ -280,9 +286,9 @@ def test_a_binding_is_its_threads_own(model: Model) -> None:
 
 
 def test_rows_of_another_length_are_a_mistake(model: Model) -> None:
-    with pytest.raises(AssertionError), model.svf.rows(torch.ones(1, model.svf.K + 1)):
+    with pytest.raises(AssertionError), model.adapter.rows(torch.ones(1, model.adapter.size + 1)):
         pass
-    with pytest.raises(AssertionError), model.svf.rows(torch.ones(2, model.svf.K)):  # which row is which?
+    with pytest.raises(AssertionError), model.adapter.rows(torch.ones(2, model.adapter.size)):  # which row is which?
         pass
 
 
@@ -290,41 +296,41 @@ def test_rows_of_another_length_are_a_mistake(model: Model) -> None:
 
 
 def test_weights_that_sum_to_one_give_the_papers_sum(model: Model) -> None:
-    bank = model.svf.bank
+    bank = model.adapter.bank
     paper = 0.5 * bank["math"] + 0.3 * bank["code"] + 0.2 * bank["pick"]
-    torch.testing.assert_close(model.svf.mix(Mixture.parse("math:0.5,code:0.3,pick:0.2")), paper)
+    torch.testing.assert_close(model.adapter.mix(Mixture.parse("math:0.5,code:0.3,pick:0.2")), paper)
 
 
 def test_the_base_holds_what_the_weights_leave(model: Model) -> None:
-    bank = model.svf.bank
-    assert torch.equal(model.svf.mix(Mixture.base()), torch.ones(model.svf.K))
-    torch.testing.assert_close(model.svf.mix(Mixture.parse("math:0.4")), 0.6 + 0.4 * bank["math"])
+    bank = model.adapter.bank
+    assert torch.equal(model.adapter.mix(Mixture.base()), torch.ones(model.adapter.size))
+    torch.testing.assert_close(model.adapter.mix(Mixture.parse("math:0.4")), 0.6 + 0.4 * bank["math"])
 
 
 def test_weights_by_layer_reach_their_layers(model: Model) -> None:
-    z_K = model.svf.mix(Mixture.of({"math": [0.25, 2.0], "code": 1.0}))
-    for target, z_r in zip(model.svf.layout, by_target(z_K, model.svf.layout).values(), strict=True):
-        math, code = (by_target(model.svf.bank[name], model.svf.layout)[target.name] for name in ("math", "code"))
+    z_K = model.adapter.mix(Mixture.of({"math": [0.25, 2.0], "code": 1.0}))
+    for target, z_r in zip(model.adapter.layout, model.adapter.split(z_K).values(), strict=True):
+        math, code = (model.adapter.split(model.adapter.bank[name])[target.name] for name in ("math", "code"))
         torch.testing.assert_close(z_r, 1 + (0.25, 2.0)[target.layer] * (math - 1) + (code - 1))
 
 
 def test_a_wrong_number_of_layers_is_refused(model: Model) -> None:
     with pytest.raises(ExpertError, match=r"'math' has 3 weights by layer; the model has 2 layers"):
-        model.svf.mix(Mixture.of({"math": [1.0, 1.0, 1.0]}))
+        model.adapter.mix(Mixture.of({"math": [1.0, 1.0, 1.0]}))
 
 
 def test_an_unknown_expert_names_the_nearest(model: Model) -> None:
     with pytest.raises(UnknownExpert) as caught:
-        model.svf.mix(Mixture.parse("maths"))
+        model.adapter.mix(Mixture.parse("maths"))
     assert str(caught.value) == "unknown expert 'maths'; did you mean 'math'? (known: code, math, pick)"
 
 
 def test_equal_parameters_of_a_sigmoid_are_the_base_model(model: Model) -> None:
-    svf = model.svf
+    svf = model.adapter
     ranks = [target.rank for target in svf.layout]
     for value in (-2.0, 0.1, 3.0):
-        z_K = parametrise(torch.full((svf.K,), value), "sigmoid", svf.s_K, ranks)
-        torch.testing.assert_close(z_K, torch.ones(svf.K), rtol=1e-5, atol=0)
+        z_K = parametrise(torch.full((svf.size,), value), "sigmoid", svf.s_K, ranks)
+        torch.testing.assert_close(z_K, torch.ones(svf.size), rtol=1e-5, atol=0)
 
 
 def test_a_sigmoid_is_rescaled_matrix_by_matrix() -> None:
@@ -343,3 +349,25 @@ def test_factors_of_another_shape_are_refused(model: Model, tiny_llama: Path, tm
     factors = Factors.open(Path(model.hf.config._name_or_path).parent / "factors")
     with pytest.raises(ExpertError, match=r"the decomposition has model.layers.0.self_attn.q_proj \(32 x 32\)"):
         SVF(torch.nn.Linear(3, 3), factors)
+
+
+# ------------------------------------------------------------------------------------------------------------- vectors
+
+
+def test_a_vector_is_split_by_target_and_joined_again_with_1_where_a_target_is_missing(model: Model) -> None:
+    adapter = model.adapter
+    z_K = random_z(adapter.size, 3)
+    parts = dict(adapter.split(z_K))
+    assert list(parts) == [target.name for target in adapter.layout]
+    assert torch.equal(adapter.join(dict(reversed(parts.items()))), z_K)
+    first, *_ = adapter.layout
+    del parts[first.name]
+    joined = adapter.join(parts)
+    assert joined.dtype == torch.float32 and torch.equal(joined[: first.rank], torch.ones(first.rank))
+    assert torch.equal(joined[first.rank :], z_K[first.rank :])
+
+
+@pytest.mark.parametrize("kind", ["scale", "sigmoid"])
+def test_training_starts_from_the_neutral_vector(model: Model, kind: str) -> None:
+    start = model.adapter.initial(kind, torch.zeros(model.adapter.size))
+    torch.testing.assert_close(model.adapter.vector(kind, start), model.adapter.neutral, rtol=0, atol=1e-6)

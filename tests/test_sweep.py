@@ -14,12 +14,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from t2ray.cli.main import main
 from t2ray.config import train as training
+from t2ray.config.search import CEMJob, Dimension, SweepConfig, job_at, load
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, RunError
 from t2ray.sweep.pictures import draw
 from t2ray.sweep.results import Trial, finalists, open_sweep, save, standings, start, write_results
-from t2ray.sweep.space import CEMJob, Dimension, SweepConfig, job_at, load, points, trial_id
+from t2ray.sweep.space import points, trial_id
 
 ROOT = Path(__file__).parents[1]
 JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9}}
@@ -200,6 +202,42 @@ def test_best_yaml_is_a_training_job_as_it_stands(tmp_path: Path) -> None:
     assert isinstance(winner, TrainConfig)
     assert job.rl == winner.rl and job.domains == winner.domains and job.run == "sweep-best"
     assert job.digest == winner.digest
+
+
+PACKAGE = "/tmp/ray/session_1/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef"
+
+
+def test_best_yaml_names_no_folder_of_a_submitted_job(tmp_path: Path) -> None:
+    own = {"data": f"{PACKAGE}/rows.jsonl", "prompt": "{text}", "reward": "mine:good"}
+    config = made(tmp_path, job={"model": f"{PACKAGE}/models/own", "code": PACKAGE, "domains": {"own": own}})
+    write_results(config, ended(config))
+    text = (tmp_path / "runs" / "sweep" / "best.yaml").read_text()
+    assert "_ray_pkg_" not in text
+    job = training.load(tmp_path / "runs" / "sweep" / "best.yaml")
+    assert (job.model, job.code, job.domains["own"].data) == ("models/own", ".", "rows.jsonl")
+
+
+def test_a_sweep_that_is_submitted_again_goes_on(tmp_path: Path) -> None:
+    """Its files lie in another folder then."""
+    job = JOB | {"code": PACKAGE}
+    start(made(tmp_path, job=job))
+    assert open_sweep(made(tmp_path, job=job | {"code": PACKAGE.replace("0123", "4567")}), resume=True) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("trials.json", "[{"), ("trials.json", '[{"id": 3}]'), ("sweep.json", "\0"), ("trials.json", "1")],
+)
+def test_a_damaged_file_of_a_sweep_is_named(
+    tmp_path: Path, name: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = made(tmp_path)
+    start(config)
+    (tmp_path / "runs" / "sweep" / name).write_text(text)
+    with pytest.raises(RunError, match=f"{name} is damaged.*put back a copy of it"):
+        open_sweep(config, resume=True)
+    assert main(["status", str(tmp_path / "runs" / "sweep")]) == (2 if name == "trials.json" else 0)
+    assert capsys.readouterr().err.count("\n") <= 1
 
 
 def test_the_table_holds_every_trial_with_its_settings(tmp_path: Path) -> None:

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray
 import yaml
 from ray import cloudpickle
 from waiting import wait_until
 
 from t2ray.cli.main import main
-from t2ray.cluster.train.tune import Report, sweep
+from t2ray.cluster.session import session
+from t2ray.cluster.train.tune import sweep
+from t2ray.config.search import SweepConfig, load
 from t2ray.core import DataError, ResourceError, RunError
-from t2ray.sweep.results import TRIALS, Trial, write_results
-from t2ray.sweep.space import SweepConfig, load
+from t2ray.sweep.results import TRIALS, ReportScore, Trial, write_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
@@ -34,9 +34,8 @@ JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9
 def cluster() -> Iterator[None]:
     here = sys.modules[__name__]
     cloudpickle.register_pickle_by_value(here)  # trials cannot import a test module
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error")
-    yield
-    ray.shutdown()
+    with session(num_cpus=2):
+        yield
     cloudpickle.unregister_pickle_by_value(here)
 
 
@@ -51,7 +50,7 @@ def made(folder: Path, **values: Any) -> SweepConfig:
     return load(path)
 
 
-def rising(config: SweepConfig, trial: Trial, report: Report) -> float:
+def rising(config: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """A run whose score is its learning rate, from the first step on; the best of the search is bad by other seeds."""
     lr = float(trial.point["rl.lr"])
     score = lr if trial.seed == 0 or lr < 0.06 else 0.0
@@ -60,7 +59,7 @@ def rising(config: SweepConfig, trial: Trial, report: Report) -> float:
     return score
 
 
-def fails_at_its_best(config: SweepConfig, trial: Trial, report: Report) -> float:
+def fails_at_its_best(config: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """The highest score is that of a trial that then fails: one by a mistake, one by its process's death."""
     lr = float(trial.point["rl.lr"])
     report(3, lr)
@@ -107,7 +106,7 @@ def test_more_than_the_cluster_has_is_refused_before_anything_starts(tmp_path: P
     assert not (tmp_path / "runs").exists()
 
 
-def counted(config: SweepConfig, trial: Trial, report: Report) -> float:
+def counted(config: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """Leaves a mark for each time it runs; once four trials have begun, none ends before the gate opens."""
     folder = Path(config.out)
     with open(folder / f"ran-{trial.id}", "a") as file:

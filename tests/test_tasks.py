@@ -14,7 +14,8 @@ import pytest
 from waiting import GUARD_S
 
 from t2ray.core import ConfigError, DataError, user
-from t2ray.tasks import BUILTIN, arc, builtin, dispatch, gsm8k, mbpp
+from t2ray.tasks import BUILTIN, arc, builtin, gsm8k, mbpp, tiny
+from t2ray.tasks.dispatch import dispatch
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier, verify
 
@@ -38,6 +39,10 @@ def test_an_unknown_task_names_the_nearest() -> None:
         builtin("gsm8")
     with pytest.raises(ConfigError, match="unknown task 'zzz'; there are math, "):
         builtin("zzz")
+
+
+def test_the_built_in_names_are_those_of_the_tasks_modules() -> None:
+    assert {*BUILTIN} - {*tiny.TASKS} == {"gsm8k", "arc_easy", "arc_challenge", "mbpp"} and {*tiny.TASKS} < {*BUILTIN}
 
 
 @pytest.mark.parametrize("name", [name for name in BUILTIN if name not in FILES])
@@ -140,7 +145,7 @@ def test_mbpp_reference_solutions_pass_and_others_fail() -> None:
         ("#### 72 clips", 72), ("#### 72.", 72), ("the answer is 72", 72), ("It is 7, no, 72.", 72), ("10-5 is 5", 5),
         ("take 10-7", 7), ("#### 7\nwait\n#### 7", 7), ("#### .5", 0.5), ("#### 1200", 1200),
         ("", None), ("none", None), ("####", None), ("72 ####", None), ("#### seven", None), ("#### 7 or 8", None),
-        ("#### 7\n#### 8", None), ("#### 3/4", None), ("#### 1,2", None), ("#### 1,2345", None), ("####\n72", None),
+        ("#### 7\n#### 8", None), ("#### 3/4", 0.75), ("#### 1,2", None), ("#### 1,2345", None), ("####\n72", 72),
     ],
 )  # fmt: skip
 def test_gsm8k_reads_one_number_as_the_answer(text: str, answer: float | None) -> None:
@@ -163,7 +168,7 @@ def test_gsm8k_prompt_does_not_answer_itself() -> None:
         ("B: water", "B"), ("The answer is B", "B"), ("I think the answer is (B).", "B"), ("Answer: B", "B"),
         ("It grows.\nAnswer: B\n", "B"), ("The answer is B.\n\nA plant needs light.", "B"),
         ("A. x\nThe answer is B.", "B"),
-        ("", None), ("b", None), ("E", None), ("AB", None), ("A plant needs light", None), ("A or B", None),
+        ("", None), ("b", "B"), ("E", None), ("AB", None), ("A plant needs light", None), ("A or B", None),
         ("A, B", None), ("A. or B.", None), ("(A) or (B)", None), ("A\nB", None), ("A. x\nB. y\nC. z", None),
         ("The answer is A or B", None), ("The answer is A. The answer is B.", None), ("The answer is A, B", None),
         ("Answer: A/B", None), ("ABCD", None), ("The answer is A plant", None), ("light", None), ("A and B", None),
@@ -171,7 +176,7 @@ def test_gsm8k_prompt_does_not_answer_itself() -> None:
     ],
 )  # fmt: skip
 def test_arc_reads_one_label_as_the_answer(text: str, answer: str | None) -> None:
-    assert arc.extract(text, ["A", "B", "C", "D"]) == answer
+    assert arc.extract(text, {"label": ["A", "B", "C", "D"], "text": ["soil", "sunlight", "air", "rock"]}) == answer
 
 
 def test_arc_labels_may_be_numbers() -> None:
@@ -192,7 +197,7 @@ MBPP = {
 
 
 def test_mbpp_takes_only_the_solutions_own_names_from_a_candidate() -> None:
-    assert mbpp.interface(MBPP) == (["import math"], ["LIMIT", "square"])
+    assert mbpp.interface(MBPP) == (["import math"], ["LIMIT", "square"], [])
 
 
 @pytest.mark.parametrize(
@@ -208,7 +213,7 @@ def test_mbpp_takes_only_the_solutions_own_names_from_a_candidate() -> None:
         ("```python\nraise SystemExit(0)\n```", False),
     ],
 )
-def test_mbpp_runs_the_first_block_or_the_whole_text(completion: str, passes: bool) -> None:
+def test_mbpp_runs_a_block_or_the_whole_text(completion: str, passes: bool) -> None:
     assert mbpp.reward(completion, MBPP) == (1.0 if passes else -1.0)
 
 

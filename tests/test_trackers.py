@@ -15,13 +15,15 @@ from typing import Any
 
 import needs
 import pytest
+from small import step_metrics
 
 from t2ray.cli.main import main
-from t2ray.cluster.train.launch import train
+from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.config.train import TrainConfig, resolve
-from t2ray.core import ConfigError, RewardError
+from t2ray.core import ConfigError
 from t2ray.runs.folder import open_run
 from t2ray.training.domain import domain_store
+from t2ray.training.metrics import StepMetrics
 from t2ray.training.trackers import Trackers, check_trackers, tracks
 
 REWARDS = """
@@ -69,8 +71,8 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(file)
 
 
-def rows(*steps: int) -> list[dict[str, Any]]:
-    return [{"step": step, "reward_mean": step / 10, "seconds": 0.5} for step in steps]
+def rows(*steps: int) -> list[StepMetrics]:
+    return [step_metrics(step) for step in steps]
 
 
 def wandb_records(folder: Path) -> Iterator[Any]:
@@ -127,7 +129,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_runs_and_doubles_no_step(
     shutil.copy(empty, place / "runs")
     store = domain_store(config, "own")
     assert store.local is not None
-    with pytest.raises(RewardError, match="once"):
+    with pytest.raises(DomainsFailed, match="once"):
         train(config)
     before = tracks(store)
     assert {name: track.told for name, track in before.items()} == {"wandb": 3, "mlflow": 3}

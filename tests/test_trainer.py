@@ -17,21 +17,27 @@ import pyarrow.parquet as pq
 import pytest
 import small
 import torch
-from small import letter, letter_task, load_as, train_in_parallel, verify_letters
+from small import letter, letter_task, load_as, sampler, step_metrics, train_in_parallel, verify_letters
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import full_disk
 from waiting import wait_until
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
+from t2ray.cluster.train.launch import train
 from t2ray.config.train import RLConfig, resolve
 from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
-from t2ray.engine.offline import OfflineEngine
-from t2ray.runs.folder import open_run, prepare, read_run
+from t2ray.experts.registry import Registry
+from t2ray.integrity import unseal
+from t2ray.runs.folder import open_run, read_run
+from t2ray.runs.prepare import prepare
+from t2ray.runs.status import read_status
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
-from t2ray.training.domain import EXPERT, domain_store, finished, train_domain
-from t2ray.training.records import METRICS, Records, read_metrics
+from t2ray.training.domain import EXPERT, RESULT, Result, domain_store, finished, train_domain
+from t2ray.training.loss import LossTerms
+from t2ray.training.metrics import METRICS, StepMetrics, as_lines, notes, read_metrics
+from t2ray.training.records import Records
 from t2ray.training.trainer import Trained, Trainer
 
 KEYS = {"step", "reward_mean", "accuracy", "kl", "loss", "grad_norm", "z_min", "z_max", "tokens_per_s", "seconds"}
@@ -52,21 +58,21 @@ def settings(**changes: Any) -> RLConfig:
 
 
 def trainer_of(model: Model, folder: Path | Store, rl: RLConfig, **changes: Any) -> Trainer:
-    model.svf.bank.clear()
+    model.adapter.bank.clear()
     values = {"task": letter_task(), "verify": verify_letters, "seed": 0, "digest": "abc"} | changes
     store = folder if isinstance(folder, Store) else Store(folder)
     return Trainer(
-        OfflineEngine(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"]
+        *sampler(model), values["task"], values["verify"], rl, store, seed=values["seed"], digest=values["digest"]
     )
 
 
-def run(trainer: Trainer, report: Callable[[dict[str, Any]], None] = lambda row: None) -> Trained:
+def run(trainer: Trainer, report: Callable[[StepMetrics], None] = lambda row: None) -> Trained:
     return asyncio.run(trainer.run(report))
 
 
-def stop_after(step: int) -> Callable[[dict[str, Any]], None]:
-    def report(row: dict[str, Any]) -> None:
-        if row["step"] == step:
+def stop_after(step: int) -> Callable[[StepMetrics], None]:
+    def report(row: StepMetrics) -> None:
+        if row.step == step:
             raise Stopped
 
     return report
@@ -76,35 +82,35 @@ def stop_after(step: int) -> Callable[[dict[str, Any]], None]:
 
 
 def test_reinforce_raises_the_reward(model: Model, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = []
+    rows: list[StepMetrics] = []
     rl = settings(steps=25, prompts=16, samples=2, eval_every=25, micro_batch=32, lr=0.1, kl=0.0)
     trained = run(trainer_of(model, tmp_path, rl), rows.append)
-    first, last = (sum(row["reward_mean"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
+    first, last = (sum(row.reward_mean for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.3
     assert trained.accuracy > trained.base_accuracy
-    assert rows[-1]["kl"] > rows[0]["kl"]
+    assert rows[-1].kl > rows[0].kl
 
 
 def test_the_penalty_keeps_the_policy_near_the_base(model: Model, tmp_path: Path) -> None:
     ends = {}
     for kl in (0.0, 5.0):
-        rows: list[dict[str, Any]] = []
+        rows: list[StepMetrics] = []
         run(trainer_of(model, tmp_path / str(kl), settings(steps=6, kl=kl, eval_every=6)), rows.append)
-        ends[kl] = rows[-1]["kl"]
+        ends[kl] = rows[-1].kl
     assert ends[5.0] < 0.5 * ends[0.0]
 
 
 @pytest.mark.parametrize("init", ["scale", "sigmoid"])
 def test_without_noise_training_starts_at_the_base_model(model: Model, tmp_path: Path, init: str) -> None:
     trainer_of(model, tmp_path, settings(init=init, sigma=0.0))
-    torch.testing.assert_close(model.svf.bank["letters"], torch.ones(model.svf.K), rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.adapter.bank["letters"], torch.ones(model.adapter.size), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("init", ["scale", "sigmoid"])
 def test_noise_at_the_start_follows_the_seed(model: Model, tmp_path: Path, init: str) -> None:
     def start(seed: int) -> torch.Tensor:
         trainer_of(model, tmp_path, settings(init=init, sigma=0.1), seed=seed)
-        return model.svf.bank["letters"]
+        return model.adapter.bank["letters"]
 
     assert torch.equal(start(1), start(1)) and not torch.equal(start(1), start(2))
     spread = float((start(1) - 1).std())
@@ -112,9 +118,9 @@ def test_noise_at_the_start_follows_the_seed(model: Model, tmp_path: Path, init:
 
 
 def test_a_sigmoid_trains(model: Model, tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = []
+    rows: list[StepMetrics] = []
     run(trainer_of(model, tmp_path, settings(init="sigmoid", steps=3)), rows.append)
-    assert all(row["grad_norm"] > 0 for row in rows) and rows[-1]["z_max"] > 1 > rows[-1]["z_min"]
+    assert all(row.grad_norm > 0 for row in rows) and rows[-1].z_max > 1 > rows[-1].z_min
 
 
 def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(model: Model, tmp_path: Path) -> None:
@@ -129,7 +135,7 @@ def test_the_learning_rate_falls_along_a_cosine_to_a_tenth(model: Model, tmp_pat
 def test_the_gradient_is_clipped(model: Model, tmp_path: Path) -> None:
     trainer = trainer_of(model, tmp_path, settings(clip=1e-3))
     row, _ = asyncio.run(trainer.step(1))
-    assert row["grad_norm"] > 1e-3  # before clipping
+    assert row.grad_norm > 1e-3  # before clipping
     assert trainer.p_K.grad is not None
     assert float(trainer.p_K.grad.norm()) == pytest.approx(1e-3, rel=1e-3)
 
@@ -140,7 +146,7 @@ def test_micro_batches_change_no_step(model: Model, tmp_path: Path) -> None:
         trainer = trainer_of(model, tmp_path, settings(micro_batch=size, schedule="constant"))
         row, _ = asyncio.run(trainer.step(1))
         assert trainer.p_K.grad is not None
-        ends.append((trainer.p_K.grad.clone(), row["loss"], row["kl"]))
+        ends.append((trainer.p_K.grad.clone(), row.loss, row.kl))
     for gradient, loss, kl in ends[1:]:
         torch.testing.assert_close(gradient, ends[0][0], rtol=0, atol=1e-5 * float(gradient.abs().max()))
         assert (loss, kl) == pytest.approx(ends[0][1:], rel=1e-4, abs=1e-6)
@@ -154,7 +160,7 @@ def test_the_best_validation_is_what_remains(model: Model, tmp_path: Path) -> No
     async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         if rows[0]["text"].startswith("validation"):
             share = next(grades)
-            validations.append(model.svf.bank["letters"].clone())
+            validations.append(model.adapter.bank["letters"].clone())
             return [1.0 if i < share * len(rows) else -1.0 for i in range(len(rows))]
         return await verify_letters(completions, rows)
 
@@ -178,7 +184,7 @@ def test_patience_ends_a_run_early(model: Model, tmp_path: Path) -> None:
 
 
 def test_one_seed_gives_one_z_bit_for_bit(model: Model, tmp_path: Path) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {"a": [], "b": [], "c": []}
+    rows: dict[str, list[StepMetrics]] = {"a": [], "b": [], "c": []}
     z = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         trainer = trainer_of(model, tmp_path / name, settings(), seed=seed)
@@ -187,8 +193,8 @@ def test_one_seed_gives_one_z_bit_for_bit(model: Model, tmp_path: Path) -> None:
     assert torch.equal(z["a"][0], z["b"][0]) and torch.equal(z["a"][1], z["b"][1])
     assert not torch.equal(z["a"][1], z["c"][1])
     timed = {"seconds", "tokens_per_s"}
-    assert [{k: v for k, v in row.items() if k not in timed} for row in rows["a"]] == [
-        {k: v for k, v in row.items() if k not in timed} for row in rows["b"]
+    assert [{k: v for k, v in row.row().items() if k not in timed} for row in rows["a"]] == [
+        {k: v for k, v in row.row().items() if k not in timed} for row in rows["b"]
     ]
 
 
@@ -207,7 +213,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_z(model: Model, tmp_path: Pat
     assert (trained.accuracy, trained.best_step, trained.base_accuracy) == (
         expected.accuracy, expected.best_step, expected.base_accuracy,
     )  # fmt: skip
-    steps = [row["step"] for row in read_metrics(Store(tmp_path / "stopped"))]
+    steps = [row.step for row in read_metrics(Store(tmp_path / "stopped"))]
     assert steps == sorted(events(tmp_path / "stopped", "loss")) == [1, 2, 3, 4, 5, 6, 7]  # each once
 
 
@@ -228,7 +234,7 @@ def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) 
     for worker in workers:
         worker.start()
     alone = trainer_of(model, tmp_path / "alone", rl)
-    rows: list[dict[str, Any]] = []
+    rows: list[StepMetrics] = []
     run(alone, rows.append)
     for worker in workers:
         worker.join(90)
@@ -238,8 +244,9 @@ def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) 
     assert alone.p_K.grad is not None
     torch.testing.assert_close(grad_0, alone.p_K.grad, rtol=0, atol=1e-6 * max(1.0, float(grad_0.abs().max())))
     for key in KEYS - {"seconds", "tokens_per_s"} | {"validation"}:
-        assert rows_0[0][key] == rows_1[0][key] == pytest.approx(rows[0][key], rel=1e-5, abs=1e-6), key
-    assert [row["step"] for row in read_metrics(Store(tmp_path / "run"))] == [1]  # the first worker alone writes
+        values = [rows_0[0][key], rows_1[0][key], rows[0].row()[key]]
+        assert values[0] == values[1] == pytest.approx(values[2], rel=1e-5, abs=1e-6), key
+    assert [row.step for row in read_metrics(Store(tmp_path / "run"))] == [1]  # the first worker alone writes
 
 
 # -------------------------------------------------------------------------------------------------------------- records
@@ -255,14 +262,14 @@ def events(folder: Path, tag: str) -> dict[int, float]:
 def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
     run(trainer_of(model, tmp_path, settings()))
     rows = read_metrics(Store(tmp_path))
-    assert [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()] == rows
-    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert [unseal(line) for line in (tmp_path / METRICS).read_text().splitlines()] == [row.row() for row in rows]
+    assert [row.step for row in rows] == list(range(1, 8))
     for row in rows:
-        validated = row["step"] in (2, 4, 6, 7)
-        assert set(row) == KEYS | ({"validation"} if validated else set())
-        assert -1 <= row["reward_mean"] <= 1 and row["accuracy"] == pytest.approx((row["reward_mean"] + 1) / 2)
-        assert row["z_min"] <= row["z_max"] and row["tokens_per_s"] > 0 and row["kl"] > -1e-4
-    assert events(tmp_path, "reward_mean") == {row["step"]: pytest.approx(row["reward_mean"]) for row in rows}
+        validated = row.step in (2, 4, 6, 7)
+        assert set(row.row()) == KEYS | ({"validation"} if validated else set())
+        assert -1 <= row.reward_mean <= 1 and row.accuracy == pytest.approx((row.reward_mean + 1) / 2)
+        assert row.z_min <= row.z_max and row.tokens_per_s > 0 and row.kl > -1e-4
+    assert events(tmp_path, "reward_mean") == {row.step: pytest.approx(row.reward_mean) for row in rows}
     assert set(events(tmp_path, "validation")) == {2, 4, 6, 7}
     assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == [f"step_{i:06d}.parquet" for i in range(1, 8)]
     table = pq.read_table(tmp_path / "rollouts" / "step_000003.parquet")
@@ -278,10 +285,11 @@ def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
 
 
 def test_a_line_that_a_kill_cut_short_is_no_row(tmp_path: Path) -> None:
-    (tmp_path / METRICS).write_text('{"step": 1}\n{"step": 2}\n{"ste')
-    assert [row["step"] for row in read_metrics(Store(tmp_path))] == [1, 2]
+    whole = as_lines([step_metrics(1)])
+    (tmp_path / METRICS).write_text(as_lines([step_metrics(1), step_metrics(2)]) + '{"ste')
+    assert [row.step for row in read_metrics(Store(tmp_path))] == [1, 2]
     Records(Store(tmp_path), 1).close()
-    assert (tmp_path / METRICS).read_text() == '{"step": 1}\n'
+    assert (tmp_path / METRICS).read_text() == whole
 
 
 # ------------------------------------------------------------------------------------------------------------- failures
@@ -298,9 +306,74 @@ def test_a_reward_that_fails_stops_the_run_and_leaves_its_checkpoints(model: Mod
 
     with pytest.raises(RewardError, match="m:f"):
         run(trainer_of(model, tmp_path, settings(), verify=verify))
-    assert [row["step"] for row in read_metrics(Store(tmp_path))] == [1, 2, 3]
+    assert [row.step for row in read_metrics(Store(tmp_path))] == [1, 2, 3]
     stands = latest(Store(tmp_path), "abc")
     assert stands is not None and stands.progress.step == 2
+
+
+def test_a_damaged_newest_checkpoint_is_noted_and_changes_no_z(model: Model, tmp_path: Path) -> None:
+    trained = run(trainer_of(model, tmp_path / "whole", settings()))
+    with pytest.raises(Stopped):
+        run(trainer_of(model, tmp_path / "run", settings()), stop_after(5))
+    newest = tmp_path / "run" / FOLDER / "step_000004.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    resumed = trainer_of(model, tmp_path / "run", settings())
+    assert resumed.progress.step == 2
+    assert torch.equal(run(resumed).z_K, trained.z_K)
+    (line,) = notes(Store(tmp_path / "run"))
+    assert line.startswith("checkpoints/step_000004.safetensors is damaged") and line.endswith("went on after step 2")
+
+
+@pytest.mark.parametrize("what", ["gradient", "z"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_ends_the_run_with_the_last_finite_checkpoint(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, value: float
+) -> None:
+    trainer = trainer_of(model, tmp_path, settings())
+
+    def update(*args: Any) -> tuple[LossTerms, float]:
+        done = Trainer.update(trainer, *args)
+        if args[-1] < 5:
+            return done
+        if what == "gradient":
+            return done[0], value
+        trainer.p_K.data[3] = value
+        return done
+
+    monkeypatch.setattr(trainer, "update", update)
+    with pytest.raises(RunError, match=r"^step 5: .*(is nan|is inf).*; the checkpoint before stands: lower rl\.lr"):
+        run(trainer)
+    assert [unseal(line)["step"] for line in (tmp_path / METRICS).read_text().splitlines()] == [1, 2, 3, 4]
+    stands = latest(Store(tmp_path), "abc")
+    assert stands is not None and stands.progress.step == 4
+    assert bool(model.adapter.bank["letters"].isfinite().all())
+
+
+def rewrite(path: Path, how: str) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    if how == "missing":
+        path.unlink()
+    else:
+        odd = {"flipped": lines[1].replace('"step": 2', '"step": 3'), "NaN": '{"step": 2, "kl": NaN}\n',
+               "cut": lines[1][:9] + "\n", "binary": "\udcff\n", "other keys": '{"a": 1}\n'}[how]  # fmt: skip
+        path.write_bytes("".join([lines[0], odd, *lines[2:]]).encode(errors="surrogateescape"))
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped", "NaN", "cut", "binary", "other keys"])
+def test_damaged_metrics_are_noted_and_the_run_goes_on(model: Model, tmp_path: Path, how: str) -> None:
+    with pytest.raises(Stopped):
+        run(trainer_of(model, tmp_path, settings()), stop_after(4))
+    rewrite(tmp_path / METRICS, how)
+    run(trainer_of(model, tmp_path, settings()))
+    first = [] if how == "missing" else [1, 3, 4]
+    assert [row.step for row in read_metrics(Store(tmp_path))] == [*first, 5, 6, 7]
+    (line,) = notes(Store(tmp_path))
+    assert METRICS in line and f"of steps 1 to 4 it holds {len(first)}" in line
+
+
+def test_metrics_of_an_earlier_version_are_read(tmp_path: Path) -> None:
+    (tmp_path / METRICS).write_text(json.dumps(step_metrics(1).row()) + "\n")
+    assert read_metrics(Store(tmp_path)) == [step_metrics(1)]
 
 
 class FullAtStep4(Store):
@@ -329,7 +402,7 @@ def test_records_that_cannot_be_written_are_the_disks_fault_and_no_traceback(
     model: Model, tmp_path: Path, what: str
 ) -> None:
     def spoil(row: dict[str, Any]) -> None:
-        if row["step"] == 2:
+        if row.step == 2:
             path = tmp_path / what
             shutil.rmtree(path) if path.is_dir() else path.unlink()
             path.mkdir() if what == METRICS else path.touch()
@@ -353,7 +426,7 @@ from t2ray.config.train import TrainConfig
 from t2ray.training.domain import train_domain
 
 def report(row):
-    while row["step"] == 50:
+    while row.step == 50:
         time.sleep(1)
 
 train_domain(TrainConfig.model_validate_json(open(sys.argv[1]).read()), "letters", report)
@@ -406,7 +479,7 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, t
     assert all(torch.equal(result[name], z) for name, z in expected.items())
     assert finished(store) == finished(domain_store(whole, "letters"))
     drop = {"seconds", "tokens_per_s"}
-    rows = [[{k: v for k, v in row.items() if k not in drop} for row in read_metrics(domain_store(c, "letters"))]
+    rows = [[{k: v for k, v in row.row().items() if k not in drop} for row in read_metrics(domain_store(c, "letters"))]
             for c in (whole, killed)]  # fmt: skip
     assert rows[0] == rows[1]
 
@@ -454,3 +527,45 @@ def test_a_finished_domain_leaves_its_expert_and_figures(tiny_llama: Path, tmp_p
     assert set(z) == {f"model.layers.{i}.{kind}_proj" for i in range(2) for kind in (
         "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")}  # fmt: skip
     assert all(t.dtype == torch.float32 and t.isfinite().all() for t in z.values())
+
+
+@pytest.mark.parametrize("name", [RESULT, EXPERT])
+@pytest.mark.parametrize("how", ["missing", "cut", "flipped"])
+def test_a_result_or_an_expert_that_is_lost_is_made_again_from_the_checkpoint(
+    tiny_llama: Path, tmp_path: Path, name: str, how: str
+) -> None:
+    config = job(tiny_llama, tmp_path, "one", workers=0)
+    results = train(config)
+    store = domain_store(config, "letters")
+    assert store.local is not None
+    path, before = store.local / name, store.read_bytes(EXPERT)
+    shutil.rmtree(tmp_path / "one" / "experts")
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(path.read_bytes()[:-3])
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]) if name == EXPERT else data.replace(b"7", b"8", 1))
+    if (name, how) != (RESULT, "missing"):
+        (found,) = read_status(config)
+        assert [line for line in found.damaged if name in line]
+    assert train(config, resume=True) == results and store.read_bytes(EXPERT) == before
+    (found,) = read_status(config)
+    assert found.state == "done" and not found.damaged
+    assert Registry(tmp_path / "one" / "experts").names() == ("letters",)
+
+
+def test_a_result_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    figures = {"accuracy": 0.5, "base_accuracy": 0.25, "best_step": 3, "steps": 7}
+    (tmp_path / RESULT).write_text(json.dumps(figures))
+    assert finished(Store(tmp_path)) == Result(**figures)
+
+
+def test_a_registry_keeps_an_expert_whose_run_has_lost_it(tiny_llama: Path, tmp_path: Path) -> None:
+    config = job(tiny_llama, tmp_path, "one", workers=0)
+    results = train(config)
+    store = domain_store(config, "letters")
+    store.delete(EXPERT)
+    store.delete(FOLDER)
+    assert train(config, resume=True) == results and not store.exists(EXPERT)

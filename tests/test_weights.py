@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from t2ray.core import ModelError
-from t2ray.models.weights import INDEX, Weights, resolve
+from t2ray.models.weights import INDEX, Weights, open_weights, resolve
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -107,3 +108,13 @@ def test_missing_model_says_how_to_use_a_local_folder(ref: str) -> None:
     with pytest.raises(ModelError, match="folder") as caught:
         resolve(ref)
     assert ref in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_are_opened_once_until_a_file_changes(tmp_path: Path) -> None:
+    write = partial(save_file, filename=tmp_path / "model.safetensors")
+    write({"a.weight": torch.zeros(2, 3)})
+    first = open_weights(tmp_path)
+    assert open_weights(str(tmp_path)) is first
+    write({"a.weight": torch.ones(2, 3), "b.weight": torch.ones(1)})
+    again = open_weights(tmp_path)
+    assert again is not first and again.digest != first.digest and list(again.shapes) == ["a.weight", "b.weight"]

@@ -1,4 +1,4 @@
-"""What more cores, workers and replicas give: measured, modelled and simulated."""
+"""The gain of more cores, workers and replicas: measured, modelled and simulated."""
 
 PARTS = ("domains", "decomposition", "startup", "training", "serving", "endpoint")
 """The parts of `python -m benchmarks scaling`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks scaling`: gains of cores and workers, starting up, cost models."""
+"""`python -m benchmarks scaling`: the gain of more cores and workers, the time to start, cost models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from t2ray.core import ConfigError
 
 
 def scaling(args: argparse.Namespace) -> None:
-    """Runs the named parts, all of them when none is; writes figures, fitted prices and their points."""
+    """Runs the named parts, by default all; writes figures, fitted prices and the points they come from."""
     names = args.parts or ([] if args.fleet else list(PARTS))
     for name in names:
         if name not in PARTS:

@@ -1,7 +1,7 @@
-"""What an engine's step costs, by its rows, its mixtures and what they attend to; several engines beside one another.
+"""The cost of an engine's step by rows, mixtures and attended keys; and several engines on one machine.
 
-The continuous engine on the tiny model, as a replica has it, without Ray and HTTP. Not here: how prices are fitted
-(`fit`), and what becomes of them in an endpoint (`queues`).
+The engine is the online engine on the tiny model, as in a replica, without Ray and HTTP. Not here: how prices are
+fitted (`fit`), and how an endpoint uses them (`queues`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.capacity.fit import Fit, Point, fitted
+from benchmarks.capacity.fit import Fit, FitPoint, fitted
 from benchmarks.endpoint.alone import Unfolded, burst, started, sums
 from benchmarks.harness import Figures, measure
 from t2ray.core import Mixture, user
@@ -26,12 +26,12 @@ from t2ray.engine.online import OnlineEngine
 from t2ray.prompts import OTHERS, dispatch_prompt
 
 PROMPT = 6
-"""Tokens of a sum as the tiny model reads it, about."""
+"""About the number of tokens of a sum (`17+25`) as a prompt of the tiny model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Requests that begin together: so many rows of so many mixtures, answers of `tokens`."""
+    """Requests that begin together: number of rows, of different mixtures, and of tokens per answer."""
 
     rows: int
     mixtures: int
@@ -42,8 +42,11 @@ class Batch:
         return f"{self.rows} rows of {self.mixtures} mixtures, {self.tokens} tokens"
 
     def terms(self) -> dict[str, float]:
-        """`step`: passes. `row`: tokens. `mixed`, `mixed_row`: the same where there are several mixtures. `attended`:
-        keys that queries are held against: on a CPU those of all rows, with a mask. `request`: what each costs once.
+        """Returns what the batch does, counted.
+
+        `step`: forward passes. `row`: tokens. `mixed`, `mixed_row`: the same if there are several mixtures, else 0.
+        `attended`: pairs of a query and a key; on a CPU a query attends to the keys of all rows, with a mask.
+        `request`: requests, for costs that each has once.
         """
         steps, mixed = float(self.tokens), float(self.mixtures > 1)
         return {
@@ -70,14 +73,14 @@ GRID = (
 LABELS = ("math", "code", "pick", OTHERS)
 SCORED = (1, 2, 4, 8)
 SCORED_HELD = (3, 6)
-"""Prompts at a time, few enough not to be folded for."""
+"""Numbers of prompts that are scored at a time; too few for a fold."""
 
 BESIDE = 16
-"""Rows of each engine when several run at a time."""
+"""Rows of each engine when several engines run at a time."""
 
 
 def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tuple[Figures, Fit, Fit]:
-    """The prices of a step and of a scoring, from the least times of interleaved rounds."""
+    """Returns the prices of a step and of a scoring, fitted to the least times of interleaved rounds."""
     torch.set_num_threads(1)
     with started(factors, Unfolded) as subject, asyncio.Runner() as runner:
         assert isinstance(subject, Unfolded)
@@ -89,20 +92,20 @@ def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tupl
             for batch, taken in times.items():
                 seconds = _burst(runner, subject, batch, mixtures, prompts)
                 taken += [seconds] * bool(number)  # the first round warms up
-            for count, found in [*scored.items()] * 4:  # they are short
+            for count, found in [*scored.items()] * 4:  # four times per round, because they are short
                 before = subject.turns
                 seconds = runner.run(_score(subject, other, count, prompts))
                 found += [(seconds, subject.turns - before)] * bool(number)
     steps = fitted(
         [
-            Point(name=str(batch), terms=batch.terms(), seconds=min(taken), held=batch.held)
+            FitPoint(name=str(batch), terms=batch.terms(), seconds=min(taken), held=batch.held)
             for batch, taken in times.items()
         ]
     )
     scores = fitted(
         [
-            Point(
-                name=f"{count} prompts in {turns} turns",  # the first may go ahead while the others are being tokenized
+            FitPoint(
+                name=f"{count} prompts in {turns} turns",  # the first may begin while the others are tokenised
                 terms={"turn": float(turns), "prompt": float(count)},
                 seconds=seconds,
                 held=count in SCORED_HELD,
@@ -115,9 +118,9 @@ def engine(factors: Path, rounds: int = 5, grid: Sequence[Batch] = GRID) -> tupl
 
 
 def fill(subject: OnlineEngine, experts: int) -> list[Mixture]:
-    """Gives an engine so many random experts; one mixture of each alone."""
+    """Gives an engine so many random experts; returns one mixture per expert."""
     draw = torch.Generator().manual_seed(0)
-    bank = {f"e{i}": 1 + 0.1 * torch.randn(subject.model.svf.K, generator=draw) for i in range(experts)}
+    bank = {f"e{i}": 1 + 0.1 * torch.randn(subject.model.adapter.size, generator=draw) for i in range(experts)}
     subject.set_experts(bank)
     return [Mixture.parse(name) for name in bank]
 
@@ -142,7 +145,7 @@ async def _score(subject: OnlineEngine, mixture: Mixture, count: int, prompts: I
 
 
 def beside(factors: Path, engines: int = 2, seconds: float = 12.0) -> Figures:
-    """Tokens a second of so many engines, a process each, over those of one."""
+    """Returns the tokens per second of several engines, in a process each, over those of one."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(engines, mp_context=spawn) as processes, multiprocessing.Manager() as manager:
         speeds = []
@@ -154,7 +157,7 @@ def beside(factors: Path, engines: int = 2, seconds: float = 12.0) -> Figures:
 
 
 def _speed(factors: Path, seconds: float, ready: threading.Barrier) -> float:
-    """Tokens a second of one engine, from when all are ready."""
+    """Returns the tokens per second of one engine, measured once all engines are ready."""
     torch.set_num_threads(1)
     batch, tokens = Batch(rows=BESIDE, mixtures=BESIDE, tokens=64), 0
     with started(factors) as subject, asyncio.Runner() as runner:

@@ -1,7 +1,7 @@
-"""Cost models: seconds as a sum of terms, each a physical quantity times a fitted price, never a negative one.
+"""Cost models: seconds as a sum of terms, each a physical quantity times a fitted price that is not negative.
 
-Fitted by least squares of relative errors, so that a millisecond of ten counts as much as a second of ten, and held
-against points that the fit has not seen. Not here: what is measured (`steps`, `engines`).
+They are fitted by least squares of relative errors, so that one millisecond of ten counts as much as one second of ten,
+and are checked at points that were held out. Not here: what is measured (`steps`, `engines`).
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 from benchmarks.harness import Figures, measure
 
 HELD_OUT = 0.15
-"""How far a model may be off where it was not fitted."""
+"""The largest relative error that a model may have at points that were held out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Point:
-    """A measurement: `Point(name="16 rows", terms={"step": 1, "row": 16}, seconds=0.02)`.
+class FitPoint:
+    """A measurement: `FitPoint(name="16 rows", terms={"step": 1, "row": 16}, seconds=0.02)`.
 
-    One that is `held` out is predicted, and not fitted.
+    The model is not fitted to points that are `held` out; it predicts them.
     """
 
     name: str
@@ -33,21 +33,21 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fit:
-    """The price of each term in seconds, and the points it came from."""
+    """A fitted model: the price of each term in seconds, and the points that it was fitted to and checked at."""
 
     prices: Mapping[str, float]
-    points: Sequence[Point]
+    points: Sequence[FitPoint]
 
     def seconds(self, terms: Mapping[str, float]) -> float:
-        """What the model says."""
+        """Returns the model's prediction."""
         return sum(price * terms[name] for name, price in self.prices.items())
 
     def errors(self, *, held: bool) -> list[float]:
-        """How far the model is off, relative to what was measured, at the points held out or at those fitted."""
+        """Returns the relative errors of the model, at the points that were held out or at those it was fitted to."""
         return [abs(self.seconds(p.terms) / p.seconds - 1) for p in self.points if p.held is held]
 
     def figures(self, prefix: str = "") -> Figures:
-        """The largest errors, and the prices in microseconds."""
+        """Returns the largest errors, and the prices in microseconds."""
         return {
             f"{prefix}fit_error": measure([max(self.errors(held=False))]),
             f"{prefix}held_out_error": measure([max(self.errors(held=True))], HELD_OUT, at_most=True),
@@ -55,13 +55,13 @@ class Fit:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Prices, and every point with what the model says."""
+        """Returns the prices in seconds, and every point with the model's prediction."""
         rows = [asdict(point) | {"predicted": self.seconds(point.terms)} for point in self.points]
         return {"prices_s": dict(self.prices), "points": rows}
 
 
-def fitted(points: Sequence[Point]) -> Fit:
-    """The prices that miss the points least. A term whose price would be negative costs nothing."""
+def fitted(points: Sequence[FitPoint]) -> Fit:
+    """Fits prices to the points. A term whose price would be negative is left out."""
     shown = [point for point in points if not point.held]
     names = list(shown[0].terms)
     while True:

@@ -1,7 +1,7 @@
-"""An endpoint of thousands of requests a second on GPUs, simulated from a model's shape: an extrapolation, not a bench.
+"""An endpoint of thousands of requests per second on GPUs, simulated from a model's shape: an extrapolation.
 
-A GPU's speed is a device's data sheet times the shares of it that are assumed here; the processor time of ingress and
-dispatcher is what the bench of the endpoint measured on a CPU. Not here: the simulation itself (`simulate`).
+A GPU's speed is that of its data sheet times shares that are assumed here. The processor times of ingress and
+dispatcher are those that the part `endpoint` measured on a CPU. Not here: the simulation itself (`simulate`).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
-from benchmarks.capacity.simulate import Fleet, Load, Simulation
+from benchmarks.capacity.simulate import Fleet, Simulation, Traffic
 from benchmarks.harness import Figures, measure
-from t2ray.runs.memory import Shape
+from t2ray.runs.memory import ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """A GPU by its data sheet, in bfloat16, and what is taken to be reached of it.
+    """A GPU: its data sheet in bfloat16, and the shares of it that are assumed to be reached.
 
-    `host_s` is the least time of a step: Python and the launches of its kernels, which no batch makes shorter.
+    `host_s` is the least time of a step in seconds: Python and the launches of kernels, whatever the batch.
     """
 
     flops: float = 989e12
@@ -31,8 +31,10 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What is asked for: tokens of prompt, of pass 1's question around it, and of the answer; the share of requests
-    whose pass 1 is not remembered; how full the GPUs shall be."""
+    """The demand: requests per second, and tokens of the prompt, of pass 1's question around it and of the answer.
+
+    `scored` is the share of requests whose pass 1 is not cached, `full` the share of time that GPUs shall be busy.
+    """
 
     rate: float = 10_000.0
     prompt: int = 200
@@ -44,28 +46,30 @@ class Demand:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """Processor seconds of a request at an ingress and at a dispatcher, as the part `endpoint` has measured them; and
-    how busy their processes shall be."""
+    """Processor seconds per request in an ingress and in a dispatcher, as measured by the part `endpoint`.
+
+    `full` is the share of time that these processes shall be busy.
+    """
 
     ingress_s: float = 0.008
     dispatch_s: float = 0.004
     full: float = 0.7
 
     def processes(self, rate: float, seconds: float) -> int:
-        """As many as `rate` requests a second of `seconds` each keep as busy as they shall be."""
+        """Returns the number of processes for `rate` requests per second that take `seconds` each."""
         return ceil(rate * seconds / self.full)
 
 
-def token_flops(shape: Shape) -> float:
-    """Of one token with a mixture of its own: through the factors of what is adapted, through the rest as it is."""
+def token_flops(shape: ModelShape) -> float:
+    """Returns the operations of one token with a mixture of its own: adapted matrices take the way of their factors."""
     dense = shape.parameters - shape.vocabulary * shape.hidden  # the embeddings are looked up
     adapted = sum(target.m * target.n for target in shape.targets)
     factored = sum(target.rank * (target.m + target.n) for target in shape.targets)
     return 2.0 * (dense - adapted + factored)
 
 
-def fleet(shape: Shape, demand: Demand, costs: Costs, device: Device, rows: int) -> Fleet:
-    """As many replicas, each of one GPU with `rows` in its batch, as carry the demand at the fullness asked for."""
+def fleet(shape: ModelShape, demand: Demand, costs: Costs, device: Device, rows: int) -> Fleet:
+    """Returns a fleet that carries the demand: replicas of one GPU with `rows` in the batch, ingresses, dispatchers."""
     flops, speed = token_flops(shape), device.flops * device.of_flops
     weights = flops / 2 * shape.size / (device.bytes_s * device.of_bytes)
 
@@ -91,10 +95,13 @@ def fleet(shape: Shape, demand: Demand, costs: Costs, device: Device, rows: int)
     )
 
 
-def figures(shape: Shape) -> Figures:
-    """Fleets for 10,000 requests a second: batches of 64 and of 256 rows; pass 1 for every request, or for one in ten;
-    what becomes of one when three tenths more come than it was made for, or when a tenth of the ingresses that all
-    the requests keep busy are missing."""
+def figures(shape: ModelShape) -> Figures:
+    """Returns the figures of fleets for 10,000 requests per second.
+
+    `rows_64`, `rows_256`: batches of that many rows. `remembered`: pass 1 is cached for nine requests in ten. `burst`:
+    30 % more requests than the fleet was made for. `ingresses_90_percent`: nine tenths of the ingresses that the
+    requests keep busy all the time.
+    """
     demand, remembered = Demand(), Demand(scored=0.1)
     costs, device = Costs(), Device()
     made = fleet(shape, demand, costs, device, rows=256)
@@ -112,9 +119,11 @@ def figures(shape: Shape) -> Figures:
 
 
 def simulated(made: Fleet, demand: Demand, seconds: float = 8.0) -> Figures:
-    """The fleet under Poisson arrivals for some seconds, from when it is empty."""
-    load = Load(rate=demand.rate, seconds=seconds, tokens=demand.answer, prompt=demand.prompt, scored=demand.scored)
-    report: dict[str, Any] = Simulation(made, load).run()
+    """Returns the figures of a fleet, empty at first, under Poisson arrivals for some seconds."""
+    traffic = Traffic(
+        rate=demand.rate, seconds=seconds, tokens=demand.answer, prompt=demand.prompt, scored=demand.scored
+    )
+    report: dict[str, Any] = Simulation(made, traffic).run()
     return {
         "gpus": measure([made.replicas]),
         "ingresses": measure([made.ingresses]),

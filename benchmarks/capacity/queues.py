@@ -1,8 +1,8 @@
-"""An endpoint under random arrivals beside its simulation; and the processor time that each of its processes takes.
+"""An endpoint under random arrivals, compared with its simulation; and the processor time of each of its processes.
 
-The endpoint is a private one on the tiny model, with one replica, on a machine that its client shares. The simulation's
-times are the engine's by itself (`engines`), brought to the endpoint by two figures of its own; what it says of random
-arrivals is held against what came of them. Not here: the simulation (`simulate`), and the load generator (`load`).
+The endpoint is a private one on the tiny model, with one replica, on the machine on which its client runs too. The
+times of the simulation are those of the engine alone (`engines`), adjusted by two figures of the endpoint; its
+latencies under random arrivals are compared with the measured ones. Not here: the simulation (`simulate`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import psutil
 
 from benchmarks.capacity.engines import PROMPT, Batch
-from benchmarks.capacity.fit import HELD_OUT, Fit, Point, fitted
-from benchmarks.capacity.simulate import Fleet, Load, Simulation
+from benchmarks.capacity.fit import HELD_OUT, Fit, FitPoint, fitted
+from benchmarks.capacity.simulate import Fleet, Simulation, Traffic
 from benchmarks.endpoint.private import private
 from benchmarks.endpoint.processes import family
 from benchmarks.harness import Figures, measure
@@ -31,28 +31,28 @@ from t2ray.tasks import builtin
 TOKENS = 64
 MODELS = ("t2ray:math", "t2ray:code", "t2ray:pick", "t2ray:math:0.7,code:0.3")
 ROWS = 32
-"""Requests at a time that fill the endpoint, when its processes' time is taken."""
+"""Requests at a time that fill the endpoint."""
 
 DISPATCHED = ("t2ray:cls",)
-"""Requests that pass 1 decides about."""
+"""A model name for which pass 1 decides."""
 
 LOADS: tuple[tuple[float, tuple[str, ...]], ...] = ((0.3, MODELS), (0.5, MODELS), (0.7, MODELS), (0.5, DISPATCHED))
-"""Of what the endpoint can do at most, so many requests a second arrive, for these models."""
+"""The rates of requests, as shares of the endpoint's capacity, and the models that they ask for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
-    """What the endpoint shows: seconds of a request that comes alone, and requests a second with `ROWS` at a time."""
+class EndpointSpeed:
+    """Two figures of the endpoint: seconds of a request alone, and requests per second with `ROWS` at a time."""
 
     alone_s: float
     capacity: float
 
 
-def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
-    """One replica with the engine's prices, stretched, and a time that each request spends elsewhere.
+def fleet(steps: Fit, scores: Fit, times: EndpointSpeed) -> Fleet:
+    """Returns one replica with the engine's prices, times a stretch, plus a time that each request spends elsewhere.
 
-    The stretch is the processor that the engine shares with its own event loop, the ingress and the client. Both are
-    fitted to two figures of the endpoint: one request alone, and `ROWS` at a time.
+    The stretch stands for sharing the processor with the engine's event loop, the ingress and the client. Stretch and
+    time are fitted to two figures of the endpoint: one request alone, and `ROWS` at a time.
     """
 
     def step_s(rows: int) -> float:
@@ -63,7 +63,9 @@ def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
     seen = {1: times.alone_s, ROWS: ROWS / times.capacity}
     prices = fitted(
         [
-            Point(name=f"{rows}", terms={"engine": TOKENS * step_s(rows) + each * rows, "rest": 1.0}, seconds=seconds)
+            FitPoint(
+                name=f"{rows}", terms={"engine": TOKENS * step_s(rows) + each * rows, "rest": 1.0}, seconds=seconds
+            )
             for rows, seconds in seen.items()
         ]
     ).prices
@@ -74,32 +76,32 @@ def fleet(steps: Fit, scores: Fit, times: Times) -> Fleet:
         prompt_s=stretch * each / PROMPT,
         score_s=(stretch * scores.prices.get("turn", 0.0) + further, further),
         ingress_s=prices.get("rest", 0.0),
-        ingresses=1000,  # most of that time is waiting, which others do at the same time
+        ingresses=1000,  # most of that time is waiting, which requests do at the same time
     )
 
 
 def endpoint(folder: Path, steps: Fit, scores: Fit, seconds: float = 20.0) -> tuple[Figures, dict[str, Any]]:
-    """Latencies as simulated over those measured, at each of `LOADS`; and what the endpoint can do."""
+    """Returns simulated latencies over measured ones, at each of `LOADS`, and the endpoint's capacity."""
     figures, rows, errors = Figures(), [], []
     with private(folder, folder / "factors", {"num_replicas": 1}) as place, asyncio.Runner() as runner:
-        asked = _Asked(place.url)
-        runner.run(asked.closed(ROWS, 2))  # warm
+        requester = _Requester(place.url)
+        runner.run(requester.closed(ROWS, 2))  # warm
         alone_s, capacities, real = [], [], []
         for share, models in LOADS:
-            alone_s += [outcome.seconds for outcome in runner.run(asked.closed(1, 8))]
+            alone_s += [outcome.seconds for outcome in runner.run(requester.closed(1, 8))]
             start = time.perf_counter()
-            count = len(runner.run(asked.closed(ROWS, 6)))
+            count = len(runner.run(requester.closed(ROWS, 6)))
             capacities.append(count / (time.perf_counter() - start))
-            real.append(runner.run(asked.arrivals(share * capacities[0], seconds, models)))
-        cpu_s = _spent(asked, runner, place.pid)
-    times = Times(alone_s=statistics.median(alone_s), capacity=statistics.median(capacities))
+            real.append(runner.run(requester.arrivals(share * capacities[0], seconds, models)))
+        cpu_s = _spent(requester, runner, place.pid)
+    times = EndpointSpeed(alone_s=statistics.median(alone_s), capacity=statistics.median(capacities))
     made = fleet(steps, scores, times)
     for (share, models), seen in zip(LOADS, real, strict=True):
         scored = float(models == DISPATCHED)
         rate, name = share * capacities[0], f"{share:g}" + "_pass1" * bool(scored)
-        load = Load(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
-        # Of one short run chance makes much: the median of many is what the model says.
-        runs = [Simulation(made, replace(load, seed=seed)).run() for seed in range(15)]
+        traffic = Traffic(rate=rate, seconds=seconds, tokens=TOKENS, prompt=PROMPT, scored=scored)
+        # One short run depends on chance; the median of several is the model's prediction.
+        runs = [Simulation(made, replace(traffic, seed=seed)).run() for seed in range(15)]
         row = {"load": name, "rate": rate, "requests": seen["requests"], "errors": seen["errors"]}
         for key in ("p50", "p90"):
             said = statistics.median(run["latency_ms"][key] for run in runs)
@@ -114,10 +116,10 @@ def endpoint(folder: Path, steps: Fit, scores: Fit, seconds: float = 20.0) -> tu
     return figures, {"loads": rows, "cpu_s": cpu_s}
 
 
-def _spent(asked: _Asked, runner: asyncio.Runner, root: int) -> dict[str, float]:
-    """Processor seconds of a request with pass 1, of the processes that have most of it."""
+def _spent(requester: _Requester, runner: asyncio.Runner, root: int) -> dict[str, float]:
+    """Returns the processor seconds that a request with pass 1 takes in each of the six busiest processes."""
     before = _cpu(root)
-    count = len(runner.run(asked.closed(ROWS, 6, DISPATCHED)))
+    count = len(runner.run(requester.closed(ROWS, 6, DISPATCHED)))
     cpu_s: dict[str, float] = {}
     for (pid, title), spent in _cpu(root).items():
         name = title.rpartition(":")[2].lower()
@@ -126,7 +128,7 @@ def _spent(asked: _Asked, runner: asyncio.Runner, root: int) -> dict[str, float]
 
 
 def _cpu(root: int) -> dict[tuple[int, str], float]:
-    """Processor seconds of each process so far."""
+    """Returns the processor seconds of each process so far, by id and title."""
     found = {}
     for pid, title in family(root).items():
         try:
@@ -137,19 +139,22 @@ def _cpu(root: int) -> dict[tuple[int, str], float]:
     return found
 
 
-class _Asked:
-    """Requests for some models in turn, each prompt once: of the tiny model's tasks in turn, so that pass 1 sends those
-    that come together to different experts, and no expert is folded."""
+class _Requester:
+    """Sends requests to an endpoint, for some models in turn.
+
+    Each prompt is asked once. The prompts are those of the tiny model's tasks in turn, so that pass 1 sends requests at
+    one time to different experts, and no expert is folded.
+    """
 
     def __init__(self, url: str) -> None:
         kinds = zip(*(builtin(name).examples("train") for name in ("math", "code", "pick")), strict=False)
         self.url, self.examples = url, itertools.chain.from_iterable(kinds)
 
     async def closed(self, rows: int, each: int, models: Sequence[str] = MODELS) -> list[Outcome]:
-        """So many at a time.
+        """Sends `rows` requests at a time, `each` times.
 
         Raises:
-            ResourceError: one was not answered.
+            ResourceError: a request was not answered.
         """
         turns = itertools.cycle(models)
         async with Client(self.url) as client:
@@ -160,7 +165,7 @@ class _Asked:
         return outcomes
 
     async def arrivals(self, rate: float, seconds: float, models: Sequence[str]) -> dict[str, Any]:
-        """At random times; what was refused is among the errors."""
+        """Sends requests at random times; refused requests are among the errors."""
         turns = itertools.cycle(models)
         async with Client(self.url) as client:
 

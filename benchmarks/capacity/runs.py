@@ -1,6 +1,6 @@
-"""Whole runs on Ray as processes of their own: domains beside one another, a decomposition shared out, starting up.
+"""Whole runs on Ray, in processes of their own: domains in parallel, a decomposition by several workers, starting up.
 
-Times are read from what the runs leave: files and their dates. Not here: what a step costs (`steps`).
+Times are read from the runs' files and their dates. Not here: the cost of a step (`steps`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.core.shape import Shape, make
+from benchmarks.core.shape import BenchShape, make
 from benchmarks.endpoint.private import PROGRAM
 from benchmarks.harness import Figures, measure
 from t2ray.adapters.factors import Factors, decompose
@@ -22,14 +22,14 @@ from t2ray.core import ResourceError
 
 ROOT = Path(__file__).parents[2]
 GAIN = 1.7
-"""What two cores must give over one."""
+"""The speed that two cores must have over one."""
 
 DOMAINS = {"math": "math", "code": "code", "pick": "pick", "again": "math"}
-"""Domains and their tasks."""
+"""Domain -> task."""
 
 RL = {"prompts": 64, "samples": 1, "lr": 0.01, "kl": 0.002, "eval_every": 1000, "eval_prompts": 64}
-MATRICES = Shape(layers=8, width=768, inner=768, heads=12, experts=1)
-"""A model to decompose: all matrices of one size, so that counting them measures the work."""
+MATRICES = BenchShape(layers=8, width=768, inner=768, heads=12, experts=1)
+"""A model to decompose, with all matrices of one size, so that their number measures the work."""
 
 STAGES = {
     "parent_s": "called",
@@ -39,14 +39,17 @@ STAGES = {
     "group_s": "started",
     "model_s": "loop",
 }
-"""Of a job of Ray Train, one after the other, and the stamp that each ends with: the process that holds it, Ray Train's
-controller, a placement group, the workers' processes, torch's process group, and model, factors and task."""
+"""The stages of a job of Ray Train in their order, each with the stamp at its end: the process that calls it, Ray
+Train's controller, a placement group, the workers' processes, torch's process group; model, factors and task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ran:
-    """A finished `t2ray train`: when the process began, opened the run's folder and ended; and by domain what `STAGES`
-    names, its first worker from `began` on, the training loop from `loop` to `result`. Seconds since the epoch."""
+class FinishedRun:
+    """The times of a finished `t2ray train`, in seconds since 1970.
+
+    The process began at `start`, wrote the run's configuration at `opened` and ended at `end`. `stages` has, per
+    domain, the stamps of `STAGES`, the first worker's start (`began`), and the training loop from `loop` to `result`.
+    """
 
     start: float
     opened: float
@@ -54,29 +57,29 @@ class Ran:
     stages: Mapping[str, Mapping[str, float]]
 
     def span(self) -> float:
-        """From the first domain's loop to the last one's result."""
+        """Returns the seconds from the first domain's loop to the last domain's result."""
         return max(s["result"] for s in self.stages.values()) - min(s["loop"] for s in self.stages.values())
 
     def alone(self) -> float:
-        """The domains' loops one after the other."""
+        """Returns the seconds of all domains' loops, added up."""
         return sum(s["result"] - s["loop"] for s in self.stages.values())
 
 
-def train(folder: Path, run: str, domains: Sequence[str], steps: int, **job: Any) -> Ran:
-    """Runs a job on the tiny model on a private Ray, its stages stamped.
+def train(folder: Path, run: str, domains: Sequence[str], steps: int, **job: Any) -> FinishedRun:
+    """Runs a job of the tiny model on a private Ray and returns its times.
 
     Raises:
-        ResourceError: it failed; with what it said last.
+        ResourceError: the job failed; the message has the end of its output.
     """
     place, stamps = folder / f"{run}.yaml", folder / f"{run}.stamps"
     job = {
         "model": "tiny", "run": run, "out": str(folder / "runs"), "factors": str(folder / "factors"), "verifiers": 0,
         "rl": RL | {"steps": steps}, "domains": {name: {"task": DOMAINS[name]} for name in domains}, **job,
     }  # fmt: skip
-    place.write_text(json.dumps(job), encoding="utf-8")  # which is YAML, too
+    place.write_text(json.dumps(job), encoding="utf-8")  # JSON is YAML too
     extra = {
         "RAY_TRAIN_CALLBACKS": "benchmarks.capacity.stamps.Stamps", "T2RAY_STAMPS": str(stamps),
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),  # of the hooks
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),  # for the hooks
     }  # fmt: skip
     start = time.time()
     _call(["train", str(place)], extra)
@@ -84,14 +87,14 @@ def train(folder: Path, run: str, domains: Sequence[str], steps: int, **job: Any
 
 
 def _call(words: Sequence[str], extra: dict[str, str]) -> None:
-    """`t2ray` with these words; one thread where nobody says otherwise, and no cluster but its own."""
+    """Runs `t2ray` with these words, on a Ray of its own; raises ResourceError if it fails."""
     env = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | extra
     done = subprocess.run([*PROGRAM, *words], env=env, capture_output=True, text=True)
     if done.returncode:
         raise ResourceError(f"t2ray {words[0]} failed ({done.returncode}): {' '.join(done.stderr.split())[-600:]}")
 
 
-def _read(place: Path, stamps: Path, domains: Sequence[str], start: float, end: float) -> Ran:
+def _read(place: Path, stamps: Path, domains: Sequence[str], start: float, end: float) -> FinishedRun:
     lines = stamps.read_text(encoding="utf-8").splitlines() if stamps.exists() else []
     rows = [json.loads(line) for line in lines]
     called = sorted(row["at"] for row in rows if row["stage"] == "called")
@@ -103,20 +106,20 @@ def _read(place: Path, stamps: Path, domains: Sequence[str], start: float, end: 
         if called:
             stages[name]["called"] = called[number]
         stages[name]["began"] = json.loads((folder / "workers" / "0.json").read_text(encoding="utf-8"))["began"]
-        # TensorBoard's file is named for the moment at which the loop begins.
+        # The name of TensorBoard's file has the time at which the loop began.
         stages[name]["loop"] = float(".".join(events.name.split(".")[3:5]))
         stages[name]["result"] = (folder / "result.json").stat().st_mtime
-    return Ran(start=start, opened=(place / "config.json").stat().st_mtime, end=end, stages=stages)
+    return FinishedRun(start=start, opened=(place / "config.json").stat().st_mtime, end=end, stages=stages)
 
 
 # ------------------------------------------------------------------------------------------------------------ domains
 
 
 def domains(folder: Path, rounds: int = 2, steps: int = 80) -> Figures:
-    """Two domains on Ray at a time, a core each, over the same two one after the other in one process without Ray.
+    """Returns the gain of two domains in parallel on Ray, a core each, over the same two in one process without Ray.
 
-    Both are the same task: a shorter one would end early and leave its core idle. A loop goes from the first rollout to
-    the result; starting and ending Ray is not in it, and is given apart.
+    Both domains have the same task, because a shorter one would leave its core idle. Times are those of the training
+    loops, from the first rollout to the result; starting and ending Ray is measured separately.
     """
     decompose("tiny", folder / "factors")
     names = ["math", "again"]
@@ -137,8 +140,8 @@ def domains(folder: Path, rounds: int = 2, steps: int = 80) -> Figures:
 # ---------------------------------------------------------------------------------------------------- decomposition
 
 
-def decomposition(folder: Path, rounds: int = 3, shape: Shape = MATRICES) -> Figures:
-    """Two workers over one, each of one thread; and over one process that uses both cores for every matrix."""
+def decomposition(folder: Path, rounds: int = 3, shape: BenchShape = MATRICES) -> Figures:
+    """Returns the gain of two workers over one, each of one thread, and over one process of two threads."""
     make(shape, folder / "subject")
     model, gains, over, starts = str(folder / "subject" / "model"), [], [], []
     for number in range(rounds):
@@ -160,10 +163,10 @@ def decomposition(folder: Path, rounds: int = 3, shape: Shape = MATRICES) -> Fig
 
 
 def rate(out: Path, workers: int) -> tuple[float, float]:
-    """Matrices a second of a finished decomposition, and when its first was done.
+    """Returns the matrices per second of a finished decomposition, and the time at which its first was done.
 
-    Counted from when `workers` were done. By then the others may have begun their next ones, and so one less than what
-    is left is counted for each of them.
+    The count begins when `workers` matrices were done. By then each worker may have begun its next one, so that one
+    matrix per worker is not counted.
     """
     layout = Factors.open(out).layout
     ends = sorted((out / f"{target.name}.safetensors").stat().st_mtime for target in layout)
@@ -175,8 +178,11 @@ def rate(out: Path, workers: int) -> tuple[float, float]:
 
 
 def startup(folder: Path, rounds: int = 2) -> Figures:
-    """Seconds of starting and ending a run of three domains, a worker each; and, with `group_` before their names, of
-    one domain with two workers, which is a job of Ray Train, in its stages. Times are the last domain's."""
+    """Returns the seconds of each stage of starting and ending a run, of the last domain to start.
+
+    The run has three domains with one worker each. Figures that begin with `group_` are those of a run of one domain
+    with two workers, which is a job of Ray Train.
+    """
     decompose("tiny", folder / "factors")
     found: dict[str, list[float]] = {}
     for number in range(rounds):

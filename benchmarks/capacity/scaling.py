@@ -1,7 +1,7 @@
-"""`t2ray bench scaling`: what more cores and workers give, how long a start takes, cost models of training and serving.
+"""The parts of `python -m benchmarks scaling`: gain of cores and workers, time to start, cost models.
 
-Each part is measured on this machine, with the tiny model or one of random weights; docs/scaling.md goes on from there
-to machines that were not at hand. Not here: the measurements themselves (`runs`, `steps`, `engines`, `queues`).
+Each part is measured on this machine, with the tiny model or one of random weights; docs/scaling.md extrapolates to
+other machines. Not here: the measurements themselves (`runs`, `steps`, `engines`, `queues`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from t2ray.adapters.factors import decompose
 from t2ray.runs.memory import shape_of
 
 Part = tuple[Figures, Mapping[str, Any]]
-"""A part's figures, and what the report has beside them: fitted models with their points."""
+"""The figures of a part, and its fitted models with their points."""
 
 
 def _training(folder: Path) -> Part:
@@ -58,10 +58,10 @@ def run(
     model: str | None = None,
     progress: Callable[[str, Figures], None] = lambda name, figures: None,
 ) -> dict[str, Any]:
-    """The report of the named parts, and of a fleet that serves `model`; `progress` gets each part's figures.
+    """Returns the report of the named parts, and of a fleet that serves `model`; `progress` gets each part's figures.
 
     Raises:
-        ModelError: no such model.
+        ModelError: there is no such model.
     """
     results: dict[str, Figures] = {}
     models: dict[str, Any] = {}

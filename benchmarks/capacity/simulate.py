@@ -1,8 +1,8 @@
 """An endpoint as a discrete-event simulation: Poisson arrivals, ingresses, dispatchers, and replicas that batch.
 
-For fleets that no machine at hand can hold, and for the waiting that averages hide. The times of its parts come from
-measurements (`engines`, `queues`). Not here: Ray. What it leaves out, and how far it is off where an endpoint could be
-asked, is in docs/scaling.md.
+It serves to study fleets that are too large for the machine at hand, and waiting times that averages hide. The times of
+its parts come from measurements (`engines`, `queues`). docs/scaling.md says what it leaves out, and how far it is from
+a real endpoint.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ Process = Generator[simpy.Event, Any, None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The endpoint's parts. Times in seconds, of one processor.
+    """The parts of an endpoint. Times are in seconds of one processor.
 
     Args:
-        step_s: of an engine's step with so many rows.
-        prompt_s: of a prompt's token, added to the step that it joins.
-        score_s: of pass 1's scoring, of which all that wait share a turn: one, and each further one.
-        rows: in a batch at most.
-        ongoing: `max_ongoing_requests` of a replica; what it has beyond `rows` waits inside it.
-        queued: requests that wait for any replica; further ones are refused.
-        ingress_s, dispatch_s: of a request, in one of so many processes.
+        step_s: number of rows -> time of an engine's step.
+        replicas, ingresses, dispatchers: number of processes of each kind.
+        rows: most rows in a batch.
+        ongoing: `max_ongoing_requests` of a replica; requests beyond `rows` wait in the replica.
+        queued: most requests that wait for any replica; further ones are refused.
+        prompt_s: time per token of a prompt, added to the step that the prompt joins.
+        score_s: time of one scoring of pass 1, and of each further one in the same turn.
+        ingress_s, dispatch_s: time per request in one of the ingresses, of the dispatchers.
     """
 
     step_s: Callable[[int], float]
@@ -49,9 +50,11 @@ class Fleet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """Requests: `rate` a second for `seconds`; answers of `tokens`, prompts of `prompt`; `scored` is the share of
-    requests whose pass 1 is not remembered."""
+class Traffic:
+    """The requests: `rate` per second for `seconds`, with prompts of `prompt` tokens and answers of `tokens`.
+
+    `scored` is the share of requests whose pass 1 is not cached.
+    """
 
     rate: float
     seconds: float
@@ -70,11 +73,11 @@ class _Request:
 
 @dataclass(slots=True, eq=False)
 class _Replica:
-    """A batch: rows by the step after which they end, what waits to join, and what waits to be scored."""
+    """A replica: its batch (rows by the step after which they end), requests that wait, and scorings that wait."""
 
     env: simpy.Environment
     fleet: Fleet
-    load: Load
+    traffic: Traffic
     rows: list[tuple[int, int, _Request]] = field(default_factory=list)
     waiting: deque[_Request] = field(default_factory=deque)
     scorings: list[simpy.Event] = field(default_factory=list)
@@ -100,10 +103,10 @@ class _Replica:
                     done.succeed()
             joined = [self.waiting.popleft() for _ in range(min(len(self.waiting), fleet.rows - len(self.rows)))]
             for request in joined:
-                heapq.heappush(self.rows, (self.steps + self.load.tokens, id(request), request))
+                heapq.heappush(self.rows, (self.steps + self.traffic.tokens, id(request), request))
             if not self.rows:
                 continue
-            yield self.env.timeout(fleet.step_s(len(self.rows)) + fleet.prompt_s * self.load.prompt * len(joined))
+            yield self.env.timeout(fleet.step_s(len(self.rows)) + fleet.prompt_s * self.traffic.prompt * len(joined))
             self.steps += 1
             self.row_steps += len(self.rows)
             for request in joined:
@@ -113,13 +116,13 @@ class _Replica:
 
 
 class Simulation:
-    """One run: `Simulation(fleet, load).run()`."""
+    """One run of a fleet under traffic: `Simulation(fleet, traffic).run()`."""
 
-    def __init__(self, fleet: Fleet, load: Load) -> None:
-        self.fleet, self.load = fleet, load
+    def __init__(self, fleet: Fleet, traffic: Traffic) -> None:
+        self.fleet, self.traffic = fleet, traffic
         self.env = simpy.Environment()
-        self.draw = random.Random(load.seed)
-        self.replicas = [_Replica(self.env, fleet, load) for _ in range(fleet.replicas)]
+        self.draw = random.Random(traffic.seed)
+        self.replicas = [_Replica(self.env, fleet, traffic) for _ in range(fleet.replicas)]
         self.ingress = simpy.Resource(self.env, fleet.ingresses)
         self.dispatcher = simpy.Resource(self.env, fleet.dispatchers)
         self.queue: deque[simpy.Event] = deque()
@@ -128,7 +131,7 @@ class Simulation:
         self.refused = 0
 
     def run(self) -> dict[str, Any]:
-        """Until the last request is answered; counts, and percentiles in milliseconds as `load.summary` gives them."""
+        """Runs until the last request is answered; returns counts and percentiles as `evals.load.summary` does."""
         for replica in self.replicas:
             self.env.process(replica.run())
         self.env.run(until=self.env.process(self._arrivals()))
@@ -142,7 +145,7 @@ class Simulation:
             "requests": len(self.finished) + self.refused,
             "refused": self.refused,
             "requests_per_s": len(self.finished) / seconds,
-            "tokens_per_s": len(self.finished) * self.load.tokens / seconds,
+            "tokens_per_s": len(self.finished) * self.traffic.tokens / seconds,
             "rows_a_step": sum(replica.row_steps for replica in self.replicas) / max(busy, 1),
             **{
                 name: {key: 1000 * percentile(values, share) for key, share in QUANTILES.items()}
@@ -154,8 +157,8 @@ class Simulation:
     def _arrivals(self) -> Process:
         under_way = []
         while True:
-            yield self.env.timeout(self.draw.expovariate(self.load.rate))
-            if self.env.now > self.load.seconds:
+            yield self.env.timeout(self.draw.expovariate(self.traffic.rate))
+            if self.env.now > self.traffic.seconds:
                 break
             under_way.append(self.env.process(self._request()))
         yield self.env.all_of(under_way)
@@ -165,9 +168,9 @@ class Simulation:
         yield from self._served(self.ingress, self.fleet.ingress_s)
         if self.fleet.dispatch_s:
             yield from self._served(self.dispatcher, self.fleet.dispatch_s)
-        if self.draw.random() < self.load.scored:
+        if self.draw.random() < self.traffic.scored:
             scored = self.env.event()
-            replica = self._choose()  # pass 1 is short: it takes no place from the generations
+            replica = self._choose()  # a scoring is short and takes no place in the batch
             replica.scorings.append(scored)
             replica.wake()
             yield scored
@@ -185,7 +188,7 @@ class Simulation:
         replica.wake()
         yield request.done
         if self.queue:
-            self.queue.popleft().succeed(replica)  # its place goes to who waited longest
+            self.queue.popleft().succeed(replica)  # its place goes to the request that waited longest
         else:
             replica.taken -= 1
         self.finished.append(request)
@@ -197,6 +200,6 @@ class Simulation:
             yield self.env.timeout(seconds)
 
     def _choose(self) -> _Replica:
-        """The less loaded of two, as Ray Serve's router chooses."""
+        """Returns the less loaded of two random replicas, as Ray Serve's router does."""
         two = self.draw.sample(self.replicas, min(2, len(self.replicas)))
         return min(two, key=lambda replica: replica.taken)

@@ -1,7 +1,7 @@
-"""When each stage of a Ray Train job was reached: a line a hook, in the file that `T2RAY_STAMPS` names.
+"""Records when each stage of a Ray Train job is reached: one line per hook, in the file that `T2RAY_STAMPS` names.
 
-Ray makes one for each job where RAY_TRAIN_CALLBACKS names `benchmarks.capacity.stamps.Stamps`: the bench of starting up
-sets both and reads the file (`runs`); nothing else does. The hooks are those that Ray's own callbacks have.
+Ray makes one `Stamps` per job if RAY_TRAIN_CALLBACKS names `benchmarks.capacity.stamps.Stamps`. The bench of starting
+up (`runs`) sets both variables and reads the file. The hooks are those of Ray's own callbacks.
 """
 
 from __future__ import annotations
@@ -17,35 +17,35 @@ FILE = "T2RAY_STAMPS"
 
 
 class Stamps(ControllerCallback, WorkerGroupCallback):
-    """Made where `fit` is called, then sent to the job's controller, which calls the rest."""
+    """Made in the process that calls `fit`, then sent to the job's controller, which calls the hooks."""
 
     def __init__(self) -> None:
         self.path, self.domain = os.environ[FILE], ""
         self._stamp("called")
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """The controller's process is there. A run's name begins with its domain's."""
+        """The controller's process has started. The name of a run begins with that of its domain."""
         self.domain = train_run_context.run_config.name.rpartition("-")[0]
         self._stamp("controller")
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
-        """Resources are to be had."""
+        """The resources are available."""
         self._stamp("resources")
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        """The workers' processes are there; called in the order of the callbacks, and before Ray's own."""
+        """The workers' processes have started. Callbacks are called in their order, before Ray's own."""
         self._stamp("workers")
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        """The process group stands and the training function was started."""
+        """The process group has formed, and the training function has been started."""
         self._stamp("started")
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:
-        """The controller has noticed the end."""
+        """The controller has noticed the end of the training function."""
         self._stamp("noticed")
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
-        """The workers are gone."""
+        """The workers have ended."""
         self._stamp("ended")
 
     def _stamp(self, stage: str) -> None:

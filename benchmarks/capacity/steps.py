@@ -1,7 +1,7 @@
-"""What a training step costs: the trainer's own `step` at many sizes, one worker and two, and the sums between workers.
+"""The cost of a training step: the trainer's own `step` at many sizes, by one worker and by two, and their all-reduce.
 
-The model of it counts multiply-adds, so that its prices are speeds: of a fold, of generation, of an update. Not here:
-how prices are fitted (`fit`), whole runs on a cluster (`runs`).
+The cost model counts multiply-adds, so that its prices are speeds: of a fold, of generation, of an update. Not here:
+how prices are fitted (`fit`), and whole runs on a cluster (`runs`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import distributed
 
-from benchmarks.capacity.fit import Fit, Point, fitted
-from benchmarks.core.shape import SPECIAL, Shape, make
+from benchmarks.capacity.fit import Fit, FitPoint, fitted
+from benchmarks.core.shape import SPECIAL, BenchShape, make
 from benchmarks.harness import Figures
 from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import load_model
@@ -33,14 +33,14 @@ from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer
 
-SHAPE = Shape(layers=4, width=256, inner=688, heads=4, vocabulary=2048)
+SHAPE = BenchShape(layers=4, width=256, inner=688, heads=4, vocabulary=2048)
 LAYERS = ("0-3", "2-3", "3")
-"""Which layers are adapted: all, and fewer for a smaller z."""
+"""The layers that are adapted: all, or fewer for a smaller z."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """A step's size: rollouts of all workers together, tokens of each prompt and answer, adapted layers, workers."""
+class StepWork:
+    """The size of a step: rollouts of all workers, tokens per prompt and per answer, adapted layers, workers."""
 
     rows: int
     prompt: int
@@ -54,37 +54,37 @@ class Work:
 
 
 GRID = (
-    *(Work(rows=rows, prompt=16, answer=answer) for rows in (8, 16, 32) for answer in (8, 32)),
-    *(Work(rows=rows, prompt=48, answer=16) for rows in (8, 24)),
-    *(Work(rows=rows, prompt=16, answer=24, layers=layers) for rows in (16, 32) for layers in LAYERS[1:]),
-    Work(rows=24, prompt=16, answer=16, held=True),
-    Work(rows=48, prompt=24, answer=32, held=True),
-    Work(rows=12, prompt=40, answer=24, held=True),
-    Work(rows=24, prompt=24, answer=16, layers="1-3", held=True),
-    Work(rows=32, prompt=32, answer=12, layers=LAYERS[1], held=True),
+    *(StepWork(rows=rows, prompt=16, answer=answer) for rows in (8, 16, 32) for answer in (8, 32)),
+    *(StepWork(rows=rows, prompt=48, answer=16) for rows in (8, 24)),
+    *(StepWork(rows=rows, prompt=16, answer=24, layers=layers) for rows in (16, 32) for layers in LAYERS[1:]),
+    StepWork(rows=24, prompt=16, answer=16, held=True),
+    StepWork(rows=48, prompt=24, answer=32, held=True),
+    StepWork(rows=12, prompt=40, answer=24, held=True),
+    StepWork(rows=24, prompt=24, answer=16, layers="1-3", held=True),
+    StepWork(rows=32, prompt=32, answer=12, layers=LAYERS[1], held=True),
 )
-"""Steps of one worker. Those that are held out lie between the others and beyond them."""
+"""Steps of one worker. Those that are held out are between the others and beyond them."""
 
 TOGETHER = (
-    Work(rows=32, prompt=16, answer=32, workers=2, held=True),
-    Work(rows=32, prompt=48, answer=16, layers=LAYERS[1], workers=2, held=True),
+    StepWork(rows=32, prompt=16, answer=32, workers=2, held=True),
+    StepWork(rows=32, prompt=48, answer=16, layers=LAYERS[1], workers=2, held=True),
 )
-"""Steps that two workers share: all held out, for their price is that of half the rows and of the sums."""
+"""Steps of two workers. All are held out: they must cost as much as half the rows and the all-reduce."""
 
 SUMS = tuple(1 << power for power in range(17, 23))
 SUMS_HELD = (3 << 16, 3 << 18, 3 << 20)
-"""Numbers that two workers sum: as many as a large model's z has, times the shares of a batch. Fewer take no less."""
+"""Numbers that two workers sum: the size of a large model's z times the shares of a batch. Fewer take as long."""
 
 NEAR, FAR = 1 << 20, 8 << 20
-"""Bytes that stay in a core's own cache, and in the one that cores share, which sums of a small z do."""
+"""Bytes that fit in a core's own cache, and in the cache that cores share."""
 
 
-def terms(work: Work, shape: Shape, factors: Factors) -> dict[str, float]:
-    """What one worker of a step does, counted. `gmac` is 10^9 multiply-adds.
+def terms(work: StepWork, shape: BenchShape, factors: Factors) -> dict[str, float]:
+    """Returns what one worker does in a step, counted. `gmac` is 10^9 multiply-adds.
 
-    `pass`: forward passes of decoding, each with its fixed cost. `generate_gmac`: all tokens through the layers, and
-    the answers' through the vocabulary. `fold_gmac`: the fold before, where it pays. `update_gmac`: base and policy
-    forward, and back to the lowest adapted layer. `z`: numbers that AdamW moves.
+    `pass`: forward passes of decoding, each with a fixed cost. `generate_gmac`: all tokens through the layers, and
+    those of answers through the vocabulary. `fold_gmac`: the fold before, if it pays. `update_gmac`: base and policy
+    forward, and back to the lowest adapted layer. `z`: numbers that AdamW updates.
     """
     layer, head = sum(m * n for m, n in shape.matrices().values()), shape.vocabulary * shape.width
     adapted = sum(target.m * target.n for target in factors.layout)
@@ -94,7 +94,7 @@ def terms(work: Work, shape: Shape, factors: Factors) -> dict[str, float]:
     rows = work.rows / work.workers
     tokens, answers = rows * (work.prompt + work.answer), rows * work.answer
     folds = tokens >= fold // (factored - adapted)  # `SVF.tokens_to_fold`
-    plain = dense - adapted  # what is not adapted
+    plain = dense - adapted  # of the matrices that are not adapted
     back = layer * (shape.layers - lowest) - adapted + factored
     return {
         "step": 1.0,
@@ -106,22 +106,22 @@ def terms(work: Work, shape: Shape, factors: Factors) -> dict[str, float]:
     }
 
 
-class Bench:
-    """The model in a folder, and its decompositions by the layers that they adapt."""
+class StepBench:
+    """Measures steps of one model, whose files and decompositions are in a folder."""
 
-    def __init__(self, folder: Path, shape: Shape) -> None:
+    def __init__(self, folder: Path, shape: BenchShape) -> None:
         self.folder, self.shape = folder, shape
 
     def write(self) -> None:
-        """Makes the model; the rest is made when it is needed."""
+        """Writes the model; decompositions are made when they are needed."""
         make(self.shape, self.folder)
 
     def factors(self, layers: str) -> Factors:
-        """The decomposition of some layers."""
+        """Returns the decomposition of some layers."""
         return decompose(str(self.folder / "model"), self.folder / f"factors-{layers}", layers=layers)
 
-    def seconds(self, works: Sequence[Work], rounds: int) -> list[float]:
-        """The least time of each step in interleaved rounds, on this worker's rank: what else runs only adds to it."""
+    def seconds(self, works: Sequence[StepWork], rounds: int) -> list[float]:
+        """Returns the least time of each step in interleaved rounds, on this rank: other load only adds to it."""
         torch.set_num_threads(1)
         times: list[list[float]] = [[] for _ in works]
         with tempfile.TemporaryDirectory() as store:
@@ -135,11 +135,15 @@ class Bench:
     def _trainer(self, layers: str, store: str) -> Trainer:
         factors = self.factors(layers)
         model = load_model(str(self.folder / "model"), factors.folder, device="cpu")
-        model.chat.eos_ids = (self.shape.vocabulary,)  # no token of the vocabulary: every answer is as long as may be
+        model.chat.eos_ids = (self.shape.vocabulary,)  # an id beyond the vocabulary: every answer has all its tokens
         rl = RLConfig(sigma=0.05, lr=1e-4, kl=0.1)
-        return Trainer(OfflineEngine(model), _task(1, 1), _halves, rl, Store(store), seed=0, digest="bench")
+        engine = OfflineEngine(model)
+        return Trainer(
+            model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+            _task(1, 1), _halves, rl, Store(store), seed=0, digest="bench",
+        )  # fmt: skip
 
-    def _resize(self, trainer: Trainer, work: Work) -> None:
+    def _resize(self, trainer: Trainer, work: StepWork) -> None:
         trainer.task = _task(work.prompt, work.answer)
         trainer.train = trainer.task.examples("train")
         trainer.sampling = SamplingParams(max_tokens=work.answer, temperature=1.0)
@@ -153,7 +157,7 @@ def _timed(trainer: Trainer, number: int) -> float:
 
 
 async def _halves(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-    """Every other rollout is right: an advantage for each."""
+    """A verifier for which every other rollout is right, so that each has an advantage."""
     return [float(i % 2) for i in range(len(completions))]
 
 
@@ -169,7 +173,7 @@ def _task(prompt: int, answer: int) -> Task:
 
 
 def together(world: int, work: Any) -> Any:
-    """What `work` returns on rank 0 of so many processes of one thread, with torch's process group between them."""
+    """Runs `work` in `world` processes of one thread in a process group of torch; returns the result of rank 0."""
     with tempfile.TemporaryDirectory() as name:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(world, mp_context=spawn) as processes:
@@ -189,7 +193,7 @@ def _in_group(rank: int, world: int, file: str, work: Any) -> Any:
 
 
 def summed(sizes: Sequence[int], rounds: int) -> list[float]:
-    """Seconds of an all-reduce of so many float32: the least of interleaved rounds."""
+    """Returns the seconds of an all-reduce of float32 numbers, for each size: the least of interleaved rounds."""
     numbers = [torch.ones(size) for size in sizes]
     rows = []
     for _ in range(rounds):
@@ -204,8 +208,11 @@ def summed(sizes: Sequence[int], rounds: int) -> list[float]:
 
 
 def sum_terms(world: int, numbers: float) -> dict[str, float]:
-    """A ring's: the messages that one worker waits for, one after the other, and the bytes that it sends; those of
-    them that a cache does not hold cost more."""
+    """Returns the terms of a ring all-reduce of one worker.
+
+    `message`: the messages it waits for, one after the other. `byte`: the bytes it sends. `far_byte`, `memory_byte`:
+    those of them beyond a core's own cache, and beyond the shared one.
+    """
     each = 2 * (world - 1) / world * 4 * numbers
     further = {"far_byte": max(each - NEAR, 0.0), "memory_byte": max(each - FAR, 0.0)}
     return {"message": 2.0 * (world - 1), "byte": each, **further}
@@ -215,11 +222,11 @@ def sum_terms(world: int, numbers: float) -> dict[str, float]:
 
 
 def sums(rounds: int = 200) -> tuple[Figures, Fit]:
-    """The price of summing a z over two workers of one machine."""
+    """Returns the price of summing a z over two workers on one machine."""
     sizes = [*SUMS, *SUMS_HELD]
     fit = fitted(
         [
-            Point(name=f"{size} numbers", terms=sum_terms(2, size), seconds=seconds, held=size in SUMS_HELD)
+            FitPoint(name=f"{size} numbers", terms=sum_terms(2, size), seconds=seconds, held=size in SUMS_HELD)
             for size, seconds in zip(sizes, together(2, partial(summed, sizes, rounds)), strict=True)
         ]
     )
@@ -227,17 +234,19 @@ def sums(rounds: int = 200) -> tuple[Figures, Fit]:
 
 
 def steps(
-    rounds: int = 5, shape: Shape = SHAPE, grid: Sequence[Work] = GRID, shared: Sequence[Work] = TOGETHER
+    rounds: int = 5, shape: BenchShape = SHAPE, grid: Sequence[StepWork] = GRID, shared: Sequence[StepWork] = TOGETHER
 ) -> tuple[Figures, Fit]:
-    """The price of a training step on one worker; those of two are predicted from it."""
+    """Returns the price of a training step of one worker; the times of two workers are predicted from it."""
     with tempfile.TemporaryDirectory() as name:
-        bench = Bench(Path(name), shape)
+        bench = StepBench(Path(name), shape)
         bench.write()
         taken = [*zip(grid, bench.seconds(grid, rounds), strict=True)]
         if shared:
             taken += zip(shared, together(2, partial(bench.seconds, shared, rounds)), strict=True)
         points = [
-            Point(name=str(work), terms=terms(work, shape, bench.factors(work.layers)), seconds=seconds, held=work.held)
+            FitPoint(
+                name=str(work), terms=terms(work, shape, bench.factors(work.layers)), seconds=seconds, held=work.held
+            )
             for work, seconds in taken
         ]
     fit = fitted(points)

@@ -1,1 +1,1 @@
-"""The core alone: rows, folds, updates, rollouts and searches beside their peers."""
+"""The core alone: rows, folds, updates, rollouts and searches, compared with their peers."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: the core's speed as ratios, as a table on the terminal and a JSON file."""
+"""`python -m benchmarks`: prints the core's speed as ratios, and may write them as JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from rich.table import Table
 
-from benchmarks.core.shape import Shape
+from benchmarks.core.shape import BenchShape
 from benchmarks.core.suite import BENCHES, as_json, run
 from benchmarks.harness import Figures, Measure
 from t2ray.cli.output import check_json_folder, console, write_json
@@ -17,7 +17,7 @@ LEAST_REPEATS = 5
 
 
 def core(args: argparse.Namespace) -> None:
-    """Runs the named benches (all when none is), each figure a median of interleaved rounds."""
+    """Runs the named benches, by default all; each figure is a median of interleaved rounds."""
     names = args.benches or list(BENCHES)
     for name in names:
         if name not in BENCHES:
@@ -27,7 +27,7 @@ def core(args: argparse.Namespace) -> None:
     if args.threads < 1:
         raise ConfigError(f"--threads is {args.threads}; it must be at least 1")
     check_json_folder(args.json)
-    shape = Shape()
+    shape = BenchShape()
     console.print(
         f"Llama of {shape.layers} layers x {shape.width}, random weights, {args.threads} thread(s); "
         f"medians of {args.repeats} rounds, lowest and highest in brackets"
@@ -37,7 +37,7 @@ def core(args: argparse.Namespace) -> None:
 
 
 def print_figures(name: str, figures: Figures) -> None:
-    """A table of one bench."""
+    """Prints the figures of one bench as a table."""
     table = Table("measure", "value", "spread", "target", "", title=name, title_justify="left")
     for key, figure in figures.items():
         if not isinstance(figure, Measure):

@@ -1,8 +1,7 @@
-"""The benches that generate: mixtures by row, one folded mixture, rollouts, a search's iteration, and pass 1.
+"""The benches that generate: mixtures by row, one folded mixture, rollouts, an iteration of a search, and pass 1.
 
-Each takes a subject and a number of repeats and returns its figures. Not here: the update (`training`).
-
-The reference's time is linear in its mixtures, which run one after the other: one of them is timed and multiplied.
+The reference runs its mixtures one after the other, so that its time is linear in them: one is timed, and multiplied.
+Not here: the update (`training`).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ REFERENCE_TARGETS = {4: 4.0, 16: 12.0}
 
 
 def rows(subject: Subject, repeats: int) -> Figures:
-    """4 and 16 different mixtures in one batch, beside the base model, PEFT's mixed adapters and the reference."""
+    """Measures 4 and 16 mixtures in one batch, compared with the base, PEFT's mixed adapters and the reference."""
     shape = subject.shape
     prompts, greedily = subject.prompts(shape.rows), [SamplingParams(max_tokens=shape.new)] * shape.rows
     ids_BT, reference = subject.ids(prompts), Reference(subject.plain, subject.factors)
@@ -34,7 +33,7 @@ def rows(subject: Subject, repeats: int) -> Figures:
         row_index = [i * count // shape.rows for i in range(shape.rows)]
         some = subject.mixtures(count)
         mixtures, first = [some[i] for i in row_index], row_index.count(0)
-        z_1K = subject.model.svf.mix(some[0])[None]
+        z_1K = subject.model.adapter.mix(some[0])[None]
 
         def ours(mixtures: list[Mixture] = mixtures) -> Tensor:
             answers = subject.generate(prompts, mixtures, greedily)
@@ -66,8 +65,8 @@ def rows(subject: Subject, repeats: int) -> Figures:
 
 
 def folded(subject: Subject, repeats: int) -> Figures:
-    """One mixture for the batch, its fold made before; and what a fold costs, in the base's decode steps."""
-    shape, svf = subject.shape, subject.model.svf
+    """Measures one folded mixture for the batch, and the cost of a fold in decoding steps of the base."""
+    shape, svf = subject.shape, subject.model.adapter
     prompts, greedily = subject.prompts(shape.rows), [SamplingParams(max_tokens=shape.new)] * shape.rows
     ids_BT, turns = subject.ids(prompts), cycle(subject.mixtures(2))
     current = next(turns)
@@ -97,8 +96,8 @@ def folded(subject: Subject, repeats: int) -> Figures:
 
 
 def rollout(subject: Subject, repeats: int) -> Figures:
-    """Sampled tokens of a training step beside plain sampling on the base; once more with the step's fold counted."""
-    shape, svf = subject.shape, subject.model.svf
+    """Measures the sampling of a training step, without and with its fold, compared with sampling from the base."""
+    shape, svf = subject.shape, subject.model.adapter
     prompts = subject.prompts(shape.rows)
     sampled = [SamplingParams(max_tokens=shape.new, temperature=1.0, seed=i) for i in range(shape.rows)]
     ids_BT, turns = subject.ids(prompts), cycle(subject.mixtures(2))
@@ -129,14 +128,14 @@ def rollout(subject: Subject, repeats: int) -> Figures:
 
 
 def cem(subject: Subject, repeats: int) -> Figures:
-    """One iteration of the few-shot search: every member answers every shot."""
+    """Measures one iteration of the few-shot search, in which every member answers every shot."""
     shape = subject.shape
     members, shots = subject.mixtures(shape.members), subject.prompts(shape.shots)
     prompts = [shot for _ in members for shot in shots]
     mixtures = [member for member in members for _ in shots]
     greedily = [SamplingParams(max_tokens=shape.answer)] * len(prompts)
     ids_BT, reference = subject.ids(shots), Reference(subject.plain, subject.factors)
-    z_1K = subject.model.svf.mix(members[0])[None]
+    z_1K = subject.model.adapter.mix(members[0])[None]
     times = interleaved(
         {
             "ours": lambda: subject.generate(prompts, mixtures, greedily),
@@ -151,7 +150,7 @@ def cem(subject: Subject, repeats: int) -> Figures:
 
 
 def dispatch(subject: Subject, repeats: int) -> Figures:
-    """Pass 1 with a classification expert as a share of pass 2, for one request and for a batch of them."""
+    """Measures pass 1 with a classification expert as a share of pass 2, for one request and for a batch."""
     shape = subject.shape
     labels = ("w10 w11", "w12 w13", "w14 w15", "w16")
     prompts, mixtures = subject.prompts(shape.rows), subject.mixtures(shape.rows)

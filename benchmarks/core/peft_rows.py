@@ -1,7 +1,4 @@
-"""PEFT's batch of mixed LoRA adapters: the peer of rows of mixtures. Needs the `bench` extra.
-
-Not here: the timing. Called by the benches `rows`.
-"""
+"""PEFT's batches of mixed LoRA adapters, with which rows of mixtures are compared. Needs the `bench` extra."""
 
 from __future__ import annotations
 
@@ -24,21 +21,21 @@ def available() -> bool:
 
 
 class PeftRows:
-    """A plain model with `adapters` random LoRA adapters of rank 16 on every projection; a row names its own."""
+    """A plain model with `adapters` random LoRA adapters of rank 16 on every projection; each row has its own."""
 
     def __init__(self, base: Any, modules: Sequence[str], adapters: int) -> None:
         from peft import LoraConfig, get_peft_model
 
         config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=list(modules), init_lora_weights=False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an older name
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses an older name of transformers
             self.hf = get_peft_model(copy.deepcopy(base), config, adapter_name="a0")
             for i in range(1, adapters):
                 self.hf.add_adapter(f"a{i}", config)
         self.hf.eval()
 
     def generate(self, ids_BT: Tensor, row_index: Sequence[int], new: int) -> Tensor:
-        """Greedy answers, (B, new); row i with adapter `row_index[i]`."""
+        """Returns greedy answers, (B, new); row i has adapter `row_index[i]`."""
         with torch.no_grad():
             out_BT: Tensor = self.hf.generate(
                 input_ids=ids_BT,

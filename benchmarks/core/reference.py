@@ -1,9 +1,9 @@
-"""The algorithm of the paper's code, written from its description: what a mixture, an update and a search cost there.
+"""The algorithm of the paper's code, written from its description: its costs of a mixture, an update and a search.
 
-A mixture is composed as `U @ diag(s z) @ V^T` with a dense diagonal, for every matrix, and copied into the model; rows
-of different mixtures run one mixture after the other. An update goes sample by sample, forms every full weight gradient
-and takes z's from it. Where the description leaves a choice, the faster one is taken: the base for the KL is a second
-model, and a composed matrix serves all samples of an update. Not here: the timing (the benches). Called by them alone.
+A mixture is composed as `U @ diag(s z) @ V^T` with a dense diagonal, for every matrix, and copied into the model. Rows
+of different mixtures run one mixture after the other. An update goes sample by sample, computes every full weight
+gradient, and computes that of z from it. If the description leaves a choice, the faster one is taken: the base for the
+KL is a second model, and a composed matrix serves all samples of an update.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from t2ray.training.loss import token_losses
 
 
 class Reference:
-    """A model of its own whose targets' weights are overwritten."""
+    """A copy of a plain model; the weights of its targets are overwritten by each mixture."""
 
     def __init__(self, base: Any, factors: Factors) -> None:
         self.base, self.hf = base, copy.deepcopy(base)
@@ -29,7 +29,7 @@ class Reference:
         self.weights: list[Tensor] = [self.hf.get_submodule(target.name).weight for target in self.layout]
 
     def compose(self, z_K: Tensor) -> list[Tensor]:
-        """`W' = U @ diag(s z) @ V^T` of every target; differentiable in z."""
+        """Returns `W' = U @ diag(s z) @ V^T` of every target, differentiable in z."""
         parts = z_K.split([target.rank for target in self.layout])
         return [
             U_Mr @ torch.diag(s_r * z_r) @ Vh_rN for (U_Mr, s_r, Vh_rN), z_r in zip(self.factors, parts, strict=True)
@@ -42,7 +42,7 @@ class Reference:
                 parameter.copy_(weight)
 
     def generate(self, ids_BT: Tensor, z_RK: Tensor, row_index: Sequence[int], new: int) -> Tensor:
-        """Greedy answers, (B, new), mixture by mixture."""
+        """Returns greedy answers, (B, new), computed mixture by mixture; row i has the mixture `z_RK[row_index[i]]`."""
         index_B, out_BT = torch.tensor(row_index), torch.empty(len(ids_BT), new, dtype=torch.long)
         for row, z_K in enumerate(z_RK):
             self.load(self.compose(z_K))
@@ -53,7 +53,12 @@ class Reference:
     def gradient(
         self, z_K: Tensor, rows: Sequence[tuple[Sequence[int], Sequence[int]]], advantage: Sequence[float], lam: float
     ) -> Tensor:
-        """Of the REINFORCE + KL loss of (prompt, answer) rows, summed over tokens, a mean over rows; (K,)."""
+        """Returns the gradient of z, (K,): of the REINFORCE + KL loss, summed over tokens, as a mean over the rows.
+
+        Args:
+            rows: (prompt ids, answer ids) of each rollout.
+            lam: the weight of the KL.
+        """
         z_K = z_K.detach().requires_grad_()
         composed = self.compose(z_K)
         self.load(composed)
@@ -75,7 +80,7 @@ class Reference:
 
 
 def greedy(hf: Any, ids_BT: Tensor, new: int) -> Tensor:
-    """The answers of a plain model's own `generate`, (B, new)."""
+    """Returns the greedy answers of a plain model's own `generate`, (B, new)."""
     out_BT: Tensor = hf.generate(
         ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=new, do_sample=False, pad_token_id=0
     )

@@ -1,6 +1,6 @@
-"""What is measured: a Llama of random weights, its decomposition and experts, and the same weights as a plain model.
+"""The model that is measured: a Llama of random weights with its decomposition and experts, and without SVF.
 
-Made in a folder and loaded by the code that loads any model. Not here: what is done with it (the benches).
+It is written into a folder and loaded like any other model.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ SPECIAL = ("<pad>", "<end>", "<unk>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """The sizes of the model and of the work. The defaults: a Llama of 44M parameters, 16 rows, 32 new tokens.
+class BenchShape:
+    """The sizes of the model and of the work. By default a Llama of 44 M parameters, 16 rows, 32 new tokens.
 
-    A prompt has `prompt` tokens. `sequence` is a rollout's length in `update`, `answer` the new tokens of a shot in
-    `cem`, `pass2` those of the answer in `dispatch`.
+    `prompt` and `new` are tokens per prompt and per answer. `sequence` is the tokens of a rollout in `update`; `answer`
+    is the new tokens of a shot in `cem`, and `pass2` those of an answer in `dispatch`.
     """
 
     layers: int = 6
@@ -50,13 +50,13 @@ class Shape:
     experts: int = 16
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """The matrices of one decoder layer: outputs and inputs by name."""
+        """Returns the matrices of one decoder layer: name -> (outputs, inputs)."""
         up, down = (self.inner, self.width), (self.width, self.inner)
         attention = {f"self_attn.{name}_proj": (self.width, self.width) for name in "qkvo"}
         return attention | {"mlp.gate_proj": up, "mlp.up_proj": up, "mlp.down_proj": down}
 
     def bound(self) -> float:
-        """The multiply-adds of a dense pass over those of a factored one: `sum mn / sum r(m+n)`."""
+        """Returns the multiply-adds of a dense pass over those of a factored one: `sum mn / sum r(m+n)`."""
         sizes = self.matrices().values()
         return sum(m * n for m, n in sizes) / sum(min(m, n) * (m + n) for m, n in sizes)
 
@@ -68,24 +68,24 @@ class Subject:
     Its experts "e0", "e1", ... are random: z = 1 + 0.1 N(0, 1).
     """
 
-    shape: Shape
+    shape: BenchShape
     model: Model
     engine: OfflineEngine
     plain: Any
     factors: Factors
 
     def prompts(self, count: int) -> list[tuple[Message, ...]]:
-        """So many prompts of `shape.prompt` tokens each."""
+        """Returns `count` prompts of `shape.prompt` tokens each."""
         draw = random.Random(0)
         words = range(len(SPECIAL), self.shape.vocabulary)
         return [user(" ".join(f"w{draw.choice(words)}" for _ in range(self.shape.prompt))) for _ in range(count)]
 
     def ids(self, prompts: Sequence[tuple[Message, ...]]) -> Tensor:
-        """The token ids of prompts of one length, (B, T)."""
+        """Returns the token ids of prompts of one length, (B, T)."""
         return torch.tensor([self.model.chat.encode(prompt) for prompt in prompts])
 
     def mixtures(self, count: int) -> list[Mixture]:
-        """So many different mixtures, of two experts each."""
+        """Returns `count` different mixtures of two experts each."""
         draw = random.Random(1)
         names = range(self.shape.experts)
         return [
@@ -98,7 +98,7 @@ class Subject:
         mixtures: Sequence[Mixture],
         samplings: Sequence[SamplingParams],
     ) -> list[Completion]:
-        """The engine's answers, of one batch."""
+        """Returns the engine's answers to one batch."""
 
         async def together() -> list[Completion]:
             rows = zip(prompts, mixtures, samplings, strict=True)
@@ -109,7 +109,7 @@ class Subject:
     def score(
         self, prompts: Sequence[tuple[Message, ...]], labels: tuple[str, ...], mixtures: Sequence[Mixture]
     ) -> list[tuple[float, ...]]:
-        """The labels' log-likelihoods for each prompt, of one batch."""
+        """Returns the labels' log-likelihoods for each prompt of one batch."""
 
         async def together() -> list[tuple[float, ...]]:
             rows = zip(prompts, mixtures, strict=True)
@@ -118,15 +118,15 @@ class Subject:
         return asyncio.run(together())
 
 
-def make(shape: Shape, folder: Path) -> Subject:
-    """Writes the model and its factors into `folder` and loads them; seeded."""
+def make(shape: BenchShape, folder: Path) -> Subject:
+    """Writes the model and its factors into `folder` and loads them; always the same for one shape."""
     _write_model(shape, folder / "model")
     factors = decompose(str(folder / "model"), folder / "factors")
     model = load_model(str(folder / "model"), folder / "factors", device="cpu")
-    model.chat.eos_ids = (shape.vocabulary,)  # no token of the vocabulary: every answer is as long as it may be
+    model.chat.eos_ids = (shape.vocabulary,)  # an id beyond the vocabulary: every answer has all its tokens
     draw = torch.Generator().manual_seed(2)
     for i in range(shape.experts):
-        model.svf.bank[f"e{i}"] = 1 + 0.1 * torch.randn(model.svf.K, generator=draw)
+        model.adapter.bank[f"e{i}"] = 1 + 0.1 * torch.randn(model.adapter.size, generator=draw)
     plain = type(model.hf)(model.hf.config)
     plain.load_state_dict(model.hf.state_dict(), assign=True)
     plain.tie_weights()
@@ -134,8 +134,8 @@ def make(shape: Shape, folder: Path) -> Subject:
     return Subject(shape=shape, model=model, engine=OfflineEngine(model), plain=plain, factors=factors)
 
 
-def _write_model(shape: Shape, folder: Path) -> None:
-    """A Hugging Face folder of random weights, with a tokenizer of one token a word and no chat template."""
+def _write_model(shape: BenchShape, folder: Path) -> None:
+    """Writes a Hugging Face folder of random weights, with a tokenizer of one token per word and no chat template."""
     folder.mkdir(parents=True)
     draw = torch.Generator().manual_seed(0)
     sizes = {

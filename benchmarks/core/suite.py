@@ -1,4 +1,4 @@
-"""All benches: those of the core by name, on one subject, and those of serving. Called by `t2ray bench [serve]`."""
+"""Runs the benches of the core, by name, and those of serving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.core import generation, training
-from benchmarks.core.shape import Shape, Subject, make
+from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.endpoint import many, serving
 from benchmarks.endpoint.alone import Size, Unfolded, started
 from benchmarks.harness import Figures
@@ -32,12 +32,12 @@ BENCHES: dict[str, Callable[[Subject, int], Figures]] = {
 def run(
     names: Sequence[str],
     *,
-    shape: Shape,
+    shape: BenchShape,
     repeats: int,
     threads: int,
     progress: Callable[[str, Figures], None] = lambda name, figures: None,
 ) -> dict[str, Figures]:
-    """The figures of each bench, on one model in a temporary folder; `progress` gets each bench's as it ends."""
+    """Runs benches on one model in a temporary folder; returns their figures, which `progress` gets bench by bench."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -53,13 +53,13 @@ def run(
 
 
 def as_json(results: Mapping[str, Figures], threads: int) -> dict[str, Any]:
-    """What `--json` writes: the measures by bench, the machine, and the date."""
+    """Returns what `--json` writes: the figures per bench, the machine, and the date."""
     figures = {name: {key: value.as_json() for key, value in rows.items()} for name, rows in results.items()}
     return {**figures, "machine": machine(threads), "date": date.today().isoformat()}
 
 
 def machine(threads: int) -> dict[str, str | int]:
-    """The processor, the threads that were used, and the libraries."""
+    """Returns the processor, the number of threads that were used, and the versions of Python and torch."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
     return {
@@ -73,9 +73,13 @@ def machine(threads: int) -> dict[str, str | int]:
 def serve(
     *, size: Size | None = None, progress: Callable[[str, Figures], None] = lambda name, figures: None
 ) -> dict[str, Figures]:
-    """The figures of serving, on the tiny model with one thread; raises ResourceError as the endpoint does."""
+    """Returns the figures of serving the tiny model, with one thread.
+
+    Raises:
+        ResourceError: the endpoint does not start, or a request failed.
+    """
     size, results = size or Size(), {}
-    torch.set_num_threads(1)  # as `serve_config.yaml` has it for the replica
+    torch.set_num_threads(1)  # as the replica has by `serve_config.yaml`
     with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
         folder = Path(name)
         factors, shelf = folder / "factors", folder / "shelf"

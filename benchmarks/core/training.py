@@ -1,4 +1,4 @@
-"""The bench of one REINFORCE + KL update: its time beside the reference's, and its memory.
+"""The bench of one REINFORCE + KL update: its time compared with the reference's, and its memory.
 
 Not here: rollouts (`generation`).
 """
@@ -20,7 +20,7 @@ from benchmarks.core.reference import Reference
 from benchmarks.core.shape import Subject
 from benchmarks.harness import Figures, interleaved, measure, ratio
 from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Mixture, Rollout
+from t2ray.core import Completion, Example, Mixture, Rollout, Token
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer
@@ -29,7 +29,7 @@ LAMBDA = 0.1
 
 
 def update(subject: Subject, repeats: int) -> Figures:
-    """One update of all rollouts at once; and the peak memory of one in micro-batches of a quarter."""
+    """Measures one update of all rollouts at once, and the peak memory of one in four micro-batches."""
     rollouts = random_rollouts(subject)
     advantage_B = [1.0 if i % 2 else -1.0 for i in range(len(rollouts))]
     reference = Reference(subject.plain, subject.factors)
@@ -37,7 +37,7 @@ def update(subject: Subject, repeats: int) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         whole = trainer(subject, folder, micro_batch=len(rollouts))
         quarter = trainer(subject, folder, micro_batch=max(1, len(rollouts) // 4))
-        z_K = subject.model.svf.bank["bench"]
+        z_K = subject.model.adapter.bank["bench"]
         times = interleaved(
             {
                 "ours": lambda: whole.update([rollouts], [advantage_B], len(rollouts), 1),
@@ -58,7 +58,7 @@ def update(subject: Subject, repeats: int) -> Figures:
 
 
 def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
-    """A trainer of the expert "bench", whose rollouts and rewards come from elsewhere."""
+    """Returns a trainer of the expert "bench"; its `update` is given rollouts and needs no rewards."""
 
     async def unused(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
         raise AssertionError("updates are measured without rewards")
@@ -67,19 +67,25 @@ def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
         name="bench", rows=lambda split: [{}], messages=lambda row: (), reward="", gold=None, max_tokens=1
     )  # fmt: skip
     rl = RLConfig(micro_batch=micro_batch, kl=LAMBDA, sigma=0.05, lr=1e-3)
-    return Trainer(subject.engine, task, unused, rl, Store(folder), seed=0, digest="bench")
+    engine = subject.engine
+    return Trainer(
+        subject.model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+        task, unused, rl, Store(folder), seed=0, digest="bench",
+    )  # fmt: skip
 
 
 def random_rollouts(subject: Subject) -> list[Rollout]:
-    """`shape.rows` rollouts of `shape.sequence` tokens, the prompt's among them."""
+    """Returns `shape.rows` random rollouts of `shape.sequence` tokens, prompt included."""
     shape, draw = subject.shape, random.Random(3)
     return [
         Rollout(
             example=Example(id="bench", messages=prompt, row={}),
             completion=Completion(
                 prompt_ids=subject.model.chat.encode(prompt),
-                token_ids=tuple(draw.randrange(3, shape.vocabulary) for _ in range(shape.sequence - shape.prompt)),
-                logprobs=(0.0,) * (shape.sequence - shape.prompt),
+                tokens=tuple(
+                    Token(id=draw.randrange(3, shape.vocabulary), text="", logprob=0.0)
+                    for _ in range(shape.sequence - shape.prompt)
+                ),
                 text="", finish_reason="length", mixture=Mixture.parse("bench"),
             ),
             reward=1.0,
@@ -89,19 +95,19 @@ def random_rollouts(subject: Subject) -> list[Rollout]:
 
 
 def activation_bytes(subject: Subject, rollouts: Sequence[Rollout]) -> int:
-    """Whatever a factored forward of these rollouts allocates, if all of it were kept."""
+    """Returns the bytes that a factored forward pass of these rollouts allocates in all."""
     model = subject.model
     ids_BT = torch.tensor([[*r.completion.prompt_ids, *r.completion.token_ids] for r in rollouts])
-    z_1K = model.svf.mix(Mixture.parse("bench"))[None]
+    z_1K = model.adapter.mix(Mixture.parse("bench"))[None]
 
     made = Allocations()
-    with made, torch.no_grad(), model.svf.rows(z_1K):
+    with made, torch.no_grad(), model.adapter.rows(z_1K):
         model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
     return made.total
 
 
 class Allocations(TorchDispatchMode):
-    """Within `with`: the bytes of all tensors that operations made (`total`), and the most alive at a time (`peak`)."""
+    """Counts within `with` the bytes of all tensors that operations make (`total`), and the most at a time (`peak`)."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -112,7 +118,7 @@ class Allocations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Runs the operation and counts the storages among its results that were not among its arguments'."""
+        """Runs an operation, and counts the storages of its results that are not those of its arguments."""
         result = func(*args, **(kwargs or {}))
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}

@@ -1,1 +1,1 @@
-"""The endpoint: its speed beside its engine, and hours of mixed load."""
+"""The endpoint: its speed compared with its engine's, and hours of mixed load."""

@@ -1,4 +1,4 @@
-"""The continuous engine by itself, in this process: what an endpoint's figures are held against.
+"""The online engine alone, in this process, with which an endpoint is compared.
 
 Not here: the figures (`serving`, `many`).
 """
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from t2ray.adapters.model import load_model
+from t2ray.adapters.model import Model, load_model
+from t2ray.config.serve import EngineConfig
 from t2ray.core import Mixture, SamplingParams, user
 from t2ray.engine.loop import Loop
 from t2ray.engine.online import OnlineEngine
@@ -22,8 +23,11 @@ from t2ray.evals.load import closed_loop
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much is measured: rounds of `single` requests one after the other, or of `rows` workers with `each` requests
-    one after the other; answers of `tokens`; `open_s` seconds of arrivals; so many `experts`."""
+    """How much is measured.
+
+    A round has `single` requests one after the other, or `rows` workers with `each` requests one after the other.
+    Answers have `tokens` tokens. Random arrivals last `open_s` seconds. The registry has so many `experts`.
+    """
 
     rounds: int = 5
     single: int = 12
@@ -35,7 +39,7 @@ class Size:
 
 
 class _Forgetful(Loop):
-    """Forgets at each step for how long the rows have had one mixture; counts the turns that score."""
+    """A loop that forgets at each step how long its rows have had one mixture; counts the turns with scorings."""
 
     scored = 0
 
@@ -49,22 +53,25 @@ class _Forgetful(Loop):
 
 
 class Unfolded(OnlineEngine):
-    """An engine that never folds for its rows; scorings of many prompts do, and rows of their mixture then profit.
+    """An engine that never folds for its rows. Everything else is as in the engine.
 
-    All else is as in the engine, also the shorter way of a step whose rows share one mixture.
+    Scorings of many prompts do fold, and rows of their mixture then use that fold. A step whose rows share one mixture
+    takes the same shorter way as in the engine.
     """
 
-    loop = _Forgetful
+    def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._loop.__class__ = _Forgetful  # the engine has no option for another loop
 
     @property
     def turns(self) -> int:
-        """How often it has scored, all that waited at a time."""
+        """The number of turns in which it has scored whatever waited."""
         return cast(_Forgetful, self._loop).scored
 
 
 @contextmanager
 def started(factors: Path, kind: type[OnlineEngine] = OnlineEngine) -> Iterator[OnlineEngine]:
-    """An engine of the tiny model, as a replica has one; a model of its own, so that nobody else's fold is found."""
+    """Yields a started engine of the tiny model, as in a replica. Its model is its own, so that it shares no fold."""
     engine = kind(load_model("tiny", factors, device="cpu"))
     engine.start()
     try:
@@ -76,7 +83,7 @@ def started(factors: Path, kind: type[OnlineEngine] = OnlineEngine) -> Iterator[
 async def burst(
     engine: OnlineEngine, mixtures: Iterator[Mixture], prompts: Iterator[str], *, rows: int, each: int, tokens: int
 ) -> None:
-    """`rows` workers with `each` requests, which take the next mixture and prompt; every answer has `tokens` tokens."""
+    """Runs `rows` workers of `each` requests, which take the next mixture and prompt; answers have `tokens` tokens."""
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
 
     async def one(_: int) -> None:
@@ -86,11 +93,11 @@ async def burst(
 
 
 def sums() -> Iterator[str]:
-    """Prompts of the tiny model's task `math`, 2,500 different ones."""
+    """Yields prompts of the tiny model's task `math`: 2,500 different ones, again and again."""
     return itertools.cycle(f"{a}+{b}" for a in range(50) for b in range(50))
 
 
 def by_round(values: Sequence[float], rounds: int) -> list[float]:
-    """The median of each of `rounds` equal parts of `values`."""
+    """Returns the median of each of `rounds` equal parts of `values`."""
     size = len(values) // rounds
     return [statistics.median(values[start : start + size]) for start in range(0, size * rounds, size)]

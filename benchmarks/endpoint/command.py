@@ -1,6 +1,6 @@
-"""`python -m benchmarks serve` and `soak`: how fast the endpoint is, and how long it lasts.
+"""`python -m benchmarks serve` and `soak`: how fast the endpoint is, and whether it lasts.
 
-Both start an endpoint of their own. Not here: what is measured.
+Both start an endpoint of their own. Not here: the measurements (`serving`, `many`, `soak`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEARCH_S = 45.0
 
 
 def serve(args: argparse.Namespace) -> None:
-    """The figures of a private endpoint on the tiny model, beside those of the engine alone."""
+    """Prints the figures of a private endpoint of the tiny model, compared with those of the engine alone."""
     check_json_folder(args.json)
     from benchmarks.core.suite import as_json
     from benchmarks.core.suite import serve as measured
@@ -34,7 +34,7 @@ def serve(args: argparse.Namespace) -> None:
 
 
 def soak(args: argparse.Namespace) -> int:
-    """A mixed load on a private endpoint; 1 when anything failed."""
+    """Puts a mixed load on a private endpoint; returns 1 if anything failed."""
     check_json_folder(args.json)
     for name in ("minutes", "rate"):
         if getattr(args, name) <= 0:
@@ -48,7 +48,7 @@ def soak(args: argparse.Namespace) -> int:
         factors = folder / "factors"
         decompose("tiny", factors)
         with private(folder, factors) as endpoint:
-            console.print(f"{args.minutes:g} minutes of {args.rate:g} requests a second on {endpoint.url}")
+            console.print(f"{args.minutes:g} minutes of {args.rate:g} requests per second on {endpoint.url}")
             report = asyncio.run(_soaked(endpoint.url, endpoint.pid, expert_file(factors), args))
     _print_soak(report)
     write_json(args.json, report)
@@ -70,7 +70,7 @@ def _print_soak(report: dict[str, Any]) -> None:
     for text, count in report["error_texts"]:
         console.print(f"{count} times: {text}", markup=False)
     print_answers(report["answers"])
-    table = Table("process", "pid", "MB", "MB a minute")
+    table = Table("process", "pid", "MB", "MB per minute")
     for row in report["processes"]:
         slope = "came or went" if row["mb_a_minute"] is None else f"{row['mb_a_minute']:+.2f}"
         table.add_row(row["title"], str(row["pid"]), f"{row['mb']:.0f}", slope)

@@ -1,6 +1,6 @@
-"""A thousand experts in one engine: speed, memory, and what the fold gives and costs. The engine alone, no HTTP.
+"""A thousand experts in one engine, without HTTP: speed, memory, and the gain and cost of folding.
 
-Not here: the endpoint that serves them (`serving`).
+Not here: an endpoint with these experts (`serving`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
 from t2ray.core import Mixture
 from t2ray.engine.online import OnlineEngine
-from t2ray.experts.follow import Bank
+from t2ray.experts.follow import Follower
 from t2ray.experts.registry import MANIFEST, TENSORS, ExpertManifest, Registry
 
 SHORT = 8
-"""Tokens of the answers of an alternating load."""
+"""Tokens per answer of an alternating load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """Two engines of the same model and experts: as it is, and one that never folds."""
+    """Two engines of the same model and experts: a normal one, and one that never folds."""
 
     folding: OnlineEngine
     unfolded: OnlineEngine
@@ -42,18 +42,18 @@ class Engines:
     size: Size
 
     def fill(self) -> list[Mixture]:
-        """Gives both so many random experts, z = 1 + 0.1 N(0, 1); one mixture of each alone."""
+        """Gives both the same random experts, z = 1 + 0.1 N(0, 1); returns one mixture per expert."""
         draw = torch.Generator().manual_seed(0)
-        K = self.folding.model.svf.K
-        bank = {f"e{i:04}": 1 + 0.1 * torch.randn(K, generator=draw) for i in range(self.size.experts)}
+        K = self.folding.model.adapter.size
+        experts = {f"e{i:04}": 1 + 0.1 * torch.randn(K, generator=draw) for i in range(self.size.experts)}
         for engine in (self.folding, self.unfolded):
-            engine.set_experts(bank)
-        return [Mixture.parse(name) for name in bank]
+            engine.set_experts(experts)
+        return [Mixture.parse(name) for name in experts]
 
     def work(
         self, engine: OnlineEngine, mixtures: list[Mixture], rows: int, each: int, tokens: int | None = None
     ) -> Callable[[], None]:
-        """A side to time: `rows` workers that ask `each` times, for `mixtures` in turn, from round to round."""
+        """Returns a side to time: `rows` workers ask `each` times, for `mixtures` in turn, also from round to round."""
         turns, prompts = itertools.cycle(mixtures), sums()
 
         def go() -> None:
@@ -63,7 +63,7 @@ class Engines:
 
 
 def spread(engines: Engines) -> Figures:
-    """Requests over all experts at random, each with its own, over requests that all ask for one unfolded expert."""
+    """Returns the speed of requests for all experts in random order, over that of requests for one unfolded expert."""
     size, figures = engines.size, Figures()
     experts = engines.fill()
     random.Random(0).shuffle(experts)
@@ -84,14 +84,14 @@ def spread(engines: Engines) -> Figures:
 
 
 def fold(engines: Engines) -> Figures:
-    """Tokens a second of an engine that may fold over one that may not.
+    """Returns the tokens per second of an engine that may fold, over those of one that may not.
 
-    `one_...`: all requests have one mixture. `alternating`: two mixtures in turn, short answers: folding would thrash.
-    `worst`: two mixtures in turn, each for just as long as makes the engine fold, and no longer.
+    `one_...`: all requests have one mixture. `alternating`: two mixtures in turn, with answers too short for a fold to
+    pay. `worst`: two mixtures in turn, each for just so long that the engine folds, and no longer.
     """
     size, figures = engines.size, Figures()
     one, other = engines.fill()[:2]
-    svf = engines.folding.model.svf
+    svf = engines.folding.model.adapter
     enough = svf.tokens_to_fold() + SHORT
     loads = {
         "one_1_row": ([one], 1, size.each, size.tokens),
@@ -108,13 +108,13 @@ def fold(engines: Engines) -> Figures:
 
 
 def memory(factors: Path, folder: Path, size: Size) -> Figures:
-    """What the experts of a registry add to a process that holds a replica's model, in steps; in MB of 2^20 bytes."""
+    """Returns the memory that experts add to the process of a replica, for rising numbers; in MB of 2^20 bytes."""
     shelf, registry = folder / "memory-shelf", folder / "memory-experts"
     write_experts(shelf, factors, size.experts)
     registry.mkdir()
     steps = [size.experts // 4, size.experts // 2, size.experts]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        held = process.submit(_held, factors, shelf, registry, steps).result()
+        held = process.submit(_bytes_by_step, factors, shelf, registry, steps).result()
     first, *rest = held
     added = [(bytes_ - first) / 2**20 for bytes_ in rest]
     of_z = 4 * Factors.open(factors).K * size.experts / 2**20
@@ -129,7 +129,7 @@ def memory(factors: Path, folder: Path, size: Size) -> Figures:
 
 
 def write_experts(folder: Path, factors: Path, count: int) -> None:
-    """So many random experts as a registry has them, without its care for a disk that fails: a thousand in a second."""
+    """Writes so many random experts in a registry's format, a thousand per second: without waiting for the disk."""
     opened, draw = Factors.open(factors), torch.Generator().manual_seed(1)
     for i in range(count):
         place = folder / f"e{i:04}" / "v0001"
@@ -144,24 +144,24 @@ def write_experts(folder: Path, factors: Path, count: int) -> None:
 
 
 def expert_file(factors: Path) -> bytes:
-    """A random expert as a file to upload."""
+    """Returns the content of a file with a random expert, for an upload."""
     layout = Factors.open(factors).layout
     file: bytes = save({target.name: 1 + 0.1 * torch.randn(target.rank) for target in layout})
     return file
 
 
-def _held(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[int]:
-    """In a process of its own: its bytes before there are experts, and after each step, as a replica takes them in."""
+def _bytes_by_step(factors: Path, shelf: Path, registry: Path, steps: list[int]) -> list[int]:
+    """Returns this process' bytes without experts, and after each step. It follows the registry as a replica does."""
     model = load_model("tiny", factors, device="cpu")
-    bank = Bank(Registry(registry), model.base_digest, model.svf.layout)
+    follower = Follower(Registry(registry), model.base_digest, model.adapter.layout, model.adapter.join)
     engine = OnlineEngine(model)
     names, held = sorted(path.name for path in shelf.iterdir()), []
     for count in [0, *steps]:
-        for name in names[len(bank.held.tensors) : count]:
+        for name in names[len(follower.snapshot.tensors) : count]:
             (shelf / name).rename(registry / name)
-        bank.sync()
-        engine.set_experts(dict(bank.held.tensors))
-        assert len(bank.held.tensors) == count, bank.held.problems
+        follower.sync()
+        engine.set_experts(dict(follower.snapshot.tensors))
+        assert len(follower.snapshot.tensors) == count, follower.snapshot.problems
         gc.collect()
         held.append(pss())
     return held

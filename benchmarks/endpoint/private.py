@@ -1,6 +1,6 @@
-"""A private endpoint: `t2ray serve` with the tiny model as a process of its own, on a registry that a bench may change.
+"""A private endpoint: `t2ray serve` with the tiny model in a process of its own, on a registry that a bench may change.
 
-It starts its own Ray and ends it. Not here: what it is asked (`load`, `serving`, `soak`).
+It starts a Ray of its own and ends it. Not here: the requests to it (`serving`, `soak`).
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ END_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint:
-    """Where it answers, the registry that it follows, and the process that all others descend from."""
+    """A private endpoint: its address, its registry, and the process that is the ancestor of all its others."""
 
     url: str
     registry: Path
     pid: int
 
     def replica(self, deployment: str) -> int:
-        """The id of the process that is a deployment's only replica."""
+        """Returns the process id of a deployment's only replica."""
         (pid,) = [pid for pid, title in family(self.pid).items() if title == f"ServeReplica:t2ray:{deployment}"]
         return pid
 
 
 @contextmanager
 def private(folder: Path, factors: Path, generator: Mapping[str, Any] | None = None) -> Iterator[Endpoint]:
-    """Starts one in `folder`, with the shipped configuration and a copy of the shipped experts, and ends it.
+    """Starts an endpoint in `folder`, with the shipped configuration and a copy of the shipped experts, and ends it.
 
     Args:
         factors: the tiny model's decomposition.
-        generator: options of the `Generator`, in place of its autoscaling.
+        generator: options of the deployment `Generator`, in place of its autoscaling.
 
     Raises:
-        ResourceError: it does not start; with what it printed last.
+        ResourceError: the endpoint does not start; the message has the end of its output.
     """
     document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     registry, config, printed = folder / "experts", folder / "serve_config.yaml", folder / "serve.log"
@@ -77,7 +77,7 @@ def private(folder: Path, factors: Path, generator: Mapping[str, Any] | None = N
         process = subprocess.Popen(
             [*PROGRAM, "serve", "--config", str(config), "--host", "127.0.0.1", "--port", str(port)],
             cwd=folder, env=alone, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True,  # an interrupt is ours to pass on, once
+            start_new_session=True,  # so that an interrupt reaches it once, from here
         )  # fmt: skip
     try:
         _wait(process, f"http://127.0.0.1:{port}/health", printed)
@@ -100,13 +100,13 @@ def _wait(process: subprocess.Popen[bytes], url: str, printed: Path) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """As Ctrl-C; what does not end by itself is killed."""
+    """Ends the endpoint as Ctrl-C does, and kills the processes that do not end."""
     processes = family(process.pid)
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(END_S)
     except subprocess.TimeoutExpired:
         for pid, title in processes.items():
-            if family(pid).get(pid) == title:  # the id may be another process' by now
+            if family(pid).get(pid) == title:  # another process may have the id by now
                 os.kill(pid, signal.SIGKILL)
         process.wait()

@@ -1,6 +1,6 @@
 """The processes of an endpoint and their memory, from Linux' /proc.
 
-Not here: starting and ending them (`endpoint`), and what becomes of the figures (`serving`, `soak`).
+Not here: starting and ending them (`private`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def family(root: int) -> dict[int, str]:
-    """The process and all its descendants: short titles by id, such as `ServeReplica:t2ray:Generator` or `raylet`."""
+    """Returns a process and all its descendants: id -> title, such as `ServeReplica:t2ray:Generator` or `raylet`."""
     parents: dict[int, int] = {}
     titles: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
@@ -31,7 +31,7 @@ def family(root: int) -> dict[int, str]:
 
 
 def rss(pid: int) -> int | None:
-    """Resident bytes; None when the process has ended."""
+    """Returns the resident bytes of a process; None if it has ended."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
     except (OSError, IndexError):
@@ -39,7 +39,7 @@ def rss(pid: int) -> int | None:
 
 
 def pss(pid: int | str = "self") -> int:
-    """Resident bytes, pages that are shared with others counted by their share."""
+    """Returns the resident bytes of a process; of a page that n processes share, one nth."""
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
     kilobytes = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
     assert kilobytes is not None, rollup

@@ -1,8 +1,8 @@
-"""What Serve and HTTP cost: a private endpoint beside the engine alone, on the tiny model.
+"""The cost of Serve and HTTP: a private endpoint compared with the engine alone, on the tiny model.
 
-The endpoint is `t2ray serve` with one `Generator`, asked over HTTP by this process, which runs the engine too: one
-works while the other waits, and both have the machine to themselves. Not here: the engine by itself (`many`), and how
-the endpoint is started (`endpoint`).
+The endpoint is `t2ray serve` with one `Generator`. This process asks it over HTTP, and runs the engine alone too. One
+works while the other waits, so that each has the machine to itself. Not here: the engine alone (`many`), and starting
+the endpoint (`private`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from benchmarks.harness import Figures, Times, Work, interleaved, measure, ratio
 from t2ray.core import Mixture, ResourceError
 from t2ray.engine.online import OnlineEngine
 from t2ray.evals.load import Client, Outcome, chat, closed_loop, open_loop, percentile
-from t2ray.experts.follow import Bank
+from t2ray.experts.follow import Follower
 from t2ray.experts.registry import Registry
 
 ONE = "math"
 SPREAD = ("math", "code", "pick", "math:0.7,code:0.3")
-"""Mixtures of the shipped experts: one for all requests, or these in turn."""
+"""Mixtures of the shipped experts: `ONE` for all requests, or those of `SPREAD` in turn."""
 
 LOADED = 0.7
-"""Share of its capacity that the endpoint is asked for when its first tokens are timed."""
+"""The share of the endpoint's capacity at which its first tokens are timed."""
 
 NOTICED_S = 5.0
 REGISTERED_ROUNDS = 3
@@ -40,7 +40,7 @@ REGISTERED_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The same model as an endpoint and as an engine. Every prompt of `prompts` is asked once: no pass 1 is cached."""
+    """The same model as an endpoint and as an engine. Each of `prompts` is asked once, so that no pass 1 is cached."""
 
     endpoint: Endpoint
     client: Client
@@ -50,7 +50,7 @@ class Pair:
     prompts: Iterator[str] = field(default_factory=sums)
 
     def alone(self, mixtures: tuple[str, ...], rows: int = 1, each: int = 1) -> None:
-        """Requests to the engine."""
+        """Sends requests to the engine."""
         parsed = itertools.cycle(Mixture.parse(text) for text in mixtures)
         work = burst(self.engine, parsed, self.prompts, rows=rows, each=each, tokens=self.size.tokens)
         self.runner.run(work)
@@ -58,16 +58,16 @@ class Pair:
     def http(
         self, models: tuple[str, ...], rows: int = 1, each: int = 1, *, stream: bool = False, prompt: str | None = None
     ) -> list[Outcome]:
-        """The same requests to the endpoint; `prompt` repeats one.
+        """Sends the same requests to the endpoint, all with `prompt` if it is given.
 
         Raises:
-            ResourceError: one was not answered as it should be.
+            ResourceError: a request failed, or its answer does not have all its tokens.
         """
         work = closed_loop(lambda number: self._ask(models[number % len(models)], stream, prompt), rows, each)
         return checked(self.runner.run(work), self.size.tokens)
 
     def arrivals(self, rate: float, seconds: float, model: str) -> list[Outcome]:
-        """Streams that begin at the times of a Poisson process; raises as `http` does."""
+        """Reads streams that begin at the times of a Poisson process of `rate` per second; raises as `http` does."""
         work = open_loop(lambda _, due: self._ask(model, True, None, due), rate, seconds)
         return checked(self.runner.run(work), self.size.tokens)
 
@@ -79,11 +79,11 @@ class Pair:
 
 @contextmanager
 def paired(folder: Path, factors: Path, runner: asyncio.Runner, size: Size) -> Iterator[Pair]:
-    """Starts both; the engine with the shipped experts, which the endpoint has too."""
+    """Starts an endpoint and an engine, both with the shipped experts."""
     with private(folder, factors, {"num_replicas": 1}) as endpoint, started(factors) as engine:
-        bank = Bank(Registry(SHIPPED), engine.model.base_digest, engine.model.svf.layout)
-        bank.sync()
-        engine.set_experts(bank.held.tensors)
+        follower = Follower(Registry(SHIPPED), engine.base_digest, engine.layout, engine.model.adapter.join)
+        follower.sync()
+        engine.set_experts(follower.snapshot.tensors)
         client = runner.run(Client(endpoint.url).__aenter__())
         try:
             yield Pair(endpoint=endpoint, client=client, engine=engine, runner=runner, size=size)
@@ -92,7 +92,7 @@ def paired(folder: Path, factors: Path, runner: asyncio.Runner, size: Size) -> I
 
 
 def checked(outcomes: list[Outcome], tokens: int) -> list[Outcome]:
-    """`outcomes` themselves, when each has its `tokens` tokens; else raises ResourceError."""
+    """Returns `outcomes` themselves if each has `tokens` tokens; raises ResourceError otherwise."""
     for outcome in outcomes:
         if outcome.error is not None or outcome.tokens != tokens:
             raise ResourceError(f"the endpoint gave {outcome.tokens} tokens of {tokens}: {outcome.error}")
@@ -100,8 +100,10 @@ def checked(outcomes: list[Outcome], tokens: int) -> list[Outcome]:
 
 
 def added(pair: Pair) -> Figures:
-    """Milliseconds that a request takes longer through the endpoint than in the engine, one request at a time; and the
-    share of pass 1, as the answers themselves report it."""
+    """Returns the milliseconds by which a request through the endpoint takes longer than in the engine alone.
+
+    One request is sent at a time. The share of pass 1 is that which the answers report.
+    """
     size, replies = pair.size, list[Outcome]()
     times = interleaved(
         {
@@ -113,7 +115,7 @@ def added(pair: Pair) -> Figures:
         size.rounds * size.single,
     )
     ms = {name: [1000 * one for one in by_round(seconds, size.rounds)] for name, seconds in times.items()}
-    replies = replies[-size.rounds * size.single :]  # without the first, which is not counted
+    replies = replies[-size.rounds * size.single :]  # without the first round, which does not count
     for outcome in replies:
         if outcome.extension["cached"]:
             raise ResourceError("a prompt was asked before: pass 1 came from the cache")
@@ -135,7 +137,10 @@ def added(pair: Pair) -> Figures:
 
 
 def throughput(pair: Pair) -> Figures:
-    """Tokens a second of `size.rows` requests at a time, over the engine's: different mixtures, and one that folds."""
+    """Returns the tokens per second of `size.rows` requests at a time, over those of the engine alone.
+
+    `mixed`: four mixtures in turn. `one`: one mixture, which is folded.
+    """
     size = pair.size
     rows, each = size.rows, size.each
     sides: dict[str, Work] = {}
@@ -157,9 +162,9 @@ def _speed(times: Times, name: str, size: Size) -> list[float]:
 
 
 def first_token(pair: Pair) -> Figures:
-    """Milliseconds to the first token of streams that arrive at random, at `LOADED` of what the endpoint can do.
+    """Returns the milliseconds to the first token of streams that arrive at random, at `LOADED` of the capacity.
 
-    They ask for the model `t2ray:cls` with new prompts: both passes are in it, and the wait for a place.
+    They ask for the model `t2ray:cls` with new prompts, so that the time has both passes and the wait for a place.
     """
     size = pair.size
     start = time.perf_counter()
@@ -173,14 +178,17 @@ def first_token(pair: Pair) -> Figures:
         "capacity_per_s": measure([capacity]),
         "requests": measure([len(everything)]),
         "p50_ms": measure([percentile(part, 0.5) for part in first_ms]),
-        "p99_ms": measure([percentile(everything, 0.99)]),  # of all: a part holds too few
+        "p99_ms": measure([percentile(everything, 0.99)]),  # over all parts, because one has too few requests
         "per_token_p50_ms": measure([percentile(part, 0.5) for part in token_ms]),
     }
 
 
 def registered(pair: Pair, shelf: Path) -> Figures:
-    """A request's time with all experts of `shelf` in the registry over that without them, an expert that both have;
-    how soon the endpoint knew them; and the memory of the replica's process."""
+    """Adds all experts of `shelf` to the registry, and returns what changes.
+
+    The figures are the time of a request over that without these experts, the seconds until the endpoint knows them,
+    and the megabytes by which the replica's process grows.
+    """
     size, count = pair.size, len(list(shelf.iterdir()))
     replica, few, many, noticed, grown = pair.endpoint.replica("Generator"), [], [], [], []
     known = _known(pair)
@@ -201,12 +209,12 @@ def registered(pair: Pair, shelf: Path) -> Figures:
     return {
         "latency_over_few": measure([a / b for a, b in zip(many, few, strict=True)], 1.05, at_most=True),
         "noticed_s": measure(noticed, NOTICED_S, at_most=True),
-        "replica_grows_mb": measure(grown[:1]),  # later rounds find the memory of the first
+        "replica_grows_mb": measure(grown[:1]),  # later rounds reuse the memory of the first
     }
 
 
 def move(source: Path, target: Path, names: list[str] | None = None) -> list[str]:
-    """Moves experts, whole, by their names (all of them when none are given), which it returns."""
+    """Moves experts, by default all, from one registry to another; returns their names."""
     names = [path.name for path in source.iterdir()] if names is None else names
     for name in names:
         (source / name).rename(target / name)
@@ -221,7 +229,7 @@ def _known(pair: Pair) -> int:
 
 
 def _until(pair: Pair, count: int) -> float:
-    """Seconds until the endpoint knows `count` experts."""
+    """Waits until the endpoint knows `count` experts; returns the seconds."""
     start = time.perf_counter()
     while _known(pair) != count:
         if time.perf_counter() - start > 60:

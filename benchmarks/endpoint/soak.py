@@ -1,8 +1,8 @@
-"""A mixed load for a long time: no request may fail, nothing may be left over, and no process may grow.
+"""A mixed load for a long time: no request may fail, no request may be left running, and no process may grow.
 
-Requests arrive at random (`load.open_loop`): answers whole and streamed, by every model name that the endpoint lists,
-clients that go away, experts that come and go, and a few-shot search now and then. Not here: starting the endpoint
-(`endpoint`). Called by `t2ray bench soak`.
+Requests arrive at random: for whole and streamed answers, by every model name that the endpoint lists, by clients that
+disconnect, for experts that are uploaded and deleted, and for a few-shot search now and then. Not here: starting the
+endpoint (`private`).
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from benchmarks.endpoint.processes import family, rss
 from t2ray.evals.load import Client, Outcome, chat, open_loop, summary
 
 KINDS = {"whole": 4.0, "stream": 4.0, "gone": 2.0, "text": 1.0, "several": 1.0, "look": 1.0, "expert": 0.3}
-"""How often each kind of visit is, in proportion."""
+"""The relative frequency of each kind of visit."""
 
 SAMPLE_S = 2.0
 NOTICED_S = 5.0
-"""Within this time every replica knows a new expert."""
+"""Seconds within which every replica must know a new expert."""
 
 LEFT_S = 15.0
-"""Within this time after the last request nothing runs any more."""
+"""Seconds after the last request within which nothing may run any more."""
 
 WARM = 0.25
-"""Share of the time that no slope is taken of: caches fill, libraries are loaded."""
+"""The share of the time, at the beginning, in which growth does not count: caches fill, libraries are loaded."""
 
 SEARCH = {"population": 8, "elite": 0.25, "iterations": 2}
 MIXTURE = "t2ray:math:0.7,code:0.3"
 Samples = dict[tuple[int, str], list[tuple[float, int]]]
+"""(process id, title) -> (seconds, resident bytes) at some times."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Soak:
-    """One run: what it asks with, and what came of it. `upload` is an expert's file that the endpoint takes."""
+    """One run of the load, and its results. `upload` is the content of an expert's file that the endpoint accepts."""
 
     client: Client
     upload: bytes
@@ -50,12 +51,13 @@ class Soak:
     async def run(
         self, *, rate: float, seconds: float, search_s: float, root: int | None, tell: Callable[[str], None]
     ) -> dict[str, Any]:
-        """The report, after `seconds` of arrivals.
+        """Puts load on the endpoint for `seconds`; returns a report.
 
         Args:
-            search_s: the time between two few-shot searches.
-            root: the process whose family's memory is watched.
-            tell: gets a line a minute.
+            rate: requests per second, on average.
+            search_s: seconds between two few-shot searches.
+            root: the process whose memory is watched, with that of its descendants; None for none.
+            tell: is called with one line of progress per minute.
         """
         listed = await self._note("models", self.client.call("GET", "/v1/models"))
         if listed.error is not None:
@@ -84,15 +86,15 @@ class Soak:
     # --------------------------------------------------------------------------------------------------------- visits
 
     async def whole(self, number: int) -> None:
-        """An answer at once."""
+        """Asks for a whole answer."""
         await self._note("whole", self.client.ask(self._body() | self._extras()))
 
     async def stream(self, number: int) -> None:
-        """A stream, read to its end."""
+        """Reads a stream to its end."""
         await self._note("stream", self.client.ask(self._body(stream=True) | self._extras()))
 
     async def gone(self, number: int) -> None:
-        """A client that does not wait for the end, streamed or not."""
+        """Asks for an answer, streamed or not, and disconnects before its end."""
         body = self._body(stream=self.draw.random() < 0.5) | {"max_tokens": 256, "ignore_eos": True}
         try:
             async with asyncio.timeout(self.draw.uniform(0.0, 0.4)):
@@ -102,22 +104,22 @@ class Soak:
             self.seen.append(("gone", Outcome(due=now, first=None, end=now, status=None)))
 
     async def text(self, number: int) -> None:
-        """A text to continue."""
+        """Asks to continue two texts."""
         body = {"model": self.draw.choice(self.models), "prompt": [self._prompt(), self._prompt()], "max_tokens": 16}
         await self._note("text", self.client.ask(body, path="/v1/completions"))
 
     async def several(self, number: int) -> None:
-        """Three sampled answers to a prompt."""
+        """Asks for three sampled answers to a prompt."""
         body = self._body(stream=self.draw.random() < 0.5) | {"n": 3, "temperature": 1.0, "top_p": 0.9, "seed": number}
         await self._note("several", self.client.ask(body))
 
     async def look(self, number: int) -> None:
-        """What a page and a monitor read."""
+        """Reads what the page and a monitor read."""
         for path in ("/v1/experts", "/v1/experts/math", "/v1/models", "/v1/load", "/health", "/metrics"):
             await self._note("look", self.client.call("GET", path))
 
     async def expert(self, number: int) -> None:
-        """An expert that is uploaded, asked and deleted."""
+        """Uploads an expert, asks it and deletes it."""
         name = f"soak-{number}"
         place = f"/v1/experts/{name}"
         put = await self._note("expert", self.client.call("PUT", place, data=self.upload))
@@ -131,7 +133,7 @@ class Soak:
         await self._note("expert", self.client.call("DELETE", place))
 
     async def _search(self, every_s: float) -> None:
-        """A few-shot search, and an answer of the mixture that it finds, again and again."""
+        """Runs a few-shot search, and asks the mixture that it finds, again and again."""
         sums = [{"prompt": f"{i}+{2 * i}", "answer": f"{3 * i}"} for i in range(1, 5)]
         body = {"name": "soak", "examples": sums, "verifier": "equal", "max_tokens": 6, "settings": SEARCH}
         while True:
@@ -156,7 +158,7 @@ class Soak:
         return self.draw.choice((f"{a}+{b}", f"add {a} to n", f"larger? A {a} B {b}", "hello Anna, how are you?"))
 
     def _body(self, *, stream: bool = False) -> dict[str, Any]:
-        """A chat by any of the models; half of the answers are as long as they may be."""
+        """Returns the body of a chat by a random model; half of the answers have all tokens that they may have."""
         model, tokens = self.draw.choice(self.models), self.draw.choice((8, 16, 32, 64))
         return chat(self._prompt(), model, max_tokens=tokens, stream=stream, ignore_eos=self.draw.random() < 0.5)
 
@@ -176,7 +178,7 @@ class Soak:
         return outcome
 
     async def _watch(self, root: int | None, tell: Callable[[str], None]) -> None:
-        """Notes the memory of every process, and tells how it goes."""
+        """Records the memory of every process, and calls `tell` once per minute."""
         start, told = time.perf_counter(), 0.0
         while True:
             now = time.perf_counter() - start
@@ -192,7 +194,7 @@ class Soak:
             await asyncio.sleep(SAMPLE_S)
 
     async def _nothing_left(self) -> None:
-        """Aborted generations have given back their places: noted as an error where they have not."""
+        """Waits until the endpoint is idle; records an error if aborted generations still have their places."""
         start = time.perf_counter()
         while (outcome := await self.client.call("GET", "/v1/load")).end - start < LEFT_S:
             load = outcome.reply
@@ -216,9 +218,10 @@ class Soak:
 
 
 def growth(memory: Mapping[tuple[int, str], Sequence[tuple[float, int]]]) -> list[dict[str, Any]]:
-    """By process: megabytes at the end, and by which line they grow a minute, from `WARM` of the time on.
+    """Returns, per process, its megabytes at the end and their growth per minute, after the first `WARM` of the time.
 
-    Processes that were there for less than half of the rest have no slope (None): they came or went.
+    Growth is the slope of a least-squares line. It is None for a process that was there for less than half of that
+    time.
     """
     last = max((at for samples in memory.values() for at, _ in samples), default=0.0)
     rows = []
@@ -231,7 +234,7 @@ def growth(memory: Mapping[tuple[int, str], Sequence[tuple[float, int]]]) -> lis
 
 
 def least_squares(points: Sequence[tuple[float, float]]) -> float:
-    """The slope of the line through `points`; they must not all have one x."""
+    """Returns the slope of the least-squares line through `points`, which must not all have one x."""
     x_mean = sum(x for x, _ in points) / len(points)
     y_mean = sum(y for _, y in points) / len(points)
     return sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)

@@ -1,1 +1,1 @@
-"""Adaptation: what a request needs (`strategies`), and the search for a task's mixture (`cem`, `fewshot`). No torch."""
+"""Adaptation: from a request to its mixture (`strategies`), and the search for a task's mixture (`fewshot`, `cem`)."""

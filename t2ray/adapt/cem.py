@@ -1,7 +1,7 @@
 """The cross-entropy method over mixing weights (paper section 3.2, c). numpy only.
 
-It knows vectors and their fitness, not experts, prompts or models: `fewshot` translates. Deterministic for a seed and a
-deterministic objective.
+It searches vectors by their fitness and knows nothing of experts, prompts or models (`fewshot` does). One seed and a
+deterministic objective always give the same result.
 """
 
 from __future__ import annotations
@@ -9,55 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError
 
 Array = NDArray[np.float64]
 
 
 class Fitness(NamedTuple):
-    """Compared left to right: accuracy first, then the mean log-likelihood (nats) of the correct answers."""
+    """How good a member is: its accuracy in 0..1; among equal ones, the mean log-likelihood (nats) of right answers."""
 
     accuracy: float
     log_likelihood: float
 
 
-class CEMConfig(BaseModel):
-    """Settings of the search; the defaults are the paper's: population 32, elite 0.2, alpha in [0, 1], 50 rounds.
-
-    `mean` and `sigma` are the first round's distribution; a mean of None is 1 / (number of experts), plain averaging.
-    The search ends before a round that would exceed `budget_prompts` (generated answers) or `budget_s` (seconds, judged
-    by the slowest round so far), and after a round that leaves no spread to search.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    population: int = Field(32, ge=2)
-    elite: float = Field(0.2, gt=0.0, le=1.0)
-    iterations: int = Field(50, ge=1)
-    low: float = 0.0
-    high: float = 1.0
-    mean: float | None = None
-    sigma: float = Field(0.3, gt=0.0)
-    seed: int = 0
-    budget_prompts: int | None = Field(None, ge=1)
-    budget_s: float | None = Field(None, gt=0.0)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low is {self.low} and high is {self.high}; low must be below high")
-        return self
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Round:
-    """One round of the search: the best member's fitness, the distribution that the elites leave, totals so far."""
+    """One round of the search: the fitness of its best member, the elites' mean and sigma, and totals so far."""
 
     iteration: int
     best: Fitness
@@ -78,9 +50,10 @@ class CEMResult:
 
 
 Objective = Callable[[Array], Awaitable[Sequence[Fitness]]]
+"""The fitness of each of P members, given as (P, D)."""
 
-FINALISTS = 4  # members that the last evaluation compares, beside the elites' mean
-FLOOR = 0.02  # least sigma, as a share of high - low: elites that agree by chance must not end the search at once
+FINALISTS = 4  # members that the last evaluation compares with the elites' mean
+FLOOR = 0.02  # least sigma as a share of high - low: elites that agree by chance must not end the search at once
 
 
 async def cem(
@@ -93,19 +66,19 @@ async def cem(
 ) -> CEMResult:
     """Searches for the vector of the highest fitness.
 
-    Each round evaluates its whole population in one call. Elites are chosen by the whole fitness, so that equal
-    accuracies are told apart by log-likelihood. The best member is evaluated again in the next round: when the
-    objective samples, a lucky draw does not survive. At the end the four best members ever and the elites' mean are
-    evaluated once more and the best of those wins.
+    Each round evaluates its whole population in one call. The members of highest fitness are the elites; the next round
+    is drawn from their distribution. The best member is evaluated again in the next round, so that a lucky draw of an
+    objective that samples does not survive. At the end, the four best members of all rounds and the elites' mean are
+    evaluated once more, and the best of these wins.
 
     Args:
         objective: (P, D) members -> P values of fitness.
-        seeds: (S, D); the first is the first round's mean, all of them are members of the first round (clipped into the
-            bounds), so that the result is never worse than any of them on a deterministic objective.
-        prompts_per_member: what one member costs of `budget_prompts`.
+        seeds: (S, D); the first is the mean of the first round. All are members of the first round, clipped into the
+            bounds, so that the result of a deterministic objective is never worse than any of them.
+        prompts_per_member: the number of prompts that one member costs.
 
     Raises:
-        ConfigError: a budget that does not pay for the first round and the last comparison.
+        ConfigError: `budget_prompts` is too small for the first round and the last comparison.
     """
     size, budget = max(settings.population, len(seeds)), settings.budget_prompts
     least = (size + FINALISTS + 1) * prompts_per_member
@@ -123,7 +96,7 @@ async def cem(
 
     history = await _rounds(remembered, seeds, settings, prompts_per_member, progress)
     ranked = sorted(seen.values(), key=lambda pair: pair[0], reverse=True)
-    middle = np.clip(history[-1].mean, settings.low, settings.high)  # a mean of equal bounds can round past them
+    middle = np.clip(history[-1].mean, settings.low, settings.high)  # a mean at a bound can be rounded past it
     finalists = np.vstack([*(member for _, member in ranked[:FINALISTS]), middle])
     fitness = await remembered(finalists)
     winner = max(range(len(fitness)), key=fitness.__getitem__)

@@ -1,28 +1,27 @@
-"""A task's mixture from a handful of labelled prompts (paper section 3.2, c): once per task. No torch.
+"""The search for a task's mixture from a handful of labelled prompts (paper section 3.2, c). No torch.
 
-Translates between experts and the vectors of `cem`, and evaluates a whole population as one batch of requests. Not
-here: the search itself, and saving the mixture (the registry does). Called by `t2ray adapt` and the demo.
+It translates between experts and the vectors of `cem`, and evaluates a whole population as one batch of requests. Not
+here: the search algorithm (`cem`), and saving the mixture (the registry does).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from t2ray.adapt.cem import Array, CEMConfig, Fitness, Round, cem
-from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score
-
-Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+from t2ray.adapt.cem import Array, Fitness, Round, cem
+from t2ray.config.search import CEMConfig
+from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score, Verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewShotResult:
-    """The mixture, its accuracy and mean log-likelihood (nats) on the shots, and the rounds of the search."""
+    """The mixture that was found, its accuracy and mean log-likelihood (nats) on the shots, and the rounds."""
 
     mixture: Mixture
     accuracy: float
@@ -45,18 +44,19 @@ async def fewshot(
 ) -> FewShotResult:
     """Searches for the weights of `experts` that answer `examples` best.
 
-    A member's fitness is its accuracy on the shots (reward above 0), then the mean log-likelihood of the correct
-    answers: of the golds, summed over tokens, where the task has golds; else of its own correct answers, a token's mean
-    (the paper's rule). The first population holds the mean, the base model and every expert alone at weight 1 (or the
-    nearest that the bounds allow), so that the result does at least as well on its shots as the best single expert.
-    A population of 32 on 10 shots is one gather of 320 generations and one of 320 scorings.
+    A member's fitness is its accuracy on the shots (right: reward above 0), then the mean log-likelihood of the right
+    answers: of the golds, summed over tokens, if the task has golds; else of its own right answers, as the mean over
+    tokens (the paper's rule). The first population has the mean, the base model and each expert alone at weight 1 (or
+    the nearest weight within the bounds), so that the result is at least as good on its shots as the best single
+    expert. A population of 32 on 10 shots is one gather of 320 generations and one of 320 scorings.
 
     Args:
-        examples: the k labelled shots; 10 in the paper, and fewer than that are easily fitted by chance.
-        n_layers: a weight for each expert and each of so many decoder layers, instead of one for each expert.
+        examples: the labelled shots; 10 in the paper. Fewer are easily fitted by chance.
+        gold: the right answer of a row; None if the task has no gold answers.
+        n_layers: number of decoder layers, for one weight per expert and layer; None for one weight per expert.
 
     Raises:
-        ConfigError: no shots, no experts, an expert twice, or a budget below one population.
+        ConfigError: there are no shots or experts, an expert is named twice, or the budget is below one population.
     """
     if not examples:
         raise ConfigError("the few-shot search has no examples; give it at least one labelled prompt (10 in the paper)")
@@ -97,7 +97,7 @@ async def _answer(
     gold: Callable[[Mapping[str, Any]], str] | None,
     sampling: SamplingParams,
 ) -> tuple[NDArray[np.bool_], Array]:
-    """Whether each row was answered right, (R,), and the log-likelihood of its gold or of its own answer, (R,)."""
+    """Returns whether each row was answered right, (R,), and the log-likelihood of its gold or its own answer, (R,)."""
     answers = asyncio.gather(*(generate(example.messages, mixture, sampling) for mixture, example in rows))
     if gold is None:
         completions = await answers

@@ -1,8 +1,7 @@
 """Pass 1: from a request to the mixture that answers it (paper section 3.2). Standard library only.
 
-A strategy is an async function of the messages alone; whatever it needs of a model it was given as a `Score` or a
-`Generate`. Not here: the search for a task's mixture (`fewshot`), whose result is served by `fixed`, and the answer
-itself (pass 2). Called by `evaluate`, `t2ray chat` and the dispatcher.
+A strategy is an async function of the messages alone. If it needs a model, it has been given a `Score` or a `Generate`.
+Not here: the search for a task's mixture (`fewshot`).
 
 | strategy | made by |
 | --- | --- |
@@ -19,18 +18,32 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from t2ray.core import ConfigError, Generate, Message, Mixture, SamplingParams, Score, UnknownExpert
-from t2ray.prompts import OTHERS, dispatch_prompt
+from t2ray.core import (
+    ConfigError,
+    ContextExceeded,
+    Generate,
+    Message,
+    Mixture,
+    SamplingParams,
+    Score,
+    UnknownExpert,
+    user,
+)
+from t2ray.prompts import OTHERS, dispatch_prompt, requests
+
+FEWSHOT = "fewshot/"
+"""The prefix of a saved mixture's name in the place of a strategy's: `fewshot/sums`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dispatch:
-    """What pass 1 decided.
+    """The result of pass 1.
 
     `Dispatch(mixture=Mixture.parse("math"), strategy="cls", label="math", probabilities={"math": 0.98, "others": 0.02},
-    seconds=0.004)`. `label` is None and `probabilities` empty where nothing was classified; a generated label has no
-    probabilities. `cached`: an earlier turn of the same conversation had decided it.
+    seconds=0.004)`. If nothing was classified, `label` is None and `probabilities` is empty; a generated label has no
+    probabilities. `cached` says that an earlier request had decided it.
     """
 
     mixture: Mixture
@@ -41,22 +54,27 @@ class Dispatch:
     cached: bool = False
 
 
+T = TypeVar("T")
+
 Strategy = Callable[[tuple[Message, ...]], Awaitable[Dispatch]]
+"""From a conversation to the mixture that answers it."""
 
 
 def dispatch_labels(
     strategy: str, experts: Sequence[str], classifiers: Mapping[str, Sequence[str]], where: str
 ) -> tuple[str, ...]:
-    """What `prompt` or `cls` chooses from, "others" last; the base model is also asked about experts that came later.
+    """Returns the labels from which `prompt` or `cls` chooses, "others" last.
+
+    They are those of the classification expert, if there is one. For `prompt`, experts that it does not know are added.
 
     Args:
-        experts: those that answer.
+        experts: the names of the experts that answer.
         classifiers: the classification experts, each with the labels that it was trained on, in that order.
-        where: the registry's name, for the errors.
+        where: the registry's name, for error messages.
 
     Raises:
-        ConfigError: there are no experts, or for `cls` not one classification expert.
-        UnknownExpert: an expert that the classification expert was trained to name is gone.
+        ConfigError: there are no experts, or `cls` does not have exactly one classification expert.
+        UnknownExpert: the classification expert was trained to name an expert that does not exist.
     """
     if not experts:
         raise ConfigError(
@@ -84,7 +102,7 @@ def dispatch_labels(
 
 
 def fixed(mixture: Mixture, *, name: str = "fixed") -> Strategy:
-    """The same mixture for every request: the base, one expert, or what a few-shot search has found."""
+    """A strategy that takes one mixture for every request: the base, an expert, the result of a few-shot search."""
     dispatch = Dispatch(mixture=mixture, strategy=name)
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
@@ -94,21 +112,26 @@ def fixed(mixture: Mixture, *, name: str = "fixed") -> Strategy:
 
 
 def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: str = "prompt") -> Strategy:
-    """Asks the model with `mixture` for the kind of request and takes the likeliest label (paper section 3.2, a and b).
+    """A strategy that takes the likeliest label as the kind of a request (paper section 3.2, a and b).
+
+    It reads the user's last turn; of a short one that is of no kind, the kind is that of the turn before it.
 
     Args:
-        labels: the K experts' names and `"others"`, in the order in which the classification expert was trained on
-            them. `"others"` means the base model.
-        mixture: what classifies: the base model (`prompt`) or the classification expert (`cls`).
+        labels: the names of the experts and "others", in the order in which the classification expert was trained on
+            them. "others" means the base model.
+        mixture: the mixture that classifies: the base model (`prompt`) or the classification expert (`cls`).
     """
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
         start = time.perf_counter()
-        scores = await score(dispatch_prompt(messages, labels), labels, mixture)
-        top = max(scores)
-        weights = [math.exp(s - top) for s in scores]
-        probabilities = {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
-        label = max(labels, key=probabilities.__getitem__)
+        for text in requests(messages):
+            scores = await _asked(lambda prompt: score(prompt, labels, mixture), text, labels)
+            top = max(scores)
+            weights = [math.exp(s - top) for s in scores]
+            probabilities = {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
+            label = max(labels, key=probabilities.__getitem__)
+            if label != OTHERS:
+                break
         return Dispatch(
             mixture=_expert(label),
             strategy=name,
@@ -123,23 +146,40 @@ def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: s
 def classify_by_generation(
     generate: Generate, labels: tuple[str, ...], mixture: Mixture, *, name: str = "prompt"
 ) -> Strategy:
-    """As `classify`, but the model writes the label, as in the paper.
+    """A strategy like `classify`, except that the model writes the label, as in the paper.
 
-    An answer that holds none of the labels as a word, or more than one of them, means `"others"`.
+    An answer that has none of the labels as a word, or several of them, means "others".
     """
     sampling = SamplingParams(max_tokens=16, temperature=0.0)
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
         start = time.perf_counter()
-        completion = await generate(dispatch_prompt(messages, labels), mixture, sampling)
-        # Not \b: a name may hold '-' and '.', and "code-long" must not be read as "code".
-        found = [
-            x for x in labels if re.search(rf"(?<![\w.-]){re.escape(x)}(?![\w-]|\.\w)", completion.text, re.IGNORECASE)
-        ]
-        label = found[0] if len(found) == 1 else OTHERS
+        for text in requests(messages):
+            answer = (await _asked(lambda prompt: generate(prompt, mixture, sampling), text, labels)).text
+            # Not \b: a name may have '-' and '.', and "code-long" must not be read as "code".
+            words = [rf"(?<![\w.-]){re.escape(label)}(?![\w-]|\.\w)" for label in labels]
+            found = [x for x, word in zip(labels, words, strict=True) if re.search(word, answer, re.IGNORECASE)]
+            label = found[0] if len(found) == 1 else OTHERS
+            if label != OTHERS:
+                break
         return Dispatch(mixture=_expert(label), strategy=name, label=label, seconds=time.perf_counter() - start)
 
     return strategy
+
+
+async def _asked(ask: Callable[[tuple[Message, ...]], Awaitable[T]], text: str, labels: tuple[str, ...]) -> T:
+    """The reply to the question about `text`, without as much of its middle as the model's context has no room for."""
+    while True:
+        try:
+            return await ask(dispatch_prompt(user(text), labels))
+        except ContextExceeded as error:
+            if not text:
+                raise ConfigError(
+                    f"pass 1 asks about {len(labels)} labels, which exceed the model's context; name an expert"
+                ) from error
+            prompt, answer, context = error.args[1:]
+            keep = int(len(text) * 0.9 * max(context - answer, 0) / prompt)
+            text = text[: keep - keep // 2] + text[len(text) - keep // 2 :]
 
 
 def _expert(label: str) -> Mixture:

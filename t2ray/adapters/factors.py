@@ -1,13 +1,15 @@
 """A model's matrices as factors `W = U diag(s) V^T` in a folder (paper section 3.1), and that folder read again.
 
-Not here: what is done with the factors (svf.py), and the fan-out over a cluster (cluster/decompose.py), which runs the
-three steps of `decompose` itself: `prepare`, `Job.run` for each missing matrix, `Job.finish`.
+Not here: what is done with the factors (`svf`), and sharing the work out over a cluster (`cluster.train.decompose`),
+which runs the three steps of `decompose` itself: `prepare`, `Decomposition.run` per missing matrix, and
+`Decomposition.finish`.
 
 M rows and N columns of a weight as `torch.nn.Linear` stores it, R = min(M, N) singular values.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -22,14 +24,23 @@ from torch import Tensor
 
 from t2ray.core import ConfigError, ModelError
 from t2ray.models.targets import Target, select_targets
-from t2ray.models.weights import Weights, resolve
+from t2ray.models.weights import Weights, open_weights
 from t2ray.store import Store
 
-__all__ = ["Factors", "Job", "Target", "decompose", "decompose_matrix", "prepare", "relative_error", "select_targets"]
+__all__ = [
+    "Factors",
+    "Decomposition",
+    "Target",
+    "decompose",
+    "decompose_matrix",
+    "prepare",
+    "relative_error",
+    "select_targets",
+]
 
 Float = Literal["float32", "float64"]
 Stored = Literal["float64", "float32", "bfloat16", "float16"]
-Progress = Callable[[int, int, str], None]
+ShowProgress = Callable[[int, int, str], None]
 
 TOLERANCE = 1e-4  # relative reconstruction error of a computed SVD above which it is refused
 PLAN, MANIFEST = "plan.json", "manifest.json"
@@ -81,7 +92,7 @@ class Manifest(Plan):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Decomposition:
     """A decomposition under way: what `prepare` found, in a form that crosses processes."""
 
     plan: Plan
@@ -137,7 +148,7 @@ def prepare(
     layers: str | None = None,
     svd_dtype: Float = "float32",
     dtype: Stored | None = None,
-) -> Job:
+) -> Decomposition:
     """Read the model's headers, choose the targets and claim the folder `out`.
 
     Raises:
@@ -146,7 +157,7 @@ def prepare(
     """
     if "://" in str(out):
         raise ConfigError(f"{out}: factors are memory-mapped; name a folder of a file system that every worker sees")
-    weights, out = Weights(resolve(model).absolute()), Path(out).expanduser().absolute()
+    weights, out = open_weights(model), Path(out).expanduser().absolute()
     chosen = select_targets(weights.shapes, targets, layers)
     dtypes = {target.name: weights.entries[f"{target.name}.weight"].dtype for target in chosen}
     for name, found in dtypes.items():
@@ -162,7 +173,7 @@ def prepare(
     else:
         store.write_text(PLAN, plan.model_dump_json(indent=1))
     store.sweep()
-    return Job(plan=plan, model=model, weights=weights, out=out)
+    return Decomposition(plan=plan, model=model, weights=weights, out=out)
 
 
 def _refuse_other(out: Path, text: str, wanted: Plan) -> None:
@@ -192,12 +203,12 @@ def decompose(
     layers: str | None = None,
     svd_dtype: Float = "float32",
     dtype: Stored | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Factors:
     """Factor a model's matrices into the folder `out`, one matrix in memory at a time; a run that was cut off resumes.
 
     `dtype` is that of the stored U and V^T (default: the model's; s is at least float32). `progress(done, total, name)`
-    is called after each matrix. Raises as `prepare` and `Job.run` do.
+    is called after each matrix. Raises as `prepare` and `Decomposition.run` do.
     """
     job = prepare(model, out, targets=targets, layers=layers, svd_dtype=svd_dtype, dtype=dtype)
     missing, total = job.missing(), len(job.plan.targets)
@@ -256,3 +267,9 @@ def _errors(path: Path) -> tuple[float, float]:
     with safe_open(path, framework="pt") as file:
         computed, stored = json.loads(file.metadata()["errors"])
     return computed, stored
+
+
+def factors_folder(out: str, base_digest: str, targets: Sequence[str] | None, layers: str | None) -> str:
+    """Returns the default folder of a model's decomposition: one per base model and choice of targets."""
+    spec = json.dumps([base_digest, targets, layers]).encode()
+    return f"{out}/factors/{hashlib.blake2b(spec, digest_size=6).hexdigest()}"

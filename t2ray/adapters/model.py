@@ -7,45 +7,50 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
+from t2ray.adapters.probe import probe
 from t2ray.adapters.svf import SVF
 from t2ray.models.chat import Chat
+from t2ray.models.families import Family
 from t2ray.models.load import load_base
-from t2ray.models.weights import Weights, resolve
+from t2ray.models.weights import open_weights, resolve
+
+if TYPE_CHECKING:
+    from t2ray.adapters.base import Adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), its `svf` layers and `chat`."""
+    """A loaded model: `hf` (the transformers module, in eval mode, without gradients), the `adapter` in its layers, and
+    its `chat`. `base_digest` names the weights."""
 
     hf: Any
-    svf: SVF
+    family: Family
+    adapter: Adapter
     chat: Chat
     base_digest: str
 
     @property
     def device(self) -> torch.device:
-        return self.svf.s_K.device
+        return self.adapter.neutral.device
 
     @property
     def context(self) -> int:
         """Tokens that prompt and answer may have together."""
-        return int(self.hf.config.max_position_embeddings)
+        return self.family.context
 
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
-        states: Tensor = self.hf.model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
-        return states.to(self.device)
+        return self.family.hidden(ids_BT, mask_BT).to(self.device)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Float32 logits, (..., V), of hidden states."""
-        scores: Tensor = self.hf.get_output_embeddings()(hidden)
-        return scores.to(self.device).float()
+        """The model's float32 logits, (..., V), of hidden states."""
+        return self.family.logits(hidden).to(self.device).float()
 
 
 def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> Model:
@@ -55,8 +60,11 @@ def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> M
 
     Raises:
         ExpertError: the decomposition was made from another model.
+        ModelError: t2ray does not compute what this architecture computes (see `probe`).
     """
     folder = resolve(ref)
-    opened = Factors.open(factors, base_digest=Weights(folder).digest)  # before the model is read, which takes longer
+    opened = Factors.open(factors, base_digest=open_weights(folder).digest)  # before the slow part
     hf, chat = load_base(folder, device)
-    return Model(hf=hf, svf=SVF(hf, opened), chat=chat, base_digest=opened.base_digest)
+    family, adapter = Family(hf), SVF(hf, opened)
+    probe(hf, family, adapter)
+    return Model(hf=hf, family=family, adapter=adapter, chat=chat, base_digest=opened.base_digest)

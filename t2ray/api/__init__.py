@@ -1,1 +1,1 @@
-"""The OpenAI-compatible HTTP API over a `Backend`: the only package that imports fastapi."""
+"""The OpenAI-compatible HTTP API over any `Backend`."""

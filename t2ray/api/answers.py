@@ -1,6 +1,6 @@
 """The two passes over a request: pass 1 finds the mixture of each prompt, pass 2 answers, whole or streamed.
 
-Not here: HTTP's paths (`routes.py`) and what an answer looks like (`shapes.py`). Called by the routes.
+Not here: the routes (`routes.py`), and what an answer looks like (`shapes.py`).
 """
 
 from __future__ import annotations
@@ -23,30 +23,29 @@ from t2ray.api.guard import LOG, Trace
 from t2ray.api.limits import at_most, check_prompts, sampling
 from t2ray.api.names import Route, resolve, usable
 from t2ray.api.schema import ChatRequest, CompletionRequest
-from t2ray.api.shapes import Extension, Shape, Usage, event, weights
+from t2ray.api.shapes import AnswerShape, Extension, Usage, event, weights
 from t2ray.api.stream import EventStream, merged, together, unless_gone
 from t2ray.config.serve import ApiConfig
 from t2ray.core import Delta, Prompt, SamplingParams, T2RayError, user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One answer to make: the prompt's number, what pass 1 decided for it, and how to sample."""
+class AnswerRow:
+    """One answer to make. `number` is the prompt's place in the request, `dispatch` the result of its pass 1."""
 
     prompt: Prompt
     number: int
     dispatch: Dispatch
     sampling: SamplingParams
-    request_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A request whose prompts have their mixtures."""
+class AnswerJob:
+    """A request after pass 1: all its answers to make, and how they are written."""
 
     body: ChatRequest | CompletionRequest
-    shape: Shape
-    rows: Sequence[Row]
+    shape: AnswerShape
+    rows: Sequence[AnswerRow]
     catalog: Catalog
     backend: Backend
     trace: Trace
@@ -57,7 +56,7 @@ class Job:
     def logprobs(self) -> bool:
         return self.body.logprobs is not None and self.body.logprobs is not False
 
-    def extension(self, row: Row, pass2_s: float | None) -> Extension:
+    def extension(self, row: AnswerRow, pass2_s: float | None) -> Extension:
         dispatch, experts = row.dispatch, self.catalog.experts
         return Extension(
             mixture=weights(dispatch.mixture),
@@ -75,13 +74,13 @@ class Job:
 
 
 async def answer(
-    request: Request, body: ChatRequest | CompletionRequest, shape: Shape, prompts: Sequence[Prompt]
+    request: Request, body: ChatRequest | CompletionRequest, shape: AnswerShape, prompts: Sequence[Prompt]
 ) -> Response:
-    """Both passes.
+    """Runs both passes and returns the response: the whole answer, or a stream that has begun.
 
     Raises:
-        Refusal, T2RayError: before the first piece of an answer; later errors are in the stream.
-        ClientDisconnect: the client has gone; whatever ran for it is cancelled.
+        Refusal, T2RayError: an error before the first piece of an answer; a later one is sent in the stream.
+        ClientDisconnect: the client has disconnected; whatever ran for it is cancelled.
     """
     config: ApiConfig = request.app.state.config
     backend: Backend = request.app.state.backend
@@ -99,17 +98,16 @@ async def answer(
         for name in usable(dispatch.mixture, catalog).names or ("base",):
             backend.observe("routes_total", 1, expert=name)
     rows = [
-        Row(
+        AnswerRow(
             prompt=prompt,
             number=number,
             dispatch=dispatches[number],
             sampling=params if params.seed is None else replace(params, seed=(params.seed + i) % 2**63),
-            request_id=f"{trace.request_id}-{uuid.uuid4().hex[:8]}",  # a client may send its id twice
         )
         for number, prompt in enumerate(prompts)
         for i in range(body.n or 1)
     ]
-    job = Job(
+    job = AnswerJob(
         body=body,
         shape=shape,
         rows=rows,
@@ -119,6 +117,7 @@ async def answer(
         id=f"{shape.prefix}{uuid.uuid4().hex}",
         created=int(time.time()),
     )
+    trace.param, trace.limit = shape.prompt, body.limit
     if body.stream:
         events = _events(job, config.log_prompts)
         first = await unless_gone(request.receive, anext(events))
@@ -132,28 +131,28 @@ async def _dispatch(backend: Backend, route: Route, prompt: Prompt, trace: Trace
     start = time.perf_counter()
     dispatch = await backend.dispatch(route.strategy, user(prompt) if isinstance(prompt, str) else prompt)
     seconds = time.perf_counter() - start
-    # The prompts of a request are dispatched side by side.
+    # The prompts of a request are dispatched side by side, so that their times do not add up.
     trace.backend_s = max(trace.backend_s, seconds)
     backend.observe("pass1_seconds", seconds, strategy=route.strategy)
     return dispatch
 
 
-async def _whole(job: Job, request: Request, log_answers: bool) -> Response:
+async def _whole(job: AnswerJob, request: Request, log_answers: bool) -> Response:
     backend, start = job.backend, time.perf_counter()
-    calls = [backend.generate(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
-    deltas = await unless_gone(request.receive, together(calls))
+    calls = [backend.generate(row.prompt, row.dispatch.mixture, row.sampling) for row in job.rows]
+    answers = await unless_gone(request.receive, together(calls))
     seconds = time.perf_counter() - start
     job.trace.backend_s += seconds
     several = job.rows[-1].number > 0
     choices = [
-        job.shape.choice(i, delta, job.logprobs, job.extension(row, seconds) if several else None)
-        for i, (row, delta) in enumerate(zip(job.rows, deltas, strict=True))
+        job.shape.choice(i, answer, job.logprobs, job.extension(row, seconds) if several else None)
+        for i, (row, answer) in enumerate(zip(job.rows, answers, strict=True))
     ]
-    usage = _usage(job, [delta.prompt_tokens for delta in deltas], sum(len(delta.tokens) for delta in deltas))
+    usage = _usage(job, [len(answer.prompt_ids) for answer in answers], sum(len(answer.tokens) for answer in answers))
     if usage.completion_tokens:
-        backend.observe("time_per_token_seconds", seconds / max(len(delta.tokens) for delta in deltas))
+        backend.observe("time_per_token_seconds", seconds / max(len(answer.tokens) for answer in answers))
     if log_answers:
-        job.trace.shown["answers"] = [delta.text for delta in deltas]
+        job.trace.shown["answers"] = [answer.text for answer in answers]
     reply = job.head(job.shape.whole) | {
         "choices": choices,
         "usage": usage,
@@ -162,8 +161,8 @@ async def _whole(job: Job, request: Request, log_answers: bool) -> Response:
     return Response(to_json(reply), media_type="application/json")
 
 
-def _usage(job: Job, prompt_tokens: Sequence[int], completion_tokens: int) -> Usage:
-    """Noted in the trace too. `prompt_tokens` by row; the rows of a prompt share its tokens."""
+def _usage(job: AnswerJob, prompt_tokens: Sequence[int], completion_tokens: int) -> Usage:
+    """Counts tokens, also in the trace. `prompt_tokens` has one entry per row; a prompt counts once."""
     of_prompts = {row.number: tokens for row, tokens in zip(job.rows, prompt_tokens, strict=True)}
     job.trace.prompt_tokens, job.trace.completion_tokens = sum(of_prompts.values()), completion_tokens
     return Usage(
@@ -173,8 +172,8 @@ def _usage(job: Job, prompt_tokens: Sequence[int], completion_tokens: int) -> Us
     )
 
 
-async def _events(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
-    """The chunks of all rows. What breaks before the first chunk is raised, what breaks later is an event."""
+async def _events(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
+    """Yields the chunks of all rows. An error before the first chunk is raised, a later one becomes an event."""
     started = False
     try:
         async with aclosing(_chunks(job, log_answers)) as chunks:
@@ -185,7 +184,7 @@ async def _events(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
         if not started:
             raise
         job.trace.error = type(error).__name__
-        yield b"data: " + refusal(error).body + b"\n\n"
+        yield b"data: " + refusal(error, job.trace.param, job.trace.limit).body + b"\n\n"
     except Exception as error:
         if started:
             job.trace.error = type(error).__name__
@@ -194,13 +193,13 @@ async def _events(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
         raise
 
 
-async def _chunks(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
-    """What has arrived, an event for each row that has any; then the usage, where it is asked for, and the end."""
+async def _chunks(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
+    """Yields one event per row and turn, then the usage, if it was asked for, and the end of the stream."""
     trace, backend = job.trace, job.backend
     head = job.head(job.shape.chunk) | ({"usage": None} if job.body.include_usage else {})
     tallies = [_Tally() for _ in job.rows]
     start = first = last = time.perf_counter()
-    streams = [backend.stream(row.prompt, row.dispatch.mixture, row.sampling, row.request_id) for row in job.rows]
+    streams = [backend.stream(row.prompt, row.dispatch.mixture, row.sampling) for row in job.rows]
     waiting = start
     async with aclosing(merged(streams)) as turns:
         async for turn in turns:
@@ -229,7 +228,7 @@ async def _chunks(job: Job, log_answers: bool) -> AsyncGenerator[bytes]:
 
 @dataclass(slots=True)
 class _Tally:
-    """How far the stream of a row has come."""
+    """Counts what a row's stream has sent so far."""
 
     begun: bool = False
     text: str = ""
@@ -237,8 +236,8 @@ class _Tally:
     prompt_tokens: int = 0
     offset: int = 0
 
-    def piece(self, job: Job, index: int, delta: Delta) -> dict[str, Any]:
-        """The delta as a choice of a chunk, and counted."""
+    def piece(self, job: AnswerJob, index: int, delta: Delta) -> dict[str, Any]:
+        """Counts a delta and returns it as a choice of a chunk."""
         piece = job.shape.piece(index, delta, job.logprobs, self.offset, first=not self.begun)
         self.begun = True
         self.text += delta.text

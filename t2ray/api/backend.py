@@ -1,4 +1,4 @@
-"""What the API asks of whatever stands behind it: Ray Serve handles, or a fake in a test. No ray, fastapi or torch."""
+"""What the API needs of its backend, which is Ray Serve's handles, or a fake in a test. No ray, fastapi or torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from t2ray.adapt.strategies import Dispatch
-from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams
+from t2ray.experts.heatmap import HeatMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertInfo:
-    """An expert as the registry has it; `problem` says why it cannot be used, or is None.
+    """An expert of the registry: `ExpertInfo(name="math", version=3, domain="math", accuracy=0.93)`.
 
-    `ExpertInfo(name="math", version=3, domain="math", accuracy=0.93, created="2026-11-21T10:00:00+00:00",
-    labels=(), problem=None)`. `accuracy` is the greedy validation accuracy in 0..1, where it is known. A classification
-    expert has the `labels` that it tells apart, in its order.
+    `accuracy` is the greedy validation accuracy in 0..1, or None if it is not known. `created` is an ISO 8601 time.
+    `labels` are those that a classification expert tells apart, in its order. `problem` says why the expert cannot be
+    used, or is None; `version` is 0 if not even its manifest can be read.
     """
 
     name: str
@@ -28,14 +29,20 @@ class ExpertInfo:
     labels: tuple[str, ...] = ()
     problem: str | None = None
 
+    @property
+    def answers(self) -> bool:
+        """Whether it answers requests when it is not damaged, as far as is known."""
+        return self.version > 0 and not self.classifies
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Catalog:
-    """What can be asked for now.
+    """What clients can ask for now.
 
-    `base` is the base model's name, `default` the strategy behind the model name `t2ray`, `strategies` those that work
-    with the experts there are, `mixtures` the saved ones by name, `verifiers` what an adaptation may name, `context`
-    the tokens that prompt and answer may have together.
+    `base` is the base model's name, `default` the strategy behind the model name `t2ray`. `strategies` are those that
+    work with the present experts. `mixtures` holds the saved mixtures by name, `verifiers` the names that an adaptation
+    may use. `context` is the most tokens that a prompt and its answer may have together. `problems` says what is wrong
+    in the registry, by the names of experts that cannot be used and the paths of other entries; "." is all of it.
     """
 
     base: str
@@ -45,22 +52,14 @@ class Catalog:
     mixtures: Mapping[str, Mixture]
     verifiers: tuple[str, ...]
     context: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Heat:
-    """`mean |z - 1|` of an expert by decoder layer (rows) and kind of matrix (columns)."""
-
-    layers: tuple[int, ...]
-    kinds: tuple[str, ...]
-    values: tuple[tuple[float, ...], ...]
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adaptation:
-    """A few-shot search: where it stands, and in the end its mixture, usable as `t2ray:fewshot/NAME`.
+    """A few-shot search and its state. Its mixture, once found, is the model `t2ray:fewshot/NAME`.
 
-    `progress` is the share of rounds done in 0..1, `accuracy` that of the best member so far on the shots.
+    `progress` is the share of rounds done, in 0..1; `accuracy` is that of the best mixture so far on the shots.
     """
 
     id: str
@@ -75,11 +74,11 @@ class Adaptation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """The endpoint's load now: `Load(replicas=2, running=5, waiting=0, tokens_per_s=812.0, requests=1204)`.
+class EndpointLoad:
+    """The endpoint's load now: `EndpointLoad(replicas=2, running=5, waiting=0, tokens_per_s=812.0, requests=1204)`.
 
-    `requests` counts those that were finished since the replicas started, `aborted` those whose clients went; `kv_used`
-    is a share in 0..1.
+    `requests` counts the requests finished since the replicas started, `aborted` those whose clients disconnected.
+    `kv_used` is the used share of the cache of keys and values, in 0..1. `problems` are those of the registry.
     """
 
     replicas: int
@@ -89,11 +88,12 @@ class Load:
     requests: int
     aborted: int = 0
     kv_used: float = 0.0
+    problems: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptationRequest:
-    """`examples`: (messages, answer) pairs; `verifier` one of the catalog's; `settings` overrides of `CEMConfig`."""
+    """A few-shot search to start: `examples` are (messages, answer) pairs, `settings` overrides of `CEMConfig`."""
 
     name: str
     examples: Sequence[tuple[tuple[Message, ...], str]]
@@ -104,33 +104,34 @@ class AdaptationRequest:
 
 
 class Backend(Protocol):
-    """Raises, in all methods: `UnknownExpert` (404), `ConfigError`, `DataError`, `ExpertError` (400), `Busy` (429),
-    `ResourceError`, `GenerationError` (503)."""
+    """What stands behind the API.
+
+    All methods may raise `UnknownExpert` (404), `ConfigError`, `DataError`, `ExpertError` (400), `Busy` (429),
+    `ResourceError` and `GenerationError` (503).
+    """
 
     def catalog(self) -> Catalog:
-        """What there is now; from memory, at most a few seconds old."""
+        """Returns what clients can ask for. It is read from memory and at most a few seconds old."""
         ...
 
     async def dispatch(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:
-        """Pass 1 by `prompt` or `cls`."""
+        """Runs pass 1 by the strategy `prompt` or `cls`."""
         ...
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
-        """The whole answer as one delta. Cancelling the call aborts the generation."""
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> Completion:
+        """Returns the whole answer (`core.Generate`). Cancelling the call aborts the generation."""
         ...
 
-    def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
-        """The answer piece by piece; the last delta has a finish reason. Closing the iterator aborts the generation."""
+    def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
+        """Yields the answer piece by piece; the last delta has a finish reason. Closing the iterator aborts it."""
         ...
 
-    async def heat(self, name: str) -> Heat:
-        """How far an expert is from the base model, by place."""
+    async def heat(self, name: str) -> HeatMap:
+        """Returns the mean of |z - 1| of an expert, per decoder layer and kind of matrix."""
         ...
 
     async def put_expert(self, name: str, data: bytes) -> int:
-        """Saves a safetensors file `{target: z}` as the next version of an expert; the version."""
+        """Saves a safetensors file with one z per target as the next version of an expert; returns the version."""
         ...
 
     async def delete_expert(self, name: str) -> None:
@@ -142,19 +143,19 @@ class Backend(Protocol):
         ...
 
     async def adaptation(self, id: str) -> Adaptation:
-        """Where a search stands; `UnknownExpert` for an id that there is not."""
+        """Returns the state of a search; raises `UnknownExpert` if there is no search of that id."""
         ...
 
-    async def load(self) -> Load:
-        """The load of all replicas together."""
+    async def load(self) -> EndpointLoad:
+        """Returns the load of all replicas together."""
         ...
 
     async def ready(self) -> None:
-        """Returns when a short generation works; else raises."""
+        """Returns if a short generation works, and raises otherwise."""
         ...
 
     async def metrics(self) -> str:
-        """All metrics in Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         ...
 
     def observe(self, name: str, value: float, **tags: str) -> None:

@@ -1,4 +1,4 @@
-"""Who may reach the port: an address beyond this machine needs API keys. Called by `t2ray serve` and the ingress."""
+"""The rule of the listening address: one that other machines can reach needs API keys."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from t2ray.core import ConfigError
 
 
 def check_host(host: str, config: ApiConfig) -> None:
-    """Refuses an address that others can reach while no key is configured.
+    """Checks that an endpoint on `host` is open to this machine alone or has API keys.
 
     Raises:
-        ConfigError: with the remedy.
+        ConfigError: other machines can reach `host`, and no key is configured; or the keys cannot be read.
     """
     if not is_loopback(host) and not len(Keys.load(config)):
         raise ConfigError(
@@ -23,7 +23,7 @@ def check_host(host: str, config: ApiConfig) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
+    """Whether only this machine can reach `host`; a name other than localhost counts as reachable."""
     if host == "localhost":
         return True
     try:

@@ -1,7 +1,6 @@
-"""Refusals in OpenAI's error shape, and which error of t2ray is which status.
+"""Errors in OpenAI's shape, and the HTTP status of each of t2ray's errors.
 
-`{"error": {"message": "...", "type": "invalid_request_error", "param": "n", "code": null}}`. Not here: what is refused,
-which stands where it is found. Called by every module of the API.
+`{"error": {"message": "...", "type": "invalid_request_error", "param": "n", "code": null}}`.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from starlette.responses import Response
 from t2ray.core import (
     Busy,
     ConfigError,
+    ContextExceeded,
     DataError,
     ExpertError,
     GenerationError,
@@ -27,9 +27,11 @@ from t2ray.core import (
 
 INVALID, SERVER = "invalid_request_error", "server_error"
 
-# The nearest class of an error decides; what is not here is a fault of the server's own: 500.
+# Status, type, code and seconds to wait before another try. An error's nearest listed class decides; an error without
+# one is the server's own fault: 500.
 STATUSES: dict[type[BaseException], tuple[int, str, str, int | None]] = {
     UnknownExpert: (404, INVALID, "not_found", None),
+    ContextExceeded: (400, INVALID, "context_length_exceeded", None),
     ConfigError: (400, INVALID, "invalid_value", None),
     DataError: (400, INVALID, "invalid_value", None),
     ExpertError: (400, INVALID, "invalid_expert", None),
@@ -37,13 +39,13 @@ STATUSES: dict[type[BaseException], tuple[int, str, str, int | None]] = {
     ResourceError: (503, SERVER, "unavailable", 5),
     GenerationError: (503, SERVER, "generation_failed", 1),
 }
-# The codes of refusals that Starlette makes: an unknown path, a method that a path has not.
+# The codes of the errors that Starlette itself raises: unknown path, method that the path does not have.
 CODES = {404: "unknown_path", 405: "method_not_allowed"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorDetail:
-    """What went wrong: `param` is the request's parameter at fault, `code` is for programs."""
+    """What went wrong: `param` names the parameter at fault, `code` is stable and meant for programs."""
 
     message: str
     type: str
@@ -60,7 +62,10 @@ class ErrorReply:
 
 @dataclass(kw_only=True)
 class Refusal(Exception):
-    """A request that is answered with an error: `Refusal(status=400, message="n is 9; ...", param="n")`."""
+    """Raised to answer a request with an error: `Refusal(status=400, message="n is 9; ...", param="n")`.
+
+    `retry_after` is in seconds.
+    """
 
     status: int
     message: str
@@ -82,28 +87,41 @@ class Refusal(Exception):
         return Response(self.body, self.status, headers, media_type="application/json")
 
 
-def refusal(error: BaseException, param: str | None = None) -> Refusal:
-    """The refusal that an error means. One that is no `T2RayError` says nothing of the server's inside."""
+def refusal(error: BaseException, param: str | None = None, limit: str | None = None) -> Refusal:
+    """The refusal that answers an error. The message of an error that is no `T2RayError` is not shown to clients.
+
+    Args:
+        param: the parameter that a `ConfigError` is about.
+        limit: the parameter that said how long the answer may be, if one did.
+    """
     if isinstance(error, Refusal):
         return error
     for kind in type(error).__mro__:
         if kind in STATUSES:
             status, type_, code, retry_after = STATUSES[kind]
-            return Refusal(
-                status=status, message=str(error), type=type_, param=param, code=code, retry_after=retry_after
-            )
+            named, message = param if isinstance(error, ConfigError) else None, str(error)
+            if isinstance(error, ContextExceeded) and param:
+                prompt, answer, context = error.args[1:]
+                asked = f"{answer:,} of {limit}" if limit else "at least 1 of the answer"
+                remedy = f"shorten the {param}" + (f" or lower {limit}" if limit else "")
+                message = (
+                    f"the maximum context length is {context:,} tokens; this request has {prompt:,} of the {param} and "
+                    f"{asked}, {prompt + answer:,} together; {remedy}"
+                )
+            return Refusal(status=status, message=message, type=type_, param=named, code=code, retry_after=retry_after)
     message = str(error) if isinstance(error, T2RayError) else "the server failed at this request; its log says why"
     return Refusal(status=500, message=message, type=SERVER, code="internal_error")
 
 
 async def on_error(request: Request, error: Exception) -> Response:
     """The exception handler of `Refusal` and `T2RayError`."""
-    request.state.trace.error = type(error).__name__ if isinstance(error, T2RayError) else f"http_{_status(error)}"
-    return refusal(error).response()
+    trace = request.state.trace
+    trace.error = type(error).__name__ if isinstance(error, T2RayError) else f"http_{_status(error)}"
+    return refusal(error, trace.param, trace.limit).response()
 
 
 async def on_http(request: Request, error: Exception) -> Response:
-    """The handler of Starlette's own refusals."""
+    """The exception handler of the errors that Starlette itself raises."""
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
@@ -111,14 +129,17 @@ async def on_http(request: Request, error: Exception) -> Response:
 
 
 async def on_fault(request: Request, error: Exception) -> Response:
-    """The handler of everything else, outside the middleware that adds headers; Starlette raises the error again."""
+    """The exception handler of all other errors.
+
+    It runs outside the middleware that adds headers, so it adds them itself. Starlette raises the error again after it.
+    """
     response = refusal(error).response()
     response.headers.update(request.state.trace.headers)
     return response
 
 
 async def on_gone(request: Request, error: Exception) -> Response:
-    """The handler of a client that has gone: nobody reads this."""
+    """The exception handler for a client that has disconnected: nobody reads the response."""
     assert isinstance(error, ClientDisconnect)
     return Response(status_code=499)
 

@@ -1,7 +1,8 @@
-"""The ASGI middleware around every request: its id, its key, its slot, its headers, its line in the log.
+"""The ASGI middleware around every request: request id, API key, limit of running requests, headers, log line.
 
-`Trace` is where a route notes what the log and the metrics say of its request. A key's slots are counted in each
-ingress process. Not here: what a role may do, and what a body holds (the routes). Called by `app`.
+Routes write into `Trace` what the log and the metrics say about their request. Running requests per key are counted in
+each ingress process by itself. A HEAD is answered as the GET of its path would be, without the body. Not here: what a
+role may do (`routes.py`).
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from t2ray.api.errors import Refusal
+from t2ray.api.errors import SERVER, Refusal
 from t2ray.api.keys import Key, Keys
 from t2ray.config.serve import ApiConfig
 
 LOG = logging.getLogger("t2ray.api")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,64}")
-# Without keys a page of any web site could have its own name point to this machine; a browser then sends that name.
+# Without keys, a web site could let its own name point to this machine and so reach the endpoint through a visitor's
+# browser. The browser sends that name as the host, so that only hosts of this form are served.
 OWN_HOST = re.compile(r"(localhost|[\w.-]+\.localhost|[\d.]+|\[[\da-f:.]+\])(:\d+)?", re.IGNORECASE)
+CLOSED_S = 10  # what a refused client is asked to wait, in seconds: about as long as a new start takes
 OPEN = {"/", "/health", "/openapi.json"}
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -42,20 +45,22 @@ SECURITY = {
 
 @dataclass(slots=True, kw_only=True)
 class Trace:
-    """One request, as the log has it."""
+    """What the log and the metrics say about one request."""
 
     request_id: str
     started: float = field(default_factory=time.perf_counter)
-    key: Key | None = None  # whose it is, once that is known
-    slot: str | None = None  # the key whose number of running requests it counts in
-    status: int = 499  # what it stays when the client has gone before an answer
+    key: Key | None = None  # the key of the request, once it is checked
+    slot: str | None = None  # the name of the key in whose running requests it counts
+    status: int = 499  # stays if the client disconnects before there is an answer
     error: str | None = None
     model: str | None = None
+    param: str | None = None  # the parameter that holds the prompt, once only the engine can refuse it
+    limit: str | None = None  # the parameter that said how long the answer may be
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    ttft: float | None = None
-    backend_s: float = 0.0
-    shown: dict[str, Any] = field(default_factory=dict)  # prompts and answers, where they are logged
+    ttft: float | None = None  # seconds to the first token of a stream
+    backend_s: float = 0.0  # seconds spent waiting for the backend
+    shown: dict[str, Any] = field(default_factory=dict)  # prompts and answers, if they are logged
 
     @property
     def headers(self) -> dict[str, str]:
@@ -66,11 +71,31 @@ class Trace:
         return time.perf_counter() - self.started
 
 
-class Guard:
-    """Wraps the application; see the module."""
+@dataclass(slots=True)
+class Door:
+    """Whether new requests come in, and how many are inside: `app.state.door`, which the endpoint closes at its end."""
 
-    def __init__(self, app: ASGIApp, *, config: ApiConfig, keys: Keys) -> None:
+    closed: bool = False
+    inside: int = 0
+
+    @property
+    def refusal(self) -> Refusal:
+        """Answers a request that comes when the door is closed."""
+        return Refusal(
+            status=503,
+            message="the endpoint is ending; ask again when it has started anew",
+            type=SERVER,
+            code="ending",
+            retry_after=CLOSED_S,
+        )
+
+
+class Guard:
+    """Wraps the application: admits or refuses each request, and records it."""
+
+    def __init__(self, app: ASGIApp, *, config: ApiConfig, keys: Keys, door: Door) -> None:
         self._app = app
+        self._door = door
         self._config = config
         self._keys = keys
         self._running: Counter[str | None] = Counter()
@@ -89,21 +114,27 @@ class Guard:
                 trace.status = message["status"]
                 own = [(name.encode(), value.encode()) for name, value in trace.headers.items()]
                 message["headers"] = [*message.get("headers", ()), *own]
+            elif head:
+                message["body"] = b""
             await send(message)
 
-        app = self._admit(scope, headers, trace)
+        head = scope["method"] == "HEAD"
+        asked: Scope = {**scope, "method": "GET"} if head else scope
+        app = self._admit(asked, headers, trace)
         self._running[trace.slot] += 1
+        self._door.inside += 1
         try:
-            await app(scope, receive, reply)
+            await app(asked, receive, reply)
         except Exception as error:
             trace.status, trace.error = 500, type(error).__name__
             raise
         finally:
             self._running[trace.slot] -= 1
-            self._record(scope, trace)
+            self._door.inside -= 1
+            self._record({**asked, "method": scope["method"]}, trace)
 
     def _admit(self, scope: Scope, headers: Headers, trace: Trace) -> ASGIApp:
-        """The application, or what refuses this request instead. Every path that is not open needs a key."""
+        """Returns the application, or the response that refuses the request. All paths that are not open need a key."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if not len(self._keys) and not OWN_HOST.fullmatch(headers.get("host", "")):
             return self._refuse(
@@ -130,7 +161,9 @@ class Guard:
                 ),
             )
         trace.key = key
-        if scope["method"] != "POST":  # what the page and a monitor read costs little and goes on under load
+        if self._door.closed and scope["method"] != "GET":
+            return self._refuse(trace, self._door.refusal)
+        if scope["method"] != "POST":  # reads of the page and of monitors cost little and must work under load
             return self._app
         if self._running[key.name] >= self._config.max_streams:
             return self._refuse(

@@ -1,9 +1,9 @@
-"""API keys: who is asking. Only digests are kept, in files and in memory.
+"""API keys: who is asking. Only digests of keys are stored, in files and in memory.
 
-A key is 256 random bits, so that a plain SHA-256 of it can be neither guessed nor reversed. A keys file has a line for
-each, `user NAME sha256:HEX` or `admin NAME sha256:HEX`, with `#` comments. Others may read the file, since a digest
-opens nothing; one that others may write is refused, since a line that they add would. Not here: what a role may do (the
-routes say). Called by the API and by `t2ray keys`.
+A key has 256 random bits, so that a plain SHA-256 of it can be neither guessed nor reversed. A keys file has one line
+per key, `user NAME sha256:HEX` or `admin NAME sha256:HEX`, and `#` comments. Others may read the file, because a digest
+gives no access. A file that others may write is refused, because they could add a key of their own. Not here: what a
+role may do (`routes.py`).
 """
 
 from __future__ import annotations
@@ -22,35 +22,39 @@ from typing import Literal, get_args
 from t2ray.config.serve import ApiConfig
 from t2ray.core import ConfigError, check_name
 
-Role = Literal["user", "admin"]
+KeyRole = Literal["user", "admin"]
 SHORTEST = 16  # characters of a secret in the environment, which a person may have made up
 LINE = re.compile(r"(user|admin)\s+(\S+)\s+sha256:([0-9a-f]{64})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Whose request it is: `Key(name="ann", role="user", digest=...)`."""
+    """One API key: `Key(name="ann", role="user", digest=...)`; the name goes into the log."""
 
     name: str
-    role: Role
+    role: KeyRole
     digest: bytes = b""
 
 
 ANYONE = Key(name="anyone", role="admin")
 
 
-def new_key(name: str, role: Role) -> tuple[str, str]:
-    """A new secret, shown once, and its line for the keys file.
+def new_key(name: str, role: KeyRole) -> tuple[str, str]:
+    """Returns a new secret, which is not stored, and its line for the keys file.
 
     Raises:
-        ConfigError: a name that no key can have.
+        ConfigError: `name` is not allowed as a key's name.
     """
     secret = f"t2ray-{secrets.token_urlsafe(32)}"
     return secret, f"{role} {check_name(name, 'key')} sha256:{_digest(secret).hex()}"
 
 
 class Keys:
-    """All keys of an endpoint; without any, everyone is `ANYONE` and may do everything."""
+    """All keys of an endpoint. Without keys, every request counts as `ANYONE`, an admin.
+
+    Raises:
+        ConfigError: two keys have the same name.
+    """
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
         names = [key.name for key in keys]
@@ -61,10 +65,11 @@ class Keys:
 
     @classmethod
     def load(cls, config: ApiConfig) -> Keys:
-        """From `config.keys_file` and the variable `config.keys_env`, together.
+        """Reads the keys from `config.keys_file` and from the environment variable `config.keys_env`.
 
         Raises:
-            ConfigError: a file that is missing, malformed or that others may write; a secret that is too short.
+            ConfigError: the file is missing, malformed or writable by others; a secret is too short or not ASCII; two
+                keys have the same name.
         """
         found = [] if config.keys_file is None else list(_from_file(Path(config.keys_file)))
         found += _from_text(os.environ.get(config.keys_env, ""), config.keys_env)
@@ -74,8 +79,10 @@ class Keys:
         return len(self._keys)
 
     def find(self, authorization: str) -> Key | None:
-        """The key in an `Authorization: Bearer KEY` header. The time that it takes does not depend on how near a
-        wrong key comes, nor on which key is right."""
+        """The key that an `Authorization: Bearer KEY` header names, or None if there is no such key.
+
+        The time that it takes does not depend on how similar a wrong key is, nor on which key is right.
+        """
         if not self._keys:
             return ANYONE
         scheme, _, secret = authorization.partition(" ")
@@ -109,7 +116,7 @@ def _from_file(path: Path) -> Iterator[Key]:
 def _from_text(text: str, variable: str) -> Iterator[Key]:
     for number, part in enumerate(filter(None, (part.strip() for part in text.split(","))), 1):
         role, _, secret = part.partition(":")
-        if role not in get_args(Role):
+        if role not in get_args(KeyRole):
             raise ConfigError(f"{variable}: key {number} begins with no role; write user:SECRET,admin:SECRET")
         if len(secret) < SHORTEST:
             raise ConfigError(

@@ -1,6 +1,6 @@
-"""Reading a request: its bytes are counted, its JSON is strict, and what is configured bounds the rest.
+"""Reading a request's body: strict JSON of limited size, and the configured limits on what it asks for.
 
-Not here: types (`schema.py`); the prompt's tokens, which only the engine can count. Called by the routes.
+Not here: the types of parameters (`schema.py`), and the number of a prompt's tokens, which only the engine knows.
 """
 
 from __future__ import annotations
@@ -21,21 +21,26 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def invalid(message: str, param: str | None, code: str = "invalid_value") -> Refusal:
-    """400, for a parameter."""
+    """A refusal with status 400 that names the parameter at fault."""
     return Refusal(status=400, message=message, param=param, code=code)
 
 
 def at_most(limit: int, value: int, param: str, what: str) -> None:
-    """Raises Refusal: `value` is above the configured limit."""
+    """Checks a value against a configured limit.
+
+    Raises:
+        Refusal: 400, `value` is above `limit`.
+    """
     if value > limit:
-        raise invalid(f"{value:,} {what}, more than the {limit:,} that this endpoint accepts", param, "too_large")
+        message = f"{param}: {value:,} {what}, more than the {limit:,} that this endpoint accepts"
+        raise invalid(message, param, "too_large")
 
 
 async def read(request: Request, limit: int) -> bytes:
-    """The body, as long as it has at most `limit` bytes, whatever its header says.
+    """Returns the request's body. Its bytes are counted as they arrive, whatever the content-length header says.
 
     Raises:
-        Refusal: 413.
+        Refusal: 413, the body has more than `limit` bytes.
     """
     refusal = Refusal(
         status=413, message=f"the body has more than the {limit:,} bytes that are accepted", code="body_too_large"
@@ -52,12 +57,15 @@ async def read(request: Request, limit: int) -> bytes:
 
 
 async def read_json(request: Request, model: type[M], limit: int) -> M:
-    """The JSON body as a `model`. A browser's page of another origin cannot send the content type that is asked for
-    without this endpoint's consent (CORS).
+    """Returns the JSON body as a `model`.
+
+    The content type must be application/json: a web page of another origin cannot send that one without this
+    endpoint's consent (CORS).
 
     Raises:
-        Refusal: 413; 400 for another content type, for what is no JSON (NaN, bad UTF-8, half a surrogate pair,
-            hundreds of brackets), and for what `model` refuses, naming the parameter.
+        Refusal: 413 if the body has more than `limit` bytes; 400 for another content type, for invalid JSON (also NaN,
+            bad UTF-8, half a surrogate pair, hundreds of nested brackets), and for what `model` refuses, with the
+            parameter's name.
     """
     body = await read(request, limit)
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -74,7 +82,7 @@ async def read_json(request: Request, model: type[M], limit: int) -> M:
 
 
 def _explained(error: ValidationError) -> Refusal:
-    """The first mistake, by the parameter's path: `messages[0].role`."""
+    """The refusal for the first mistake; it names the parameter by its path, such as `messages[0].role`."""
     first = error.errors(include_url=False)[0]
     places = [*first["loc"], *([first["ctx"]["param"]] if "param" in first.get("ctx", {}) else [])]
     path = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
@@ -87,7 +95,11 @@ def _explained(error: ValidationError) -> Refusal:
 
 
 def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
-    """Raises Refusal: a prompt with more turns or characters than are accepted."""
+    """Checks the numbers of turns and characters of each prompt.
+
+    Raises:
+        Refusal: 400, a prompt has more of them than the configuration allows.
+    """
     for prompt in prompts:
         if isinstance(prompt, str):
             at_most(config.max_prompt_chars, len(prompt), "prompt", "characters")
@@ -97,24 +109,29 @@ def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
 
 
 def sampling(body: ChatRequest | CompletionRequest, config: ApiConfig) -> SamplingParams:
-    """The sampling of a request's first answer, within the limits; raises Refusal as `at_most` does."""
-    stops, tokens, param, top = tuple(body.stop or ()), body.max_tokens, "max_tokens", 0
-    if isinstance(body, ChatRequest):
-        if body.max_completion_tokens is not None:
-            tokens, param = body.max_completion_tokens, "max_completion_tokens"
-        top = body.top_logprobs or 0
-    else:
-        top = body.logprobs or 0
+    """Returns the sampling of a request's first answer.
+
+    Raises:
+        Refusal: 400, the request asks for more than a configured limit.
+    """
+    stops, tokens = tuple(body.stop or ()), getattr(body, body.limit) if body.limit else None
+    top = body.top_logprobs if isinstance(body, ChatRequest) else body.logprobs
     at_most(config.max_stop, len(stops), "stop", "stop texts")
     for stop in stops:
         at_most(256, len(stop), "stop", "characters in a stop text")
-    at_most(config.max_tokens, tokens or 1, param, "tokens")
+    at_most(config.max_tokens, tokens or 1, body.limit or "max_tokens", "tokens")
     return SamplingParams(
-        max_tokens=tokens or min(config.default_max_tokens, config.max_tokens),
+        max_tokens=tokens or min(config.default_max_tokens or config.max_tokens, config.max_tokens),
+        to_end=tokens is None,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(body.top_k or 0, 0),
+        min_p=body.min_p or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        logit_bias=tuple((int(id), bias) for id, bias in (body.logit_bias or {}).items()),
         seed=body.seed,
         stop=stops,
         ignore_eos=bool(body.ignore_eos),
-        top_logprobs=top,
+        top_logprobs=top or 0,
     )

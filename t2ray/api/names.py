@@ -1,4 +1,4 @@
-"""From a model name to what answers: a strategy that decides in pass 1, or a mixture.
+"""From a request's model name to what answers: a strategy, which decides in pass 1, or a mixture.
 
 | name | what answers |
 | --- | --- |
@@ -8,8 +8,7 @@
 | `t2ray:fewshot/NAME` | a saved mixture |
 | `t2ray:NAME`, `t2ray:a:0.7,b:0.3` | an expert, a mixture |
 
-The words above win over experts of the same name, which `t2ray:NAME:1` reaches. Not here: pass 1 itself. Called by the
-routes.
+If an expert has one of the names above, `t2ray:NAME:1` reaches it. Not here: pass 1 itself.
 """
 
 from __future__ import annotations
@@ -18,20 +17,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from t2ray.adapt.strategies import FEWSHOT
 from t2ray.api.backend import Catalog, ExpertInfo
 from t2ray.api.errors import SERVER, Refusal
 from t2ray.config.files import nearest
 from t2ray.core import ConfigError, Mixture
 
 STRATEGIES = ("prompt", "cls")
-FEWSHOT = "fewshot/"
 RESERVED = {*STRATEGIES, "base"}
-HEAVIEST = 16.0  # weights that are far beyond what a search finds overflow the model's numbers
+HEAVIEST = 16.0  # weights far above any that a search finds make the model's numbers overflow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """What a model name means; `mixture` is None where pass 1 decides. `strategy` is what the answer reports."""
+    """What a model name means. `mixture` is None if pass 1 decides; the answer reports `strategy`."""
 
     kind: Literal["strategy", "base", "expert", "mixture"]
     strategy: str
@@ -39,11 +38,14 @@ class Route:
 
 
 def resolve(model: str, catalog: Catalog, *, broken: bool = False) -> Route:
-    """What `model` means; with `broken`, also where an expert of it cannot be used.
+    """Returns what the name `model` means.
+
+    Args:
+        broken: resolve a name although an expert is damaged, and a saved mixture although an expert is missing.
 
     Raises:
-        Refusal: 404 for an unknown name, with the nearest; 400 for a weight that is no number; 503 for an expert that
-            is there and cannot be used.
+        Refusal: 404 for an unknown name, with the nearest known one; 400 for a weight that is no number or too large;
+            503 for an expert that exists and cannot be used.
     """
     prefix, colon, name = model.partition(":")
     if model == "t2ray":
@@ -52,6 +54,8 @@ def resolve(model: str, catalog: Catalog, *, broken: bool = False) -> Route:
         raise unknown(model, catalog)
     if name in STRATEGIES:
         if name not in catalog.strategies:
+            if name == "cls":  # one that is damaged is named
+                usable(Mixture.of({info.name: 1.0 for info in catalog.experts.values() if info.classifies}), catalog)
             raise unknown(model, catalog, why="there is no classification expert" if name == "cls" else "")
         return Route(kind="strategy", strategy=name)
     if name == "base":
@@ -72,10 +76,10 @@ def resolve(model: str, catalog: Catalog, *, broken: bool = False) -> Route:
 
 
 def usable(mixture: Mixture, catalog: Catalog) -> Mixture:
-    """`mixture` itself, when all its experts are there and sound.
+    """Returns `mixture` itself if all its experts exist and can be used.
 
     Raises:
-        Refusal: 404 or 503, naming the expert.
+        Refusal: 404 for a missing expert, 503 for a damaged one.
     """
     for name in mixture.names:
         expert = known_expert(name, catalog, param="model")
@@ -92,7 +96,11 @@ def usable(mixture: Mixture, catalog: Catalog) -> Mixture:
 
 
 def known_expert(name: str, catalog: Catalog, param: str | None = None) -> ExpertInfo:
-    """The expert of that name, or Refusal: 404."""
+    """Returns the expert of that name.
+
+    Raises:
+        Refusal: 404, there is none.
+    """
     if name not in catalog.experts:
         message = f"there is no expert {name[:80]!r}{nearest(name[:80], catalog.experts)}"
         raise Refusal(status=404, message=message, param=param, code="expert_not_found")
@@ -100,8 +108,9 @@ def known_expert(name: str, catalog: Catalog, param: str | None = None) -> Exper
 
 
 def names(catalog: Catalog) -> Iterable[str]:
-    """Every model name but the mixtures that can be written."""
-    yield "t2ray"
+    """Yields all model names except mixtures in the form `t2ray:a:0.7,b:0.3`, of which there is no end."""
+    if catalog.default in (*catalog.strategies, "base"):
+        yield "t2ray"
     yield from (f"t2ray:{name}" for name in STRATEGIES if name in catalog.strategies)
     yield "t2ray:base"
     yield from (f"t2ray:{name}:1" if name in RESERVED else f"t2ray:{name}" for name in catalog.experts)
@@ -109,7 +118,7 @@ def names(catalog: Catalog) -> Iterable[str]:
 
 
 def unknown(model: str, catalog: Catalog, why: str = "") -> Refusal:
-    """404: no such model."""
+    """The refusal of an unknown model name: 404, with the nearest known name."""
     message = f"the model {model[:200]!r} does not exist{f' ({why})' if why else ''}"
     return Refusal(
         status=404, message=message + nearest(model[:80], names(catalog)), param="model", code="model_not_found"

@@ -1,4 +1,4 @@
-"""The page: static files of the package, by their exact names. Called by `app`."""
+"""The routes of the page: static files of the package, by their exact names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ router = APIRouter()
 
 @router.get("/", response_class=Response, responses={200: {"content": {"text/html": {}}}, 404: {"model": ErrorReply}})
 async def index() -> Response:
-    """The page."""
+    """Answers the page itself."""
     return _file("index.html")
 
 
@@ -27,12 +27,12 @@ async def index() -> Response:
     responses={200: {"content": {kind: {} for kind in TYPES.values()}}, 404: {"model": ErrorReply}},
 )
 async def file(name: str) -> Response:
-    """A file of the page."""
+    """Answers a style sheet, script or picture of the page."""
     return _file(name)
 
 
 def _file(name: str) -> Response:
-    """Chosen from a listing, so that no name leads out of the folder."""
+    """Returns a file of `FOLDER`. It is looked up in a listing, so that no name can lead out of the folder."""
     found = {path.name: path for path in FOLDER.iterdir() if path.suffix in TYPES}
     if name not in found:
         raise Refusal(status=404, message=f"the page has no file {name[:80]!r}", code="not_found")

@@ -1,22 +1,23 @@
-"""What the API answers beside completions: models, experts, adaptations, load.
+"""What the API answers about models, experts and adaptations.
 
-The dataclasses are the response schemas of `/openapi.json`. Called by the routes.
+The dataclasses are also the response schemas of `/openapi.json`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
 from t2ray.api.backend import Adaptation, Catalog, ExpertInfo
 from t2ray.api.names import resolve
-from t2ray.api.shapes import Weights, weights
+from t2ray.api.shapes import MixtureWeights, weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelReply:
-    """An entry of OpenAI's list; `t2ray` says what is behind the name."""
+    """One model in OpenAI's list; `created` is in seconds since 1970, `t2ray` says what answers to the name."""
 
     id: str
     created: int
@@ -27,11 +28,11 @@ class ModelReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelExtension:
-    """`mixture` is None for a strategy, which decides for each request."""
+    """What answers to a model name; `mixture` is None for a strategy, which decides per request."""
 
     kind: Literal["strategy", "base", "expert", "mixture"]
     strategy: str
-    mixture: Weights | None
+    mixture: MixtureWeights | None
     base: str
     problem: str | None = None
 
@@ -46,14 +47,15 @@ class ModelsReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsReply:
-    """All experts."""
+    """The list of all experts, and what is wrong in the registry (`Catalog.problems`)."""
 
     data: list[ExpertInfo]
+    problems: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeatReply:
-    """`mean |z - 1|` by decoder layer (rows) and kind of matrix (columns)."""
+    """The mean of |z - 1| per decoder layer (rows) and kind of matrix (columns)."""
 
     layers: list[int]
     kinds: list[str]
@@ -62,7 +64,7 @@ class HeatReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertReply:
-    """One expert."""
+    """One expert; `heat` is None if it cannot be read."""
 
     name: str
     version: int
@@ -77,7 +79,7 @@ class ExpertReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedReply:
-    """A version of an expert that was saved."""
+    """The version of an expert that has been saved."""
 
     name: str
     version: int
@@ -85,7 +87,7 @@ class SavedReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeletedReply:
-    """An expert that was deleted with all its versions."""
+    """The name of an expert that has been deleted with all its versions."""
 
     name: str
     deleted: Literal[True] = True
@@ -93,7 +95,7 @@ class DeletedReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptationReply:
-    """Where a few-shot search stands; `model` is its name in the end."""
+    """The state of a few-shot search; `model` is the model name of its mixture, once it has succeeded."""
 
     id: str
     name: str
@@ -101,7 +103,7 @@ class AdaptationReply:
     progress: float
     accuracy: float | None
     seconds: float
-    mixture: Weights | None
+    mixture: MixtureWeights | None
     error: str | None
     created: str
     model: str | None
@@ -123,16 +125,23 @@ class AdaptationReply:
 
 
 def model_reply(model: str, catalog: Catalog) -> ModelReply:
-    """A model name as an entry of the list; raises Refusal as `names.resolve` does."""
+    """Describes a model name.
+
+    Raises:
+        Refusal: 404 or 400, the name means nothing.
+    """
     route = resolve(model, catalog, broken=True)
     names = route.mixture.names if route.mixture else ()
     experts = [catalog.experts[name] for name in names if name in catalog.experts]
     problems = [f"expert {expert.name!r}: {expert.problem}" for expert in experts if expert.problem]
     problems += [f"there is no expert {name!r}" for name in names if name not in catalog.experts]
-    created = max((expert.created for expert in experts), default="")
+    try:
+        created = int(datetime.fromisoformat(max((expert.created for expert in experts), default="")).timestamp())
+    except (ValueError, OverflowError):  # none, or what a manifest from elsewhere says
+        created = 0
     return ModelReply(
         id=model,
-        created=int(datetime.fromisoformat(created).timestamp()) if created else 0,
+        created=created,
         t2ray=ModelExtension(
             kind=route.kind,
             strategy=route.strategy,

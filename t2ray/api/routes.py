@@ -1,6 +1,6 @@
 """The routes under `/v1`: models, completions, experts, adaptations, load.
 
-Not here: how an answer is made (`answers.py`), who may come in (`guard.py`). Called by `app`, which includes `router`.
+Not here: how a completion is made (`answers.py`), and who may ask (`guard.py`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from t2ray.api.answers import answer
-from t2ray.api.backend import AdaptationRequest, Backend, Load
+from t2ray.api.backend import AdaptationRequest, Backend, EndpointLoad
 from t2ray.api.errors import SERVER, ErrorReply, Refusal
 from t2ray.api.limits import at_most, check_prompts, invalid, read, read_json
 from t2ray.api.names import known_expert, names
@@ -29,30 +29,33 @@ from t2ray.api.replies import (
     model_reply,
 )
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
-from t2ray.api.shapes import Chat, ChatReply, Text, TextReply
+from t2ray.api.shapes import ChatReply, ChatShape, TextReply, TextShape
 from t2ray.config.files import nearest
 from t2ray.config.serve import ApiConfig
 from t2ray.core import check_name
+
+SEARCHED = 64
+"""Tokens of an answer in a few-shot search, which makes thousands of them, where the request says none."""
 
 router = APIRouter(prefix="/v1")
 
 
 def refused(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The errors of a route, for the document."""
+    """The error responses of a route for `/openapi.json`: `statuses` and those that every route can give."""
     return {status: {"model": ErrorReply, "description": "refused"} for status in (401, 403, *statuses, 503)}
 
 
 def takes(schema: str, kind: str = "application/json") -> dict[str, Any]:
-    """The body of a route, for the document: routes read it themselves, after the key has been checked."""
+    """The body of a route for `/openapi.json`: FastAPI does not see it, because routes read it themselves."""
     content = {"$ref": f"#/components/schemas/{schema}"} if schema else {"type": "string", "format": "binary"}
     return {"requestBody": {"required": True, "content": {kind: {"schema": content}}}}
 
 
 def backend_of(request: Request) -> Backend:
-    """What stands behind the API.
+    """Returns the application's backend.
 
     Raises:
-        Refusal: 503, as long as there is none.
+        Refusal: 503, it has not been set yet.
     """
     backend: Backend | None = request.app.state.backend
     if backend is None:
@@ -61,13 +64,17 @@ def backend_of(request: Request) -> Backend:
 
 
 def config_of(request: Request) -> ApiConfig:
-    """The limits."""
+    """Returns the application's configuration."""
     config: ApiConfig = request.app.state.config
     return config
 
 
 def admin(request: Request) -> None:
-    """Raises Refusal: 403 for a user's key."""
+    """Checks that the request's key is an admin's.
+
+    Raises:
+        Refusal: 403, it is a user's.
+    """
     key = request.state.trace.key
     if key.role != "admin":
         raise Refusal(
@@ -76,13 +83,13 @@ def admin(request: Request) -> None:
 
 
 def reply(value: Any, status: int = 200) -> Response:
-    """A JSON response."""
+    """Returns `value` as a JSON response."""
     return Response(to_json(value), status, media_type="application/json")
 
 
 EVENT = {
     "type": "object",
-    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, at the end [DONE]"}},
+    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON; [DONE] at the end"}},
     "required": ["data"],
 }
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -103,7 +110,7 @@ async def chat(request: Request) -> Response:
     """Continues a conversation."""
     backend_of(request)
     body = await read_json(request, ChatRequest, config_of(request).max_body_bytes)
-    return await answer(request, body, Chat(), [body.conversation])
+    return await answer(request, body, ChatShape(), [body.conversation])
 
 
 @router.post(
@@ -116,31 +123,32 @@ async def complete(request: Request) -> Response:
     """Continues texts as they stand."""
     backend_of(request)
     body = await read_json(request, CompletionRequest, config_of(request).max_body_bytes)
-    return await answer(request, body, Text(), body.prompt)
+    return await answer(request, body, TextShape(), body.prompt)
 
 
 @router.get("/models", response_model=ModelsReply, responses=refused())
 async def models(request: Request) -> Response:
-    """All model names but the mixtures that can be written."""
+    """Lists all model names except mixtures in the form `t2ray:a:0.7,b:0.3`, of which there is no end."""
     catalog = backend_of(request).catalog()
     return reply(ModelsReply(data=[model_reply(name, catalog) for name in names(catalog)]))
 
 
 @router.get("/models/{model:path}", response_model=ModelReply, responses=refused(400, 404))
 async def model(request: Request, model: str) -> Response:
-    """What a model name means."""
+    """Says what a model name means."""
     return reply(model_reply(model, backend_of(request).catalog()))
 
 
 @router.get("/experts", response_model=ExpertsReply, responses=refused())
 async def experts(request: Request) -> Response:
-    """All experts, those too that cannot be used, and why."""
-    return reply(ExpertsReply(data=list(backend_of(request).catalog().experts.values())))
+    """Lists all experts; one that cannot be used says why in `problem`, and `problems` has whatever is wrong."""
+    catalog = backend_of(request).catalog()
+    return reply(ExpertsReply(data=list(catalog.experts.values()), problems=catalog.problems))
 
 
 @router.get("/experts/{name}", response_model=ExpertReply, responses=refused(404))
 async def expert(request: Request, name: str) -> Response:
-    """An expert, and how far it is from the base model, by place. `heat` is null where it cannot be read."""
+    """Describes an expert. `heat` is its mean |z - 1| per layer and kind of matrix, or null if it cannot be read."""
     backend = backend_of(request)
     info = known_expert(name, backend.catalog())
     heat = None if info.problem else await backend.heat(name)
@@ -155,7 +163,7 @@ async def expert(request: Request, name: str) -> Response:
     dependencies=[Depends(admin)],
 )
 async def put_expert(request: Request, name: str) -> Response:
-    """Saves a safetensors file `{target: z}` as an expert's next version."""
+    """Saves the body, a safetensors file with one vector z per target, as the next version of an expert."""
     backend, config = backend_of(request), config_of(request)
     check_name(name)
     version = await backend.put_expert(name, await read(request, config.max_upload_bytes))
@@ -198,7 +206,7 @@ async def adapt(request: Request) -> Response:
             examples=[(example.conversation, example.answer) for example in body.examples],
             verifier=body.verifier,
             experts=tuple(body.experts),
-            max_tokens=body.max_tokens or min(config.default_max_tokens, config.max_tokens),
+            max_tokens=body.max_tokens or min(SEARCHED, config.max_tokens),
             settings=body.settings,
         )
     )
@@ -207,11 +215,11 @@ async def adapt(request: Request) -> Response:
 
 @router.get("/adaptations/{id}", response_model=AdaptationReply, responses=refused(404))
 async def adaptation(request: Request, id: str) -> Response:
-    """Where a search stands."""
+    """Describes a few-shot search: its status, its progress and, at its end, its mixture."""
     return reply(AdaptationReply.of(await backend_of(request).adaptation(id)))
 
 
-@router.get("/load", response_model=Load, responses=refused())
+@router.get("/load", response_model=EndpointLoad, responses=refused())
 async def load(request: Request) -> Response:
-    """The load of all replicas together."""
+    """Describes the present load of all replicas together."""
     return reply(await backend_of(request).load())

@@ -1,8 +1,8 @@
-"""What a request may say: pydantic models, strict, in OpenAI's words.
+"""The bodies of requests as strict pydantic models, with OpenAI's parameter names.
 
-A parameter that t2ray does not support is accepted with its neutral value, which changes nothing, and refused by name
-with any other. An unknown one is refused with the nearest. Not here: limits that are configured (`limits.py`). Called
-by the routes.
+A parameter of OpenAI's that t2ray does not support is accepted if its value changes nothing (its neutral values), and
+otherwise refused by name. An unknown parameter is refused with the nearest known name. Not here: configured limits
+(`limits.py`).
 """
 
 from __future__ import annotations
@@ -16,27 +16,35 @@ from pydantic_core import PydanticCustomError
 from t2ray.config.files import nearest
 from t2ray.core import Message, user
 
-MOST = 2**31 - 1  # of any number; what is configured lies far below
+MOST = 2**31 - 1  # upper bound of any number; the configured limits are far below
 NULL: tuple[Any, ...] = (None,)
 ZERO: tuple[Any, ...] = (None, 0, 0.0)
 EMPTY: tuple[Any, ...] = (None, [])
+ONE: tuple[Any, ...] = (None, 1, 1.0)
 FALSE: tuple[Any, ...] = (None, False)
 
 
 def _document(schema: dict[str, Any], model: type[Any]) -> None:
-    """Puts the neutral values into the JSON schema."""
+    """Adds the unsupported parameters with their neutral values to the JSON schema."""
     for name, values in model.neutral.items():
         unique = [value for i, value in enumerate(values) if value not in values[:i]]  # in JSON, 0 and 0.0 are one
         schema["properties"][name] = {"enum": unique, "description": "not supported; accepted with these values"}
+    for name in model.ignored:
+        schema["properties"][name] = {"description": "accepted, not used"}
 
 
 class Body(BaseModel):
-    """A JSON object of a request: strict types, no unknown key."""
+    """A JSON object in a request: strict types, no unknown keys.
+
+    `neutral` holds its unsupported parameters with the values that change nothing, `ignored` those that say nothing
+    about the answer.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, json_schema_extra=_document, allow_inf_nan=False
     )
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    ignored: ClassVar[tuple[str, ...]] = ()
 
     @model_validator(mode="before")
     @classmethod
@@ -47,6 +55,8 @@ class Body(BaseModel):
         for key, value in values.items():
             if key in cls.model_fields:
                 known[key] = value
+            elif key in cls.ignored:
+                continue
             elif key not in cls.neutral:
                 message = f"unknown parameter {key[:80]!r}{nearest(key[:80], cls.model_fields)}"
                 raise PydanticCustomError("unknown", "{message}", {"message": message, "param": key[:80]})
@@ -57,11 +67,11 @@ class Body(BaseModel):
 
 
 def _text(value: Any) -> Any:
-    """A string, or the parts `[{"type": "text", "text": ...}]` as one."""
+    """A string as it is; a list of parts `[{"type": "text", "text": ...}]` as one string."""
     if not isinstance(value, list):
         return value
     for part in value:
-        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+        if not isinstance(part, dict) or part.keys() - {"cache_control"} != {"type", "text"} or part["type"] != "text":
             raise PydanticCustomError("part", 'only parts {"type": "text", "text": "..."} are supported')
         if not isinstance(part["text"], str):
             raise PydanticCustomError("part", "the text of a part must be a string")
@@ -76,7 +86,7 @@ def _strings(value: Any) -> Any:
 
 PART = {
     "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}, "cache_control": {}},
     "required": ["type", "text"],
     "additionalProperties": False,
 }
@@ -90,6 +100,7 @@ Prompts = Annotated[
     Field(min_length=1),
     WithJsonSchema({"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}]}),
 ]
+Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Stops = Annotated[
     list[Nonempty] | None,
     BeforeValidator(_strings),
@@ -98,12 +109,13 @@ Stops = Annotated[
 
 
 class MessageBody(Body):
-    """One turn. The fields of OpenAI's own answers that t2ray never fills may come back empty."""
+    """One turn. It may hold, empty, the fields of OpenAI's answers that t2ray never fills."""
 
     neutral = {
-        **dict.fromkeys(("name", "refusal", "audio", "function_call", "tool_call_id"), NULL),
+        **dict.fromkeys(("refusal", "audio", "function_call", "tool_call_id", "reasoning", "reasoning_content"), NULL),
         **dict.fromkeys(("tool_calls", "annotations"), EMPTY),
     }
+    ignored = ("id", "name", "cache_control")
     role: Literal["system", "developer", "user", "assistant"]
     content: Text
 
@@ -113,26 +125,40 @@ class MessageBody(Body):
 
 
 class StreamOptions(Body):
-    """`include_usage`: a last chunk with the number of tokens."""
+    """Options of a stream. `include_usage` adds a last chunk with the numbers of tokens."""
 
     neutral = {"include_obfuscation": FALSE}
     include_usage: bool | None = None
 
 
 class Generation(Body):
-    """What both kinds of completion share. `temperature` is 1.0 where it is not given, as OpenAI documents."""
+    """The parameters that both kinds of completion share. The default temperature is 1.0, as in OpenAI's API."""
+
+    neutral = {
+        **dict.fromkeys(("repetition_penalty", "length_penalty", "typical_p", "best_of"), ONE),
+        **dict.fromkeys(("min_tokens", "prompt_logprobs"), ZERO),
+        **dict.fromkeys(("stop_token_ids", "bad_words"), EMPTY),
+        **dict.fromkeys(("use_beam_search", "include_stop_str_in_output", "return_token_ids"), FALSE),
+        **dict.fromkeys(("skip_special_tokens", "spaces_between_special_tokens", "detokenize"), (None, True)),
+        **dict.fromkeys(("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"), NULL),
+    }
+    ignored = ("user", "metadata", "store", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
     model: str = Field(min_length=1, max_length=4096, examples=["t2ray", "t2ray:math", "t2ray:math:0.7,code:0.3"])
-    n: int | None = Field(None, ge=1, le=MOST, description="answers to each prompt; 1")
-    stop: Stops = Field(None, description="texts that end the answer, and are no part of it")
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="answer i of n uses seed + i")
+    n: int | None = Field(None, ge=1, le=MOST, description="number of answers per prompt; 1 by default")
+    stop: Stops = Field(None, description="texts that end the answer and are not part of it")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="answer i of n uses seed + i, i from 0 on")
     max_tokens: int | None = Field(None, ge=1, le=MOST)
-    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1")
-    top_p: float | None = Field(None, gt=0, le=1, description="1")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 is greedy; 1 by default")
+    top_p: float | None = Field(None, gt=0, le=1, description="1 by default")
+    top_k: int | None = Field(None, ge=-1, le=MOST, description="so many of the likeliest tokens; 0 and -1 mean all")
+    min_p: float | None = Field(None, ge=0, le=1, description="least share of the likeliest token's probability")
+    presence_penalty: float | None = Field(None, ge=-2, le=2, description="off the logits of tokens in the answer")
+    frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, as often as they are in it")
+    logit_bias: Bias | None = Field(None, max_length=1024, description="added to the logits of tokens, by their ids")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="accepted, not used")
-    ignore_eos: bool | None = Field(None, description="go on past the end token up to max_tokens: for load tests")
+    ignore_eos: bool | None = Field(None, description="generate max_tokens tokens, past the end token: for load tests")
 
     @model_validator(mode="after")
     def _options_of_a_stream(self) -> Self:
@@ -143,30 +169,36 @@ class Generation(Body):
         return self
 
     @property
+    def limit(self) -> str | None:
+        """The parameter that says how long the answer may be, if one does."""
+        return next((name for name in ("max_tokens", "max_completion_tokens") if getattr(self, name, None)), None)
+
+    @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
 class ChatRequest(Generation):
-    """`POST /v1/chat/completions`."""
+    """`POST /v1/chat/completions`: a conversation to continue."""
 
     neutral = {
-        **dict.fromkeys(("presence_penalty", "frequency_penalty"), ZERO),
+        **Generation.neutral,
         **dict.fromkeys(("tools", "functions"), EMPTY),
-        **dict.fromkeys(("tool_choice", "function_call"), (None, "none")),
-        **dict.fromkeys(("logit_bias", "metadata"), (None, {})),
-        "store": FALSE,
+        **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
         **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), NULL),
-        **dict.fromkeys(("safety_identifier", "prompt_cache_key", "prompt_cache_retention", "moderation"), NULL),
+        **dict.fromkeys(("moderation", "chat_template", "documents"), NULL),
+        "chat_template_kwargs": (None, {}),
+        "add_generation_prompt": (None, True),
+        **dict.fromkeys(("echo", "continue_final_message"), FALSE),
         "modalities": (None, ["text"]),
         "response_format": (None, {"type": "text"}),
         "service_tier": (None, "auto", "default"),
         "parallel_tool_calls": (None, True, False),
     }
     messages: list[MessageBody] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="max_tokens' newer name")
+    max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="the newer name of max_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens beside each; needs logprobs")
+    top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens per token; needs logprobs")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -186,18 +218,18 @@ class CompletionRequest(Generation):
     """`POST /v1/completions`: texts to continue as they stand."""
 
     neutral = {
-        **dict.fromkeys(("presence_penalty", "frequency_penalty"), ZERO),
-        "logit_bias": (None, {}),
-        "best_of": (None, 1),
+        **Generation.neutral,
+        "response_format": (None, {"type": "text"}),
+        "add_special_tokens": (None, True),
         "echo": FALSE,
         "suffix": (None, ""),
     }
     prompt: Prompts
-    logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens beside each")
+    logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens per token")
 
 
 class ExampleBody(Body):
-    """A labelled example: a conversation, or a `prompt` that is one user's turn, and the right answer."""
+    """A labelled example: a conversation (or a `prompt`, which is one user turn) and its right answer."""
 
     messages: list[MessageBody] | None = Field(None, min_length=1)
     prompt: str | None = None
@@ -215,11 +247,14 @@ class ExampleBody(Body):
 
 
 class AdaptationBody(Body):
-    """`POST /v1/adaptations`."""
+    """`POST /v1/adaptations`: a few-shot search for a task's mixture."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$", description="usable as `t2ray:fewshot/NAME` in the end")
+    name: str = Field(
+        pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$",
+        description="the mixture will be the model `t2ray:fewshot/NAME`",
+    )
     examples: list[ExampleBody] = Field(min_length=1)
-    verifier: str = Field(description="what an answer is checked with")
-    experts: list[str] = Field([], description="that may be mixed; all when not given")
+    verifier: str = Field(description="name of the verifier that grades the answers")
+    experts: list[str] = Field([], description="experts that may be mixed; all by default")
     max_tokens: int | None = Field(None, ge=1, le=MOST)
-    settings: dict[str, bool | int | float | str | None] = Field({}, description="of the cross-entropy method")
+    settings: dict[str, bool | int | float | str | None] = Field({}, description="settings of the cross-entropy method")

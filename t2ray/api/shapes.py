@@ -1,7 +1,6 @@
 """What an answer looks like: OpenAI's chat completions and completions, whole and in chunks, with t2ray's extension.
 
-The dataclasses are also the response schemas of `/openapi.json`. Not here: how an answer is made. Called by
-`answers.py`.
+The dataclasses are also the response schemas of `/openapi.json`. Not here: how an answer is made (`answers.py`).
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from typing import Any, Literal, Protocol
 
 from pydantic_core import to_json
 
-from t2ray.core import Delta, Mixture, Token
+from t2ray.core import Completion, Delta, Mixture, Token
 
-LOWEST = -9999.0  # OpenAI's own word for "next to impossible": JSON has no -inf
-Weights = Mapping[str, float | tuple[float, ...]]
+LOWEST = -9999.0  # least log-probability shown, as in OpenAI's API: JSON has no -inf
+MixtureWeights = Mapping[str, float | tuple[float, ...]]
 Finish = Literal["stop", "length"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extension:
-    """How the answer came about. A weight is a number, or one a layer; times in milliseconds."""
+    """How the answer was made: its mixture (a number, or one per layer, per expert) and the times in milliseconds."""
 
-    mixture: Weights
+    mixture: MixtureWeights
     strategy: str
     label: str | None
     probabilities: Mapping[str, float]
@@ -35,7 +34,7 @@ class Extension:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Tokens. A prompt counts once, whatever n is."""
+    """Numbers of tokens. A prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -44,7 +43,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopLogprob:
-    """One of the likeliest tokens."""
+    """One of the likeliest tokens at a place, with its log-probability in nats."""
 
     token: str
     logprob: float
@@ -53,7 +52,7 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """A chosen token and the likeliest."""
+    """A chosen token with its log-probability in nats, and the likeliest tokens at its place."""
 
     token: str
     logprob: float
@@ -63,7 +62,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatLogprobs:
-    """Of an answer's tokens."""
+    """The log-probabilities of a chat answer's tokens."""
 
     content: list[TokenLogprob]
     refusal: None = None
@@ -71,7 +70,7 @@ class ChatLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """The answer."""
+    """The turn that answers a conversation."""
 
     content: str
     role: Literal["assistant"] = "assistant"
@@ -80,7 +79,7 @@ class ChatMessage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatChoice:
-    """One of n answers."""
+    """One of n answers to a conversation."""
 
     index: int
     message: ChatMessage
@@ -103,7 +102,7 @@ class ChatReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextLogprobs:
-    """Of an answer's tokens, column by column."""
+    """The log-probabilities of a text answer's tokens, as columns of equal length; `text_offset` is in characters."""
 
     tokens: list[str]
     token_logprobs: list[float]
@@ -113,7 +112,7 @@ class TextLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextChoice:
-    """One of n answers to one of the prompts; `t2ray` where there are several prompts."""
+    """One of n answers to one of the prompts; it has its own `t2ray` if there are several prompts."""
 
     index: int
     text: str
@@ -124,7 +123,7 @@ class TextChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextReply:
-    """The answer of `POST /v1/completions`; `t2ray` is the first prompt's."""
+    """The answer of `POST /v1/completions`; `t2ray` describes the first prompt's."""
 
     id: str
     object: Literal["text_completion"]
@@ -135,31 +134,36 @@ class TextReply:
     t2ray: Extension
 
 
-class Shape(Protocol):
-    """Chat or text: the names and the choices of the two kinds of answers."""
+class AnswerShape(Protocol):
+    """How one kind of answer (chat or text) is written: its names, its choices and the pieces of its stream.
 
+    `prompt` is the parameter that it answers.
+    """
+
+    prompt: str
     prefix: str
     whole: str
     chunk: str
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> Any: ...
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> Any: ...
 
     def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
-        """A choice of a chunk; `offset` is the characters of the tokens before it."""
+        """A choice of a stream's chunk; `offset` is the number of characters of the tokens before it."""
         ...
 
 
-class Chat:
-    """`/v1/chat/completions`."""
+class ChatShape:
+    """The answers of `/v1/chat/completions`."""
 
+    prompt = "messages"
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> ChatChoice:
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> ChatChoice:
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=delta.text),
-            logprobs=_chat_logprobs(delta.tokens) if logprobs else None,
-            finish_reason=delta.finish_reason,
+            message=ChatMessage(content=answer.text),
+            logprobs=_chat_logprobs(answer.tokens) if logprobs else None,
+            finish_reason=answer.finish_reason,
         )
 
     def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
@@ -172,17 +176,18 @@ class Chat:
         }
 
 
-class Text:
-    """`/v1/completions`."""
+class TextShape:
+    """The answers of `/v1/completions`."""
 
+    prompt = "prompt"
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, delta: Delta, logprobs: bool, own: Extension | None) -> TextChoice:
+    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> TextChoice:
         return TextChoice(
             index=index,
-            text=delta.text,
-            logprobs=_text_logprobs(delta.tokens, 0) if logprobs else None,
-            finish_reason=delta.finish_reason,
+            text=answer.text,
+            logprobs=_text_logprobs(answer.tokens, 0) if logprobs else None,
+            finish_reason=answer.finish_reason,
             t2ray=own,
         )
 
@@ -196,23 +201,23 @@ class Text:
 
 
 def event(value: Any) -> bytes:
-    """One server-sent event."""
+    """Returns `value` as one server-sent event."""
     return b"data: " + to_json(value) + b"\n\n"
 
 
-def weights(mixture: Mixture) -> Weights:
-    """A mixture as the API shows it."""
+def weights(mixture: Mixture) -> MixtureWeights:
+    """A mixture as the API shows it: one number per expert, or one per expert and layer."""
     return {name: alpha[0] if len(alpha) == 1 else alpha for name, alpha in mixture.weights}
 
 
 def _chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
-    def row(text: str, logprob: float) -> dict[str, Any]:
-        return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(text.encode())}
+    def row(token: Token) -> dict[str, Any]:
+        bytes_ = list(token.raw or token.text.encode())
+        return {"token": token.text, "logprob": max(token.logprob, LOWEST), "bytes": bytes_}
 
     return ChatLogprobs(
         content=[
-            TokenLogprob(**row(token.text, token.logprob), top_logprobs=[TopLogprob(**row(*top)) for top in token.top])
-            for token in tokens
+            TokenLogprob(**row(token), top_logprobs=[TopLogprob(**row(top)) for top in token.top]) for token in tokens
         ]
     )
 
@@ -225,6 +230,17 @@ def _text_logprobs(tokens: Sequence[Token], offset: int) -> TextLogprobs:
     return TextLogprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[max(token.logprob, LOWEST) for token in tokens],
-        top_logprobs=[{text: max(logprob, LOWEST) for text, logprob in token.top} for token in tokens],
+        top_logprobs=[_alternatives(token.top) for token in tokens],
         text_offset=offsets,
     )
+
+
+def _alternatives(top: Sequence[Token]) -> dict[str, float]:
+    """Log-probabilities by texts; a token without a text of its own goes by its bytes or, at last, by its id."""
+    found: dict[str, float] = {}
+    for token in top:
+        names = [token.text] if not token.raw else []
+        names += ["bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw or token.text.encode())]
+        name = next((name for name in names if name not in found), f"token:{token.id}")
+        found[name] = max(token.logprob, LOWEST)
+    return found

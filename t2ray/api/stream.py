@@ -1,7 +1,6 @@
-"""Waiting for a backend with an eye on the client: calls that end together, streams that merge, events that are sent.
+"""Waiting for a backend while watching the client: calls that end together, merged streams, server-sent events.
 
-A client that goes away cancels what it waits for. Not here: what an answer looks like (`shapes.py`). Called by
-`answers.py`.
+When a client disconnects, whatever runs for it is cancelled. Not here: what an answer looks like (`shapes.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ T = TypeVar("T")
 
 
 async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """The results of all calls; when one fails or this call is cancelled, so are the others."""
+    """Returns the results of all calls. If one fails or this call is cancelled, all are cancelled."""
     tasks = [asyncio.create_task(call) for call in calls]
     try:
         return await asyncio.gather(*tasks)
@@ -30,10 +29,12 @@ async def together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects. The request's body must have been read.
+    """Returns the result of `work`, which is cancelled if the client disconnects.
+
+    The request's body must have been read before.
 
     Raises:
-        ClientDisconnect: it has gone.
+        ClientDisconnect: the client has disconnected.
     """
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_gone(receive))
@@ -52,14 +53,14 @@ async def _gone(receive: Receive) -> None:
 
 
 async def _end(tasks: Sequence[asyncio.Future[Any]]) -> None:
-    """Cancels what still runs and waits until it has cleaned up."""
+    """Cancels the tasks that still run and waits until they have cleaned up."""
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[dict[int, Delta]]:
-    """What has arrived since the last turn, one delta for each stream that has any; the streams run side by side.
+    """Runs the streams side by side and yields what has arrived since the last turn: stream number -> one joined delta.
 
     A reader that is slower than the streams so gets fewer and larger pieces. The first error of a stream ends all.
     """
@@ -94,7 +95,7 @@ async def merged(streams: Sequence[AsyncIterator[Delta]]) -> AsyncGenerator[dict
 
 
 class EventStream(Response):
-    """Server-sent events: the first, which has been waited for, and those that follow."""
+    """A response of server-sent events: `first`, which is already there, and those that follow."""
 
     media_type = "text/event-stream"
 
@@ -106,7 +107,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):
-            with suppress(ClientDisconnect):  # whose generation has been cancelled; there is nobody to tell
+            with suppress(ClientDisconnect):  # its generation has been cancelled, and nobody reads the rest
                 await unless_gone(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
@@ -115,5 +116,5 @@ class EventStream(Response):
         try:
             async for events in self._rest:
                 await send({"type": "http.response.body", "body": events, "more_body": True})
-        finally:  # after a fault too, whose event has been sent: an end, not a broken connection
+        finally:  # also after an error, whose event has been sent: the connection ends, it does not break
             await send({"type": "http.response.body", "body": b"", "more_body": False})

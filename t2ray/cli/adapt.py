@@ -1,6 +1,6 @@
 """`t2ray adapt`: a few labelled prompts of a task become a named mixture of experts in the registry.
 
-Not here: the search (`t2ray.adapt`). Called by the command line and `jobs/adapt.py`.
+Not here: the search (`t2ray.adapt`).
 """
 
 from __future__ import annotations
@@ -12,32 +12,80 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2ray.adapt.cem import CEMConfig, Round
-from t2ray.adapt.fewshot import FewShotResult, fewshot
+from t2ray.adapt.strategies import FEWSHOT
+from t2ray.cli.options import Parser, add_job, add_model, add_unsafe_code, at_least_one, locate
 from t2ray.cli.output import bar, console, weight_bars
 from t2ray.config.files import nearest, override, validate
+from t2ray.config.search import CEMConfig
 from t2ray.config.train import DomainConfig
 from t2ray.core import ConfigError, Example, SamplingParams, UnknownExpert, check_name
-from t2ray.tasks import builtin, own
-from t2ray.tasks.data import FORMATS, read
+from t2ray.tasks import builtin
+from t2ray.tasks.data import FORMATS, own, read
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
+    from t2ray.adapt.cem import Round
+    from t2ray.adapt.fewshot import FewShotResult
     from t2ray.workbench import Workbench
 
 _VERIFIERS = 2
 
 
-def adapt(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument(
+        "--task",
+        required=True,
+        metavar="FILE|TASK",
+        help='A file with the columns "prompt" and "answer", or a built-in task.',
+    )
+    p.add_argument("--name", required=True, metavar="NAME", help="The name of the mixture in the registry.")
+    p.add_argument("--data", metavar="FILE", help="The file of a built-in task's rows, in place of the hub.")
+    p.add_argument(
+        "--prompt",
+        metavar="TEMPLATE",
+        default="{prompt}",
+        help="For a file: a template of its columns, or the name of a column of messages.",
+    )
+    p.add_argument(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="For a file: the reward function. Default: +1 for an answer that equals the column of --gold.",
+    )
+    p.add_argument("--gold", metavar="COLUMN", default="answer", help="For a file: the column of the right answers.")
+    p.add_argument("--shots", type=int, default=10, metavar="K", help="How many labelled prompts are used.")
+    p.add_argument(
+        "--per-layer", action="store_true", help="Search a weight for each expert and layer, and not for each expert."
+    )
+    p.add_argument(
+        "--only",
+        metavar="NAMES",
+        help="The experts to mix, separated by commas. Default: all but the classification expert.",
+    )
+    p.add_argument(
+        "--max-tokens", type=int, metavar="N", help="The greatest number of tokens per answer. Default: the task's own."
+    )
+    add_unsafe_code(p)
+    p.add_argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="Settings of the search, such as population=16 or budget_s=60; `t2ray config adapt` lists them.",
+    )
+    add_job(p)
+    add_model(p)
+
+
+def run(args: argparse.Namespace) -> None:
     """Searches, draws the weights, saves the mixture."""
     check_name(args.name, "mixture")
-    settings = validate(CEMConfig, override({}, args.settings), where="settings of the search")
-    if args.shots < 1:
-        raise ConfigError(f"--shots is {args.shots}; it must be at least 1")
+    settings = settings_of(args)
+    at_least_one(args, "shots")
     task, examples = _labelled(args)
 
-    from t2ray.workbench import FEWSHOT, locate, open_workbench
+    from t2ray.workbench import open_workbench
 
     bench = open_workbench(locate(args), bar)
     experts = _experts(bench, args.only)
@@ -55,7 +103,7 @@ def adapt(args: argparse.Namespace) -> None:
         "task": args.task, "data": args.data, "shots": len(examples), "experts": list(experts),
         "accuracy": result.accuracy, "log_likelihood": result.log_likelihood, "rounds": len(result.history),
         "prompts": last.prompts, "seconds": last.seconds, "per_layer": args.per_layer,
-        "max_tokens": sampling.max_tokens, "base_digest": bench.engine.model.base_digest,
+        "max_tokens": sampling.max_tokens, "base_digest": bench.engine.base_digest,
         "settings": settings.model_dump(),
     }  # fmt: skip
     registry = bench.place.registry()
@@ -66,6 +114,15 @@ def adapt(args: argparse.Namespace) -> None:
     )
     console.print(weight_bars(result.mixture, experts), markup=False)
     console.print(f"saved in {registry.store.uri}; use it by --strategy {FEWSHOT}{args.name}", markup=False)
+
+
+def settings_of(args: argparse.Namespace) -> CEMConfig:
+    """The settings of the search, from the key=value words.
+
+    Raises:
+        ConfigError: a key or a value is wrong.
+    """
+    return validate(CEMConfig, override({}, args.settings), where="settings of the search")
 
 
 def _labelled(args: argparse.Namespace) -> tuple[Task, list[Example]]:
@@ -93,8 +150,8 @@ def _experts(bench: Workbench, only: str | None) -> tuple[str, ...]:
         return bench.experts
     names = tuple(name.strip() for name in only.split(","))
     for name in names:
-        if name not in bench.engine.model.svf.bank:
-            raise UnknownExpert(f"--only {only!r}: no expert {name!r}{nearest(name, bench.engine.model.svf.bank)}")
+        if name not in bench.engine.experts:
+            raise UnknownExpert(f"--only {only!r}: no expert {name!r}{nearest(name, bench.engine.experts)}")
     return names
 
 
@@ -109,6 +166,8 @@ async def _search(
     *,
     per_layer: bool,
 ) -> FewShotResult:
+    from t2ray.adapt.fewshot import fewshot
+
     engine, rounds = bench.engine, settings.iterations
     if settings.budget_prompts is not None:
         rounds = min(rounds, max(1, settings.budget_prompts // (settings.population * len(examples))))
@@ -121,5 +180,5 @@ async def _search(
         return await fewshot(
             engine.generate, engine.score, verify, examples, experts,
             settings=settings, sampling=sampling, gold=task.gold, progress=tell,
-            n_layers=max(target.layer for target in engine.model.svf.layout) + 1 if per_layer else None,
+            n_layers=max(target.layer for target in engine.layout) + 1 if per_layer else None,
         )  # fmt: skip

@@ -10,11 +10,15 @@ import asyncio
 import sys
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from t2ray.adapt.strategies import Dispatch, Strategy
+from t2ray.adapt.strategies import FEWSHOT, Dispatch, Strategy
+from t2ray.cli.options import Parser, add_model, locate
 from t2ray.cli.output import bar, console
 from t2ray.core import Completion, ConfigError, Message, SamplingParams, T2RayError
-from t2ray.workbench import FEWSHOT, Workbench, locate, open_workbench
+
+if TYPE_CHECKING:
+    from t2ray.workbench import Workbench
 
 _HELP = """\
 /strategy NAME  prompt, cls, base, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3
@@ -23,9 +27,37 @@ _HELP = """\
 /quit           leave (so does the end of the input)"""
 
 
-def chat(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument(
+        "--strategy",
+        default="cls",
+        metavar="NAME",
+        help="What answers: base, prompt, cls, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3.",
+    )
+    p.add_argument("--max-tokens", type=int, default=128, metavar="N", help="The greatest number of tokens per answer.")
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="The sampling temperature; 0 takes the likeliest token.",
+    )
+    p.add_argument(
+        "--generate-label",
+        action="store_true",
+        help="Let pass 1 write the label, as in the paper, instead of scoring all labels.",
+    )
+    add_model(p)
+
+
+def run(args: argparse.Namespace) -> None:
     """Answers line after line; every line and answer is part of the conversation that follows."""
     sampling = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)
+
+    from t2ray.workbench import open_workbench
+
     bench = open_workbench(locate(args), bar)
     talk = Talk(bench, args.strategy, sampling, generate_label=args.generate_label)
     console.print(f"{bench.place.model}, strategy {args.strategy}; {_choices(bench)}. /help for commands", markup=False)

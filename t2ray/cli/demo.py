@@ -14,46 +14,61 @@ import platform
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import yaml
-
-from t2ray.adapt.cem import CEMConfig, Round
-from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import Strategy, classify, fixed
-from t2ray.adapters.factors import Progress, decompose
-from t2ray.cli.display import TrainingDisplay
+from t2ray.cli.options import Parser, at_least_one
 from t2ray.cli.output import bar, console
-from t2ray.cluster.train.launch import train
+from t2ray.config.files import read_yaml
+from t2ray.config.search import CEMConfig
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import Mixture, SamplingParams
-from t2ray.engine.offline import OfflineEngine
-from t2ray.evals.evaluate import Cell, build_report, dispatch_counts, evaluate
-from t2ray.evals.report import text_tables, write_report
-from t2ray.models.chat import Chat
-from t2ray.runs.folder import prepare
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
-from t2ray.training.domain import domain_store
-from t2ray.training.records import read_metrics
-from t2ray.workbench import Place, open_workbench
+from t2ray.tiny import MODEL
+
+if TYPE_CHECKING:
+    from t2ray.adapt.cem import Round
+    from t2ray.adapters.factors import ShowProgress
+    from t2ray.evals.evaluate import Cell
+    from t2ray.experts.heatmap import HeatMap
 
 OWN = {"math": "math", "code": "code", "pick": "pick", "math_long": "math", "code_long": "code", "pick_more": "pick"}
 TRAINED, CLASSIFIER = ("math", "code", "pick"), "dispatch"
 LABELS = (*TRAINED, "others")
 
 
-def demo(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument(
+        "--out", default="runs", metavar="DIR", help="The folder that receives demo/report.html, .md and .json."
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="The seed of all randomness.")
+    p.add_argument("--limit", type=int, default=500, metavar="N", help="How many of each task's 500 test prompts.")
+
+
+def run(args: argparse.Namespace) -> None:
     """Runs the stages, prints the tables, writes the report."""
-    values = yaml.safe_load(resources.files("t2ray.tiny").joinpath("demo.yaml").read_text(encoding="utf-8"))
+    at_least_one(args, "limit")
+    values = read_yaml(MODEL.with_name("demo.yaml"))
     config = resolve(values | {"out": args.out, "seed": args.seed}, where="demo.yaml")
+
+    import torch
+
+    from t2ray.adapters.factors import decompose
+    from t2ray.cli.display import TrainingDisplay
+    from t2ray.cluster.train.launch import train
+    from t2ray.evals.evaluate import build_report
+    from t2ray.evals.report import text_tables, write_report
+    from t2ray.runs.prepare import prepare
+    from t2ray.training.domain import domain_store
+    from t2ray.training.metrics import read_metrics
+
     finished = Path(args.out, config.run, "report.json")
     if finished.exists():
         console.print(text_tables(json.loads(finished.read_text(encoding="utf-8"))), markup=False)
@@ -68,7 +83,7 @@ def demo(args: argparse.Namespace) -> None:
     with _stage("train", timing), TrainingDisplay() as display:
         train(config, resume=True, tick=display.show)
     torch.set_num_threads(1)  # passes of this size gain little from a second, and lose much where a core is busy
-    bench = Bench(config, args.limit)
+    bench = Demo(config, args.limit)
     with _stage("adapt", timing):
         mixtures = asyncio.run(bench.adapt(args.seed))
     with _stage("evaluate", timing):
@@ -81,8 +96,8 @@ def demo(args: argparse.Namespace) -> None:
         **measured,
     )  # fmt: skip
     folder = Path(config.out, config.run)
-    curves = {domain: read_metrics(domain_store(config, domain)) for domain in config.domains}
-    write_report(folder, report, curves, {name: bench.heat(name) for name in (*TRAINED, CLASSIFIER)})
+    curves = {domain: [step.row() for step in read_metrics(domain_store(config, domain))] for domain in config.domains}
+    write_report(folder, report, curves, bench.shifts())
     console.print(text_tables(report), markup=False)
     console.print(f"\nreport: {folder}/report.html (also .md, .json)")
 
@@ -96,10 +111,12 @@ def _stage(name: str, timing: dict[str, float]) -> Iterator[None]:
     console.print(f"   {name}: {timing[name]:.1f} s")
 
 
-class Bench:
+class Demo:
     """The trained model with its experts, and the six tasks."""
 
     def __init__(self, config: TrainConfig, limit: int) -> None:
+        from t2ray.workbench import Place, open_workbench
+
         self.config, self.limit = config, limit
         place = Place(model=config.model, factors=config.factors, experts=config.experts, run=config)
         self.engine, self.registry = open_workbench(place).engine, place.registry()
@@ -107,12 +124,14 @@ class Bench:
 
     async def adapt(self, seed: int) -> dict[str, Mixture]:
         """The few-shot search for every task, on labelled prompts of its training split; saved by the task's name."""
+        from t2ray.adapt.fewshot import fewshot
+
         settings = CEMConfig(seed=seed, iterations=ROUNDS)
         found = {}
         for name, task in self.tasks.items():
             with _verifier(task) as verify, bar(f"few-shot {name}") as progress:
 
-                def show(r: Round, progress: Progress = progress) -> None:
+                def show(r: Round, progress: ShowProgress = progress) -> None:
                     progress(r.iteration, ROUNDS, f"accuracy {r.best.accuracy:.2f}")
 
                 result = await fewshot(
@@ -128,6 +147,8 @@ class Bench:
 
     async def evaluate(self, mixtures: Mapping[str, Mixture]) -> dict[str, Any]:
         """Every task under every method: the arguments of `build_report` that are measured."""
+        from t2ray.evals.evaluate import dispatch_counts
+
         classifiers = {
             "prompt": classify(self.engine.score, LABELS, Mixture.base()),
             "cls": classify(self.engine.score, LABELS, Mixture.of({CLASSIFIER: 1.0}), name="cls"),
@@ -154,6 +175,8 @@ class Bench:
         }
 
     async def _cell(self, task: Task, strategy: Strategy, verify: Verifier) -> Cell:
+        from t2ray.evals.evaluate import evaluate
+
         sampling = SamplingParams(max_tokens=task.max_tokens)
         return await evaluate(
             task.name, task.examples("test", self.limit), strategy, self.engine.generate, verify, sampling
@@ -170,30 +193,23 @@ class Bench:
 
     async def _pass1_share(self, strategy: Strategy) -> float:
         """Time of pass 1 over that of pass 2 at 64 new tokens: 16 requests of all tasks in a batch, median of 5."""
-        model = self.engine.model
-        endless = OfflineEngine(replace(model, chat=Chat(model.chat.tokenizer, [model.hf.config.vocab_size])))
         prompts = [x.messages for task in self.tasks.values() for x in task.examples("test", 3)][:16]
         shares = []
         for _ in range(5):
             dispatches, pass1 = await _timed([strategy(messages) for messages in prompts])
-            sampling = SamplingParams(max_tokens=64)
-            jobs = [endless.generate(m, d.mixture, sampling) for m, d in zip(prompts, dispatches, strict=True)]
+            sampling = SamplingParams(max_tokens=64, ignore_eos=True)
+            jobs = [self.engine.generate(m, d.mixture, sampling) for m, d in zip(prompts, dispatches, strict=True)]
             completions, pass2 = await _timed(jobs)
             assert all(len(c.token_ids) == 64 for c in completions)
             shares.append(pass1 / pass2)
         return median(shares)
 
-    def heat(self, name: str) -> dict[str, Any]:
-        """An expert's mean z - 1 by kind of matrix and layer."""
-        svf = self.engine.model.svf
-        parts = zip(svf.layout, svf.bank[name].split([t.rank for t in svf.layout]), strict=True)
-        mean = {(t.name.rpartition(".")[2], t.layer): float((z - 1).mean()) for t, z in parts}
-        kinds, layers = list(dict.fromkeys(k for k, _ in mean)), sorted({layer for _, layer in mean})
-        return {
-            "rows": kinds,
-            "layers": layers,
-            "values": [[mean.get((k, layer), 0.0) for layer in layers] for k in kinds],
-        }
+    def shifts(self) -> dict[str, HeatMap]:
+        """Each expert's mean z - 1, per decoder layer and kind of matrix."""
+        from t2ray.experts.heatmap import mean_shift
+
+        engine, names = self.engine, (*TRAINED, CLASSIFIER)
+        return {name: mean_shift(engine.layout, engine.vector(Mixture.of({name: 1.0}))) for name in names}
 
 
 SHOTS, ROUNDS = 40, 6

@@ -10,7 +10,7 @@ from rich.table import Table
 from t2ray.cli.output import console
 from t2ray.config.train import TrainConfig
 from t2ray.training.domain import domain_store, finished
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics, seconds_left
 
 _PLAIN_EVERY_S = 10.0
 
@@ -54,15 +54,13 @@ def _line(config: TrainConfig, domain: str) -> dict[str, str]:
     rows, steps = read_metrics(store), config.domain_rl(domain).steps
     if not rows:
         return dict.fromkeys(("step", "reward", "accuracy", "validation", "KL", "tokens/s"), "-") | {"left": "starting"}
-    last, recent = rows[-1], rows[-10:]
-    left = (steps - last["step"]) * sum(row["seconds"] for row in recent) / len(recent)
-    validation = next((f"{row['validation']:.3f}" for row in reversed(rows) if "validation" in row), "-")
+    last = rows[-1]
     return {
-        "step": f"{last['step']}/{steps}",
-        "reward": f"{last['reward_mean']:+.3f}",
-        "accuracy": f"{last['accuracy']:.3f}",
-        "validation": validation,
-        "KL": f"{last['kl']:.4f}",
-        "tokens/s": f"{last['tokens_per_s']:.0f}",
-        "left": "done" if finished(store) else f"{left:.0f} s",
+        "step": f"{last.step}/{steps}",
+        "reward": f"{last.reward_mean:+.3f}",
+        "accuracy": f"{last.accuracy:.3f}",
+        "validation": next((f"{row.validation:.3f}" for row in reversed(rows) if row.validation is not None), "-"),
+        "KL": f"{last.kl:.4f}",
+        "tokens/s": f"{last.tokens_per_s:.0f}",
+        "left": "done" if finished(store) else f"{seconds_left(rows, steps):.0f} s",
     }

@@ -9,18 +9,49 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
+from t2ray.adapt.strategies import FEWSHOT
+from t2ray.cli.options import Parser, add_model, add_registry, locate
 from t2ray.cli.output import bar, console, weight_bars
 from t2ray.core import UnknownExpert, check_name
-from t2ray.experts import exchange
-from t2ray.experts.registry import MIXTURES, Registry
-from t2ray.workbench import FEWSHOT, locate, open_factors
+
+if TYPE_CHECKING:
+    from t2ray.experts.registry import Registry
 
 
-def list_experts(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the commands about experts and their options."""
+    group = p.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Parser:
+        parser = group.add_parser(name, help=text, description=text)
+        parser.set_defaults(command=run)
+        return parser
+
+    either, expert = "The name of an expert, or fewshot/NAME of a mixture.", "The name of the expert."
+    listed = command("list", _list, "List the experts and mixtures of a registry.")
+    shown = command("show", _show, "Show an expert, its manifest and histograms of z, or a mixture.")
+    shown.add_argument("name", metavar="NAME", help=either)
+    deleted = command("delete", _delete, "Delete an expert with all its versions, or a mixture.")
+    deleted.add_argument("name", metavar="NAME", help=either)
+    imported = command("import", _import, "Add an expert from outside as the next version of its name.")
+    imported.add_argument("name", metavar="NAME", help=expert)
+    imported.add_argument(
+        "path", metavar="PATH", help="A safetensors file, an exported folder, or a .pt file of the reference code."
+    )
+    exported = command("export", _export, "Write an expert into a folder of its own.")
+    exported.add_argument("name", metavar="NAME", help=expert)
+    exported.add_argument("path", metavar="PATH", help="The folder that receives the expert.")
+    for parser in (listed, shown, deleted, exported):
+        add_registry(parser)
+    add_model(imported)
+
+
+def _list(args: argparse.Namespace) -> None:
     """A line for each expert and each mixture."""
-    registry = locate(args).registry()
+    registry = _registry(args)
     experts, mixtures = registry.list(), [registry.mixture_record(name) for name in registry.mixtures()]
     if not experts and not mixtures:
         console.print(f"no experts in {registry.store.uri}", markup=False)
@@ -37,9 +68,11 @@ def list_experts(args: argparse.Namespace) -> None:
         console.print(("\n" if experts else "") + _aligned([["mixture", "weights", "created"], *rows]), markup=False)
 
 
-def show_expert(args: argparse.Namespace) -> None:
+def _show(args: argparse.Namespace) -> None:
     """An expert's manifest with a histogram of z for each kind of matrix; or a mixture, and how it was found."""
-    registry = locate(args).registry()
+    from t2ray.experts.exchange import histogram
+
+    registry = _registry(args)
     if args.name.startswith(FEWSHOT):
         record = registry.mixture_record(args.name.removeprefix(FEWSHOT))
         console.print(f"{args.name}: {record.mixture}, created {record.created}", markup=False)
@@ -49,6 +82,7 @@ def show_expert(args: argparse.Namespace) -> None:
     _known(registry, args.name)
     expert = registry.load(args.name)
     manifest = expert.manifest.model_dump(exclude={"targets"})
+    manifest["digest"] = manifest["digest"] or "unverified"
     targets = expert.manifest.targets
     manifest["targets"] = f"{len(targets)} matrices, {sum(rank for _, rank in targets)} numbers"
     manifest["versions"] = ", ".join(map(str, registry.versions(args.name)))
@@ -56,12 +90,14 @@ def show_expert(args: argparse.Namespace) -> None:
     for key, value in manifest.items():
         text = value if isinstance(value, str) else json.dumps(value)
         console.print(f"{key:<{width}}  {text}", markup=False)
-    console.print("\n" + exchange.histogram(expert), markup=False)
+    console.print("\n" + histogram(expert), markup=False)
 
 
-def delete_expert(args: argparse.Namespace) -> None:
+def _delete(args: argparse.Namespace) -> None:
     """Deletes an expert with all its versions, or a mixture; says which mixtures are left without an expert."""
-    registry = locate(args).registry()
+    from t2ray.experts.registry import MIXTURES
+
+    registry = _registry(args)
     if args.name.startswith(FEWSHOT):
         name = registry.mixture_record(args.name.removeprefix(FEWSHOT)).name
         registry.store.delete(f"{MIXTURES}/{name}.json")
@@ -79,22 +115,32 @@ def delete_expert(args: argparse.Namespace) -> None:
         console.print(f"these mixtures name it and can no longer be used: {', '.join(orphans)}", markup=False)
 
 
-def import_expert(args: argparse.Namespace) -> None:
+def _import(args: argparse.Namespace) -> None:
     """Adds an expert as the next version of its name."""
     check_name(args.name)
+
+    from t2ray.experts.exchange import import_expert
+    from t2ray.workbench import open_factors
+
     place = locate(args)
     registry = place.registry()
-    version = exchange.import_expert(registry, args.name, args.path, open_factors(place, bar))
+    version = import_expert(registry, args.name, args.path, open_factors(place, bar))
     console.print(f"{args.path} is now expert {args.name}, version {version}, in {registry.store.uri}", markup=False)
 
 
-def export_expert(args: argparse.Namespace) -> None:
+def _export(args: argparse.Namespace) -> None:
     """Writes the latest version of an expert into a folder of its own."""
-    registry = locate(args).registry()
+    from t2ray.experts.exchange import export_expert
+
+    registry = _registry(args)
     _known(registry, args.name)
     expert = registry.load(args.name)
-    exchange.export_expert(expert, args.path)
+    export_expert(expert, args.path)
     console.print(f"expert {expert.name}, version {expert.version}, is in {args.path}", markup=False)
+
+
+def _registry(args: argparse.Namespace) -> Registry:
+    return locate(args).registry()
 
 
 def _known(registry: Registry, name: str) -> None:

@@ -8,33 +8,37 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
 
+from t2ray.cli.options import Parser, add_json
 from t2ray.cli.output import check_json_folder, console, write_json
 from t2ray.core import ConfigError
 
 
-def add(command: Callable[[str, str, str], argparse.ArgumentParser]) -> None:
-    """Adds the command and its options."""
-    p = command("load", "load:load", "ask a running endpoint at random times, however fast it answers")
-    p.add_argument("url", metavar="URL", help="for instance http://127.0.0.1:8000")
-    p.add_argument("--rate", type=float, required=True, metavar="R", help="requests a second, on average")
-    p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="of arrivals (default: 30)")
-    p.add_argument("--model", default="t2ray", metavar="M", help="default: t2ray")
-    p.add_argument("--stream", action="store_true", help="answers as streams: also times first tokens")
-    p.add_argument("--key", metavar="ENV", help="the environment variable that holds the API key")
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument("url", metavar="URL", help="The address of the endpoint, such as http://127.0.0.1:8000.")
+    p.add_argument("--rate", type=float, required=True, metavar="R", help="How many requests per second, on average.")
+    p.add_argument("--seconds", type=float, default=30.0, metavar="S", help="For how many seconds requests are sent.")
+    p.add_argument("--model", default="t2ray", metavar="MODEL", help="The model name that is asked for.")
     p.add_argument(
-        "--prompt", default="{n}+17", metavar="TEXT", help='"{n}" in it is the request\'s number (default: "{n}+17")'
+        "--stream", action="store_true", help="Ask for answers as streams, so that first tokens are timed too."
     )
-    p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer (default: 64)")
-    p.add_argument("--ignore-eos", action="store_true", help="every answer has N tokens (t2ray and vLLM take this)")
-    p.add_argument("--json", metavar="FILE", help="writes the figures there too")
+    p.add_argument("--key", metavar="VARIABLE", help="The environment variable that holds the API key.")
+    p.add_argument(
+        "--prompt", default="{n}+17", metavar="TEXT", help='The prompt, in which "{n}" is the number of the request.'
+    )
+    p.add_argument("--max-tokens", type=int, default=64, metavar="N", help="The greatest number of tokens per answer.")
+    p.add_argument(
+        "--ignore-eos", action="store_true", help="Let every answer have that many tokens; t2ray and vLLM accept this."
+    )
+    add_json(p)
 
 
-def load(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Asks an endpoint at random times; 1 when a request failed."""
     check_json_folder(args.json)
     for name in ("rate", "seconds", "max_tokens"):

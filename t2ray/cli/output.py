@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from t2ray.core import ConfigError, Mixture
+from t2ray.core import ConfigError, Mixture, ResourceError
 
 console = Console(highlight=False, soft_wrap=True)
 _WIDTH, _LEVELS = 24, " ▁▂▃▄▅▆▇█"
@@ -40,9 +40,9 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def weight_bars(mixture: Mixture, experts: Sequence[str]) -> str:
-    """A line an expert: a bar of its weight, full at the largest (at least 1); `-` in front of one below 0.
+    """A line per expert: a bar of its weight, full at the largest (at least 1); `-` in front of one below 0.
 
-    With weights by layer the bar is their mean, followed by a level a layer.
+    With weights by layer the bar is their mean, followed by a level per layer.
     """
     weights: Mapping[str, tuple[float, ...]] = dict(mixture.weights)
     full = max(1.0, *(abs(w) for alpha in weights.values() for w in alpha)) if weights else 1.0
@@ -59,16 +59,29 @@ def weight_bars(mixture: Mixture, experts: Sequence[str]) -> str:
 
 
 def check_json_folder(path: str | None) -> None:
-    """Refuses a `--json FILE` in a folder that does not exist: before minutes of work, not after.
+    """Refuses a `--json FILE` that cannot be written: before minutes of work, not after.
 
     Raises:
         ConfigError: with the file as it was written.
     """
-    if path and not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--json {path}: no such folder; make it first")
+    if path is not None and Path(path).is_dir():
+        raise ConfigError(f"--json {path} is a folder; name a file")
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ConfigError(f"--json {path}: there is no folder {Path(path).absolute().parent}; make it first")
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:
-    """Writes `report` to the file of `--json`, where one was named."""
-    if path:
-        Path(path).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    """Writes `report` to the file of `--json`, where one was named: all of it, or nothing.
+
+    Raises:
+        ResourceError: the disk is full, or the file may not be written.
+    """
+    if path is None:
+        return
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ResourceError(f"cannot write {path} ({error.strerror}); name another file by --json") from None

@@ -1,36 +1,62 @@
-"""`t2ray plan`: how a model divides over GPUs, in training and in serving; not here: the arithmetic (plan.py)."""
+"""`t2ray plan`: how a model divides over GPUs, in training and in serving. Not here: the arithmetic (`runs.memory`)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from t2ray.cli.output import console
+from t2ray.cli.options import Parser, add_json, at_least_one
+from t2ray.cli.output import check_json_folder, console, write_json
 from t2ray.core import ConfigError
-from t2ray.runs.memory import GIB, RESERVE, Load, least_gpus, serving, shape_of, training
-from t2ray.store import Store
+
+if TYPE_CHECKING:
+    from t2ray.runs.memory import GpuMemory
 
 _COLUMNS = 8  # GPUs shown one by one
 
 
-def plan(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument("model", metavar="MODEL", help='A config.json, a folder with one, "tiny" or a hub id.')
+    p.add_argument(
+        "--targets", nargs="+", metavar="PATTERN", help="Patterns of the adapted matrices. Default: every projection."
+    )
+    p.add_argument(
+        "--layers", metavar="RANGES", help='The adapted decoder layers, such as "0-15,20". Default: all of them.'
+    )
+    p.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="How many GPUs one worker has. Default: the smallest number that the model fits on.",
+    )
+    p.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="The memory of one GPU, in GiB.")
+    p.add_argument("--micro-batch", type=int, default=8, metavar="N", help="The job's rl.micro_batch.")
+    p.add_argument("--tokens", type=int, default=1024, metavar="N", help="The tokens of prompt and answer together.")
+    p.add_argument("--rows", type=int, default=128, metavar="N", help="How many rollouts are generated at once.")
+    p.add_argument("--kv-tokens", type=int, default=16_384, metavar="N", help="The endpoint's engine.kv_tokens.")
+    p.add_argument("--batch-rows", type=int, default=64, metavar="N", help="The endpoint's engine.batch_rows.")
+    p.add_argument("--experts", type=int, default=4, metavar="N", help="How many experts are served.")
+    add_json(p)
+
+
+def run(args: argparse.Namespace) -> None:
     """Prints both tables, for the number of GPUs that was asked for or the smallest that fits."""
-    for name in ("micro_batch", "tokens", "rows", "kv_tokens", "experts", "gpus"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    at_least_one(args, "micro_batch", "tokens", "rows", "kv_tokens", "experts", "gpus")
     if args.gpu_memory <= 0:
         raise ConfigError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 (GiB)")
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise ConfigError(f"--json {args.json}: there is no folder {Path(args.json).absolute().parent}; make it first")
+    check_json_folder(args.json)
+
+    from t2ray.runs.memory import GIB, RESERVE, least_gpus, serving, shape_of, training
+
     shape = shape_of(args.model, args.targets, args.layers)
     memory = int(args.gpu_memory * GIB)
-    kinds: dict[str, Callable[[int], list[Load]]] = {
+    kinds: dict[str, Callable[[int], list[GpuMemory]]] = {
         "training": lambda gpus: training(
             shape, gpus, micro_batch=args.micro_batch, tokens=args.tokens, rows=args.rows
         ),
@@ -55,19 +81,18 @@ def plan(args: argparse.Namespace) -> None:
             f"fullest, of {RESERVE * args.gpu_memory:.1f} that a plan fills\n"
         )
     rows = {kind: [asdict(load) | {"total": load.total} for load in loads] for kind, loads in found.items()}
-    if args.json is not None:
-        report = {"model": args.model, "parameters": shape.parameters, "K": shape.K, "bytes": rows}
-        path = Path(args.json).absolute()
-        Store(path.parent).write_text(path.name, json.dumps(report, indent=1) + "\n")
+    write_json(args.json, {"model": args.model, "parameters": shape.parameters, "K": shape.K, "bytes": rows})
 
 
-def _table(kind: str, loads: list[Load]) -> Table:
-    """A row a use, a column a GPU; of many GPUs the fullest and the sum."""
+def _table(kind: str, loads: list[GpuMemory]) -> Table:
+    """A row per use, a column per GPU; of many GPUs the fullest and the sum."""
+    from t2ray.runs.memory import GIB, GpuMemory
+
     shown = {f"GPU {i}": load for i, load in enumerate(loads)}
     if len(loads) > _COLUMNS:
         shown = {"fullest": max(loads, key=lambda load: load.total)}
     table = Table(f"{kind}, GiB", *shown, "all", box=None)
-    for name in [*(field.name for field in fields(Load)), "total"]:
+    for name in [*(field.name for field in fields(GpuMemory)), "total"]:
         values = [getattr(load, name) / GIB for load in shown.values()]
         whole = sum(getattr(load, name) for load in loads) / GIB
         table.add_row(name, *(f"{value:.2f}" for value in values), f"{whole:.2f}")

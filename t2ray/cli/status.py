@@ -7,23 +7,36 @@ import json
 import time
 from collections import Counter
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from t2ray.cli.options import Parser
 from t2ray.cli.output import console
-from t2ray.runs.folder import read_run
-from t2ray.runs.status import DomainStatus, read_status
-from t2ray.store import Store
-from t2ray.sweep.results import CONFIG as SWEEP
-from t2ray.sweep.results import TRIALS
+
+if TYPE_CHECKING:
+    from t2ray.runs.status import DomainStatus
+    from t2ray.store import Store
 
 
-def status(args: argparse.Namespace) -> None:
-    """Prints a line a domain, then its workers and checkpoint or its result, its trackers and what went wrong last.
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument("run", metavar="RUN", help="The folder of the run or the sweep: a local one, s3:// or gs://.")
+    p.add_argument("--json", action="store_true", help="Print the figures as JSON.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints a line per domain, then its workers and checkpoint or its result, its trackers and what went wrong last.
 
     Raises:
         RunError: there is no run in that folder.
     """
+    from t2ray.runs.folder import read_run
+    from t2ray.runs.status import read_status
+    from t2ray.store import Store
+    from t2ray.sweep.results import CONFIG as SWEEP
+
     store = Store(args.run)
     if store.exists(SWEEP):
         _sweep(store, as_json=args.json)
@@ -61,6 +74,8 @@ def _details(d: DomainStatus) -> list[str]:
     for name, track in d.trackers.items():
         more = f", not told more: {track.problem}" if track.problem else ""
         lines.append(f"{name}: told up to step {track.told}, run {track.id} in {track.where}{more}")
+    lines += [f"{line}; `t2ray train --resume` mends what can be mended" for line in d.damaged]
+    lines += [f"note: {line}" for line in d.notes]
     if d.fault is not None:
         lines.append(f"last error, {_seconds(now - d.fault.at)} ago: {d.fault.message}")
     return lines
@@ -68,7 +83,9 @@ def _details(d: DomainStatus) -> list[str]:
 
 def _sweep(store: Store, *, as_json: bool) -> None:
     """How many trials are where, the best so far, and what failed."""
-    rows = json.loads(store.read_text(TRIALS)) if store.exists(TRIALS) else []
+    from t2ray.sweep.results import read_rows
+
+    rows = read_rows(store)
     if as_json:
         console.print_json(json.dumps(rows))
         return

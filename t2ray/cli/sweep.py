@@ -1,7 +1,7 @@
 """`t2ray sweep`: settings of training or of the few-shot search are tried, narrowed down and run again with new seeds.
 
-Not here: the space (`t2ray.sweep`), running it (`cluster.tune`), what a trial does (`commands.trials`). Called by the
-command line and `jobs/sweep.py`.
+Not here: the space (`config.search`) and its points (`sweep.space`), running trials (`cluster.train.tune`), and what a
+trial does (`cluster.train.trials`).
 """
 
 from __future__ import annotations
@@ -11,29 +11,48 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
 from rich.text import Text
 
-from t2ray.adapters.factors import decompose
+from t2ray.cli.options import Parser
 from t2ray.cli.output import console
-from t2ray.cluster.session import check_shared, session, slots
-from t2ray.cluster.train.trials import search_trial, train_trial, training_job
-from t2ray.cluster.train.tune import sweep as run_sweep
+from t2ray.config.search import SweepConfig, job_at, load
 from t2ray.config.train import TrainConfig
-from t2ray.runs.folder import prepare
-from t2ray.sweep.pictures import draw
-from t2ray.sweep.results import BEST, Trial, write_results
-from t2ray.sweep.space import SweepConfig, job_at, load
+
+if TYPE_CHECKING:
+    from t2ray.sweep.results import Trial
 
 _PLAIN_EVERY_S = 10.0
 
 
-def sweep(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument("config", metavar="CONFIG.yaml", help="The file of the sweep.")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Keys that win over the file's, such as run=second trials=8 job.rl.steps=20; `t2ray config sweep` lists "
+        "every key.",
+    )
+    p.add_argument("--resume", action="store_true", help="Go on with the sweep of that name.")
+
+
+def run(args: argparse.Namespace) -> None:
     """Runs or resumes a sweep, shows it as it goes, and writes its table, its pictures and best.yaml."""
     config = load(args.config, args.overrides)
     config = config.model_copy(update={"out": _absolute(config.out)})
+
+    from t2ray.cluster.session import check_shared, session
+    from t2ray.cluster.train.trials import search_trial, train_trial
+    from t2ray.cluster.train.tune import sweep
+    from t2ray.runs.prepare import prepare
+    from t2ray.sweep.pictures import draw
+    from t2ray.sweep.results import BEST, write_results
+
     # Checked here, once, rather than by every trial: all matrices that the space asks for.
     jobs = [prepare(job, resume=True) for job in _choices_of_matrices(config)] if config.kind == "rl" else []
     with session() as have:
@@ -45,11 +64,9 @@ def sweep(args: argparse.Namespace) -> None:
             config = config.model_copy(update={"job": config.job | paths})
             holds = needs = {"CPU": config.cpus} | ({"GPU": config.gpus} if config.gpus else {})
             steps = 1
-        run = train_trial if config.kind == "rl" else search_trial
+        trial = train_trial if config.kind == "rl" else search_trial
         with SweepDisplay() as display:
-            trials = run_sweep(
-                config, run, steps=steps, holds=holds, needs=needs, resume=args.resume, tick=display.show
-            )
+            trials = sweep(config, trial, steps=steps, holds=holds, needs=needs, resume=args.resume, tick=display.show)
     point = write_results(config, trials)
     pictures = draw(config, trials)
     folder = f"{config.out}/{config.run}"
@@ -68,6 +85,11 @@ def _training(
 
     With workers the trial's own process only waits for them; without, it trains.
     """
+    from t2ray.adapters.factors import decompose
+    from t2ray.cluster.session import slots
+    from t2ray.cluster.train.trials import training_job
+    from t2ray.sweep.results import Trial
+
     first = training_job(config, Trial(point={}, seed=0))
     assert first.cpus is not None
     worker = {"CPU": first.cpus} | ({"GPU": first.gpus} if first.gpus else {})
@@ -132,7 +154,7 @@ class SweepDisplay:
             self.live.stop()
 
     def show(self, trials: Sequence[Trial], total: int) -> None:
-        """Draws the trials; `cluster.tune` calls it whenever one reports."""
+        """Draws the trials as they stand."""
         line = self.line(trials, total)
         if self.live:
             self.live.update(Text(line), refresh=True)

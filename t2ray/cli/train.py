@@ -1,40 +1,55 @@
-"""`t2ray decompose` and `t2ray train`."""
+"""`t2ray train`: one expert per domain of a job, by reinforcement learning on Ray."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from t2ray.adapters.factors import decompose as decompose_here
-from t2ray.cli.display import TrainingDisplay
-from t2ray.cli.output import bar, console
-from t2ray.cluster.train.decompose import decompose_on_ray
-from t2ray.cluster.train.launch import train as train_on_cluster
+from t2ray.cli.options import Parser
+from t2ray.cli.output import console
 from t2ray.config.train import load
 
 
-def decompose(args: argparse.Namespace) -> None:
-    """Factors the model's matrices, with a progress bar."""
-    options = {"targets": args.targets, "layers": args.layers, "svd_dtype": args.svd_dtype, "dtype": args.dtype}
-    with bar("decompose") as progress:
-        if args.workers > 1:
-            factors = decompose_on_ray(args.model, args.out, workers=args.workers, progress=progress, **options)
-        else:
-            factors = decompose_here(args.model, args.out, progress=progress, **options)
-    worst = max(factors.manifest.errors.values(), key=lambda error: error[0])
-    console.print(
-        f"{len(factors.layout)} matrices, {factors.K} singular values in {args.out}; "
-        f"largest relative reconstruction error {worst[0]:.1e}"
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument("config", metavar="CONFIG.yaml", help="The file of the training job.")
+    p.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="Keys that win over the file's, such as run=second rl.lr=0.01 domains.math.rl.steps=60; `t2ray config "
+        "train` lists every key.",
     )
+    p.add_argument("--resume", action="store_true", help="Go on with the run of that name.")
 
 
-def train(args: argparse.Namespace) -> None:
-    """Trains the experts of a job, with a live line for each domain."""
+def run(args: argparse.Namespace) -> int:
+    """Trains the experts of a job, with a live line for each domain; 2 where some failed, each with its own line."""
     config = load(args.config, args.overrides)
+
+    from t2ray.cli.display import TrainingDisplay
+    from t2ray.cluster.train.launch import DomainsFailed, train
+    from t2ray.training.domain import domain_store, finished
+    from t2ray.training.metrics import notes
+
+    failed, known = "", {(domain, line) for domain in config.domains for line in notes(domain_store(config, domain))}
     with TrainingDisplay() as display:
-        results = train_on_cluster(config, resume=args.resume, tick=display.show)
-    for domain, result in results.items():
-        console.print(
-            f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
-            f"best at step {result.best_step} of {result.steps}"
-        )
+        try:
+            train(config, resume=args.resume, tick=display.show)
+        except DomainsFailed as error:
+            failed = str(error)
+    for domain in config.domains:
+        for line in notes(domain_store(config, domain)):
+            if (domain, line) not in known:
+                print(f"t2ray: warning: {domain}: {line}", file=sys.stderr)
+        result = finished(domain_store(config, domain))
+        if result is not None:
+            console.print(
+                f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
+                f"best at step {result.best_step} of {result.steps}"
+            )
     console.print(f"experts: {config.experts or f'{config.out}/{config.run}/experts'}")
+    for line in failed.splitlines():
+        print(f"t2ray: {line}", file=sys.stderr)
+    return 2 if failed else 0

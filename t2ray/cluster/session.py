@@ -1,13 +1,14 @@
 """Attaching to a Ray cluster, or starting a private one on this machine, and saying in time what will not work.
 
 Every complaint comes within seconds; left to Ray, a wrong address takes more than a minute and a wrong token 20 s.
-Called by whatever in `cluster` needs Ray.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import signal
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from t2ray.core import ConfigError, ResourceError
 from t2ray.store import Store
 
+PRIVATE = "t2ray_private"
+"""A resource that only a Ray has that `session` started: its own processes, too, see that the cluster is private."""
+
 _KNOCK_S = 5.0
 _PROBE_S = 8.0
 _JOB_FOLDER = "runtime_resources/working_dir_files"
@@ -34,7 +38,9 @@ _TOKEN_REMEDY = (
 
 @contextmanager
 def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
-    """Yields what a cluster has, or may grow to: the connected one, `RAY_ADDRESS`'s, or a local one for the block.
+    """Yields what a cluster has, or may grow to: the connected one, `RAY_ADDRESS`'s, or a private one for the block.
+
+    What a private one has includes `PRIVATE`, so that whoever uses it knows it from a cluster that was there.
 
     Raises:
         ResourceError: nobody listens there, the token is missing or wrong, or the cluster's Ray or Python differs.
@@ -42,13 +48,17 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield _resources()
         return
-    address = os.environ.get("RAY_ADDRESS")
-    local = {} if address else {"num_cpus": num_cpus, "include_dashboard": False}
+    # "local": without an address Ray would join whatever cluster was started on this machine last.
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    private = {"num_cpus": num_cpus, "include_dashboard": False, "resources": {PRIVATE: 1}}
     try:
-        if address and re.fullmatch(r"[^/]+:\d+", address):
+        if re.fullmatch(r"[^/]+:\d+", address):
             _knock(address)
-        # "local": without an address Ray would join whatever cluster was started on this machine last.
-        ray.init(address=address or "local", log_to_driver=False, logging_level="error", **local)
+        more = private if address == "local" else {}
+        before = signal.getsignal(signal.SIGTERM)
+        ray.init(address=address, log_to_driver=False, logging_level="error", **more)
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)  # Ray's own would end this process at once, with a stack
     except AuthenticationError:
         raise ResourceError(f"no token for the Ray cluster at {address}; {_TOKEN_REMEDY}") from None
     except RuntimeError as error:

@@ -1,16 +1,18 @@
 """Configuration files: YAML with `key=value` overrides, checked by pydantic, with errors that name the nearest key.
 
 Precedence: defaults < preset < YAML < `key=value` on the command line. A file that a person wrote is YAML; one that the
-program wrote is JSON. No torch, no ray.
+program wrote is JSON. `1e-4` is a number, as in YAML 1.2; PyYAML by itself follows YAML 1.1, where it is text.
+No torch, no ray.
 """
 
 from __future__ import annotations
 
 import copy
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,11 +21,43 @@ from t2ray.core import ConfigError
 
 M = TypeVar("M", bound=BaseModel)
 
+FLOAT = "tag:yaml.org,2002:float"
+
+
+class _Loader(yaml.SafeLoader):
+    pass
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag != FLOAT]
+        for first, rules in _kind.yaml_implicit_resolvers.items()
+    }
+    # YAML 1.2's core schema (section 10.3.2). Whole numbers match it too; PyYAML asks its rule for those first.
+    _kind.add_implicit_resolver(
+        FLOAT,
+        re.compile(
+            r"[-+]?(?:(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+        ),
+        list("-+.0123456789"),
+    )
+
 
 class Strict(BaseModel):
     """Frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values, without what a cached property of the original remembered."""
+        copied = super().model_copy(update=update, deep=deep)
+        for name in copied.__dict__.keys() - type(self).model_fields.keys():
+            del copied.__dict__[name]
+        return copied
 
 
 def validate(model: type[M], values: Mapping[str, Any], *, where: str) -> M:
@@ -78,12 +112,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a configuration is a mapping of keys, not {type(values).__name__}")
     return values
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML that `read_yaml` reads as they were; keys stay in their order."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -104,7 +143,7 @@ def override(values: dict[str, Any], assignments: Iterable[str]) -> dict[str, An
             if not isinstance(place, dict):
                 raise ConfigError(f"{text!r}: {parent!r} holds no keys")
         try:
-            place[last] = yaml.safe_load(value)
+            place[last] = yaml.load(value, _Loader)
         except yaml.YAMLError:
             raise ConfigError(f"{text!r}: the value is not valid YAML") from None
     return values

@@ -1,7 +1,6 @@
 """What a training job is configured by: pydantic models, and YAML with `key=value` overrides. No torch, no ray.
 
-Precedence: defaults < preset < YAML < `key=value` on the command line. The resolved configuration is written into the
-run folder as `config.json`; a file that a person wrote is YAML, one that the program wrote is JSON.
+The resolved configuration is written into the run folder as `config.json`. Not here: reading YAML (`files`).
 """
 
 from __future__ import annotations
@@ -9,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,26 +22,44 @@ from t2ray.core import ConfigError, check_name
 class RLConfig(Strict):
     """REINFORCE with a KL penalty on z (paper section 3.1). Defaults for small models; `preset: paper` is Table 6."""
 
-    steps: int = Field(30, ge=1, description="optimiser steps")
-    prompts: int = Field(24, ge=1, description="prompts a step")
-    samples: int = Field(4, ge=1, description="rollouts a prompt")
+    steps: int = Field(30, ge=1, description="Number of optimiser steps.")
+    prompts: int = Field(24, ge=1, description="Number of prompts per step.")
+    samples: int = Field(4, ge=1, description="Number of rollouts per prompt.")
     baseline: Literal["none", "mean", "loo"] = Field(
-        "mean", description="subtracted from the reward: 0, the batch's mean, or the prompt's other samples' mean"
+        "mean",
+        description="What is subtracted from a reward: 0 (none), the mean of the batch (mean), or the mean of the same "
+        "prompt's other samples (loo).",
     )
-    temperature: float = Field(1.0, gt=0, description="of the rollouts")
-    max_tokens: int = Field(48, ge=1, description="of a rollout, where the task does not say")
-    lr: float = Field(2e-2, gt=0, description="AdamW's, at its highest")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="of lr, down to a tenth")
-    kl: float = Field(0.02, ge=0, description="lambda, the weight of KL(policy || base), nats a token")
-    clip: float = Field(1.0, gt=0, description="the gradient's greatest norm")
+    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
+    max_tokens: int = Field(
+        48, ge=1, description="Greatest number of tokens of a rollout, where neither the domain nor its task says one."
+    )
+    lr: float = Field(2e-2, gt=0, description="Highest learning rate of AdamW.")
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="How the learning rate goes on from its highest: down to a tenth (cosine), or unchanged."
+    )
+    kl: float = Field(
+        0.02, ge=0, description="Weight lambda of the penalty KL(policy || base), which is counted in nats per token."
+    )
+    clip: float = Field(1.0, gt=0, description="Greatest norm of the gradient; a longer gradient is scaled down to it.")
     init: Literal["scale", "sigmoid"] = Field(
-        "scale", description="z = 1 + N(0, sigma^2), or the reference code's z = sigmoid(p)"
+        "scale",
+        description="How z begins: as 1 + N(0, sigma^2) (scale), or as the sigmoid of the parameters (sigmoid), which "
+        "is the reference code's way.",
     )
-    sigma: float = Field(0.0, ge=0, description="standard deviation of the initial parameters")
-    micro_batch: int = Field(32, ge=1, description="sequences differentiated at once: bounds the memory")
-    eval_every: int = Field(10, ge=1, description="steps between greedy validations and checkpoints")
-    eval_prompts: int = Field(128, ge=1, description="validation prompts")
-    patience: int = Field(0, ge=0, description="validations without a better one before the run stops early; 0: never")
+    sigma: float = Field(0.0, ge=0, description="Standard deviation of the initial parameters.")
+    micro_batch: int = Field(
+        32, ge=1, description="Number of sequences that are differentiated at once; it bounds the memory."
+    )
+    eval_every: int = Field(
+        10, ge=1, description="Number of steps from one greedy validation, with its checkpoint, to the next."
+    )
+    eval_prompts: int = Field(128, ge=1, description="Number of validation prompts.")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Number of validations without a better one after which the run stops early; 0 means never.",
+    )
 
     @model_validator(mode="after")
     def _loo_needs_siblings(self) -> RLConfig:
@@ -63,20 +81,39 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DomainConfig(Strict):
     """One domain: a built-in `task`; `data`, `prompt` and `reward` of one's own; or, with `others`, the classifier."""
 
-    task: str | None = Field(None, description="a built-in task: math, code, pick, gsm8k, arc_easy, mbpp, ...")
-    data: str | None = Field(None, description="a JSONL, CSV or Parquet file, or a hub data set's id")
-    split: str = Field("train", description="of a hub data set")
-    validation: str | None = Field(None, description="a file or a hub split; else every 10th row of `data` is held out")
+    task: str | None = Field(
+        None, description="Name of a built-in task, such as math, code, pick, gsm8k, arc_easy or mbpp."
+    )
+    data: str | None = Field(
+        None, description="File of rows (JSONL, CSV or Parquet), or the id of a data set on the Hugging Face hub."
+    )
+    split: str = Field("train", description="Split of a hub data set that is trained on.")
+    validation: str | None = Field(
+        None, description="File or hub split to validate on; without one, every tenth row of `data` is held out."
+    )
     prompt: str | None = Field(
-        None, description='a template such as "Q: {question}", or the name of a column of messages'
+        None, description='Template of the prompt, such as "Q: {question}", or the name of a column of messages.'
     )
-    reward: str | None = Field(None, description='"module:function", (completion, example) -> float in [-1, 1]')
-    gold: str | None = Field(None, description="the column of right answers, for `t2ray verify` and few-shot ties")
-    max_tokens: int | None = Field(None, ge=1, description="of a completion")
+    reward: str | None = Field(
+        None,
+        description='Reward function, written "module:function"; it takes (completion, example) and returns a number '
+        "in [-1, 1].",
+    )
+    gold: str | None = Field(
+        None, description="Column of the right answers, for `t2ray verify` and for ties of the few-shot search."
+    )
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Greatest number of tokens of a completion; without one, the task's, or rl.max_tokens.",
+    )
     others: str | None = Field(
-        None, description="makes this the classification domain: the task or file of prompts that fit none"
+        None,
+        description="Task or file of the prompts that fit no other domain; it makes this the classification domain.",
     )
-    rl: dict[str, Any] = Field(default_factory=dict, description="RL settings of this domain alone")
+    rl: dict[str, Any] = Field(
+        default_factory=dict, description="RL settings of this domain alone: keys of `rl`, which they win over."
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> DomainConfig:
@@ -92,42 +129,71 @@ class DomainConfig(Strict):
 
 
 # What does not change the z that a training job ends with.
-FREE = frozenset({"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track"})
+FREE = frozenset(
+    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast"}
+)
 
 
 class TrainConfig(Strict):
-    """A training job: one expert a domain."""
+    """A training job: one expert per domain."""
 
-    model: str = Field("tiny", description='"tiny", a local Hugging Face folder, or a hub id')
-    run: str = Field("train", description="the run's name: its folder under `out`")
-    out: str = Field("runs", description="where runs are written: a local folder or a URI that all nodes share")
-    experts: str | None = Field(None, description="registry that receives the experts; default <out>/<run>/experts")
-    factors: str | None = Field(
-        None, description="the decomposition; default <out>/factors/<digest>, made when missing"
+    model: str = Field(
+        "tiny", description='Model to adapt: "tiny", a local Hugging Face folder, or an id on the Hugging Face hub.'
     )
-    domains: dict[str, DomainConfig] = Field(min_length=1)
-    preset: Literal["default", "paper"] = "default"
-    rl: RLConfig = RLConfig()
+    run: str = Field("train", description="Name of the run, and of its folder under `out`.")
+    out: str = Field("runs", description="Folder that receives the runs: a local one, or a URI that all nodes share.")
+    experts: str | None = Field(
+        None, description="Registry that receives the experts; without one, experts in the run's folder."
+    )
+    factors: str | None = Field(
+        None,
+        description="Folder of the model's decomposition, which is made when it is missing; without one, "
+        "a folder in factors, under `out`.",
+    )
+    domains: dict[str, DomainConfig] = Field(
+        min_length=1, description="Domains by their names; one expert is trained for each."
+    )
+    preset: Literal["default", "paper"] = Field(
+        "default", description="Values that are laid under `rl`: none (default), or Table 6 of the paper (paper)."
+    )
+    rl: RLConfig = Field(RLConfig(), description="RL settings that all domains share.")
     targets: tuple[str, ...] | None = Field(
-        None, description='patterns of matrices, e.g. "*.mlp.*"; default all projections'
+        None, description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every projection.'
     )
     layers: str | None = Field(
-        None, coerce_numbers_to_str=True, description='decoder layers, e.g. "0-3,8"; default all'
+        None,
+        coerce_numbers_to_str=True,
+        description='Decoder layers to adapt, such as "0-3,8"; without any, all of them.',
     )
-    seed: int = 0
-    workers: int | str = Field(1, description="Ray Train workers a domain, 1-4 for what fits; 0 runs in this process")
+    seed: int = Field(0, description="Seed of all randomness of the job: the prompts, the rollouts and the initial z.")
+    workers: int | str = Field(
+        1, description="Number of Ray Train workers per domain, or 1-4 for what fits; 0 trains in this process."
+    )
     cpus: float | None = Field(
         None,
         gt=0,
-        description="CPUs a worker, and its threads, rounded down; default: its share of the cluster less one core",
+        description="CPUs per worker, and its number of threads, rounded down; without a number, its share of the "
+        "cluster less one core.",
     )
-    gpus: float = Field(0.0, ge=0, description="GPUs a worker; with 2 or more its model is divided over them")
-    verifiers: int = Field(1, ge=0, description="verifier processes a worker; 0 verifies in the worker")
-    verify_timeout_s: float = Field(10.0, gt=0, description="time limit of one verification")
-    unsafe_code: bool = Field(False, description="run model-written code where no isolation can be had")
-    code: str = Field("", description="folder that holds the reward modules; default: the YAML's own")
+    gpus: float = Field(
+        0.0, ge=0, description="GPUs per worker; with 2 or more, the worker's model is divided over them."
+    )
+    verifiers: int = Field(
+        1, ge=0, description="Number of verifier processes per worker; 0 verifies in the worker itself."
+    )
+    verify_timeout_s: float = Field(10.0, gt=0, description="Time limit of one verification, in seconds.")
+    unsafe_code: bool = Field(
+        False, description="Whether model-written code may run on a machine that cannot isolate it."
+    )
+    code: str = Field(
+        "",
+        description="Folder that holds the modules of the reward functions; without one, that of the YAML file.",
+    )
+    fail_fast: bool = Field(
+        False, description="Whether a domain that fails ends the others at once; else they train to their end."
+    )
     track: tuple[Literal["wandb", "mlflow"], ...] = Field(
-        (), description="trackers that are told each step beside TensorBoard, e.g. [wandb]; each is an extra"
+        (), description="Trackers that are told of each step beside TensorBoard; each needs the extra of its name."
     )
 
     @field_validator("domains")
@@ -158,25 +224,42 @@ class TrainConfig(Strict):
         least, _, most = str(self.workers).partition("-")
         return int(least), int(most or least)
 
+    @model_validator(mode="after")
+    def _settings_of_domains(self) -> TrainConfig:
+        _ = self.domain_settings  # a wrong key of a domain's `rl` is refused here
+        return self
+
+    @cached_property
+    def domain_settings(self) -> Mapping[str, RLConfig]:
+        """Every domain's RL settings by its name: `rl` with the domain's own `rl` over it."""
+        shared = self.rl.model_dump()
+        return {
+            name: validate(RLConfig, shared | domain.rl, where=f"domains.{name}.rl")
+            for name, domain in self.domains.items()
+        }
+
     def domain_rl(self, domain: str) -> RLConfig:
-        """The RL settings of one domain: `rl` with the domain's own `rl` over it.
+        """The RL settings of one domain."""
+        return self.domain_settings[domain]
 
-        Raises:
-            ConfigError: the domain's `rl` has an unknown key or a value out of range.
-        """
-        return validate(RLConfig, self.rl.model_dump() | self.domains[domain].rl, where=f"domains.{domain}.rl")
-
-    @property
+    @cached_property
     def digest(self) -> str:
         """Equal for configurations that train the same z: what a resume must not change."""
         return hashlib.blake2b(json.dumps(self.resume_fields(), sort_keys=True).encode(), digest_size=8).hexdigest()
 
     def resume_fields(self) -> dict[str, Any]:
         """Everything but where things lie and how many processes do the work."""
-        fixed = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
-        # Ray unpacks a submitted job's files into a folder whose name changes with any of them.
-        text = re.sub(r'[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+/', "", json.dumps(fixed))
-        return dict(json.loads(text))
+        return portable({key: value for key, value in self.model_dump(mode="json").items() if key not in FREE})
+
+
+def portable(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values whose paths in a submitted job's working folder are relative to it.
+
+    Ray unpacks a job's files into a folder that it deletes, and whose name changes with any of them.
+    """
+    folder = r'"[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+'
+    text = re.sub(rf'{folder}/+(?=[^"])', '"', json.dumps(values))
+    return dict(json.loads(re.sub(rf'{folder}/*"', '"."', text)))
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
@@ -201,6 +284,4 @@ def resolve(values: dict[str, Any], *, where: str, code: str = "") -> TrainConfi
         values = values | {"code": code}
     config = validate(TrainConfig, values, where=where)
     check_name(config.run, "run")
-    for domain in config.domains:
-        config.domain_rl(domain)
     return config

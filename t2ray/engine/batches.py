@@ -1,7 +1,7 @@
-"""Static batches: generation and scoring of given requests, mixtures mixed, as few padded batches as limits allow.
+"""Static batches: given requests, of any mixtures, are generated and scored in as few padded batches as limits allow.
 
-transformers' `generate` runs the loop; this module decides what shares a batch and which z each row sees. It
-computes in its caller's thread. Not here: where requests come from (`engine`, `continuous`).
+transformers' `generate` runs the loop; this module decides which requests share a batch and which z each row uses. It
+computes in its caller's thread. Not here: where requests come from (`offline`, `loop`).
 
 Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singular values.
 """
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from os.path import commonprefix
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import DynamicLayer
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, ConfigError, Message, Mixture, Prompt, SamplingParams
-from t2ray.engine.cache import roomy_cache
+from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.sampling import RowEnds, RowSampler
 
 SHARED_TOKENS = 64
@@ -31,11 +33,13 @@ SHARED_TOKENS = 64
 class Request:
     """A call: with `sampling` a generation, with `labels` a scoring. `z_K` is None for the base model.
 
-    Requests of one mixture share one tensor `z_K`: batches tell mixtures apart by it.
+    An answer `continues` a text, or is a turn by itself. Requests of one mixture share one tensor `z_K`: batches tell
+    mixtures apart by it.
     """
 
     prompt_ids: tuple[int, ...]
     mixture: Mixture
+    continues: bool = False
     z_K: Tensor | None = None
     sampling: SamplingParams | None = None
     labels: tuple[tuple[int, ...], ...] = ()
@@ -52,25 +56,43 @@ class Request:
         return len(self.prompt_ids) + answer
 
 
-def prompt_ids(model: Model, prompt: Prompt, answer: int) -> tuple[int, ...]:
-    """The ids of a conversation, or of a text that is continued as it stands.
+def fitting(
+    model: Model, prompt: Prompt, sampling: SamplingParams, context: int
+) -> tuple[tuple[int, ...], SamplingParams]:
+    """The ids of a prompt, and its sampling with `max_tokens` that fit; raises as `prompt_ids` does."""
+    ids = prompt_ids(model, prompt, 1 if sampling.to_end else sampling.max_tokens, sampling.logit_bias)
+    if sampling.to_end:
+        sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, context - len(ids))))
+    return ids, sampling
+
+
+def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
+    """The ids of a prompt (`Chat.ids`) that is answered with a `bias` of some tokens.
 
     Raises:
-        ConfigError: the prompt and `answer` further tokens exceed the model's context.
+        ConfigError: the prompt has no tokens or unknown ones, or the model's chat template refuses it.
+        ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
     """
-    ids = model.chat.encode_text(prompt) if isinstance(prompt, str) else model.chat.encode(prompt)
+    ids = model.chat.ids(prompt)
+    if not ids:
+        raise ConfigError("the prompt is empty: it has no tokens; write something")
+    vocabulary = model.hf.get_input_embeddings().num_embeddings
+    for what, tokens in (("the prompt", ids), ("logit_bias", [id for id, _ in bias])):
+        if wrong := [id for id in tokens if not 0 <= id < vocabulary]:
+            raise ConfigError(f"{what} has the token {wrong[0]}; the model's tokens are 0..{vocabulary - 1}")
     if len(ids) + answer > model.context:
-        raise ConfigError(
+        raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
-            f"{model.context}; shorten the prompt or lower max_tokens"
-        )
+            f"{model.context}; shorten the prompt or lower max_tokens",
+            len(ids), answer, model.context,
+        )  # fmt: skip
     return ids
 
 
-def scoring(model: Model, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture) -> Request:
+def scoring(model: Model, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> Request:
     """The request for the log-likelihoods of `labels`; raises as `prompt_ids` does."""
     label_ids = tuple(model.chat.encode_answer(label) for label in labels)
-    ids = prompt_ids(model, messages, max(map(len, label_ids)))
+    ids = prompt_ids(model, prompt, max(map(len, label_ids)))
     return Request(prompt_ids=ids, mixture=mixture, labels=label_ids)
 
 
@@ -108,18 +130,18 @@ class StaticBatches:
 
     def _bind(self, batch: Sequence[Request], repeat: int = 1) -> AbstractContextManager[None]:
         """The cheapest exact way to give every row its z: the base for free, a fold that pays, else rows."""
-        svf = self.model.svf
+        adapter = self.model.adapter
         distinct = {id(request.z_K): request.z_K for request in batch}
         only = next(iter(distinct.values()))
         if len(distinct) == 1:
             if only is None:
                 return nullcontext()
             tokens = sum(request.tokens for request in batch)
-            if svf.is_folded(only) or tokens >= svf.tokens_to_fold():
-                return svf.folded(only)
-            return svf.rows(only[None])
-        index_B = torch.tensor([list(distinct).index(id(request.z_K)) for request in batch], device=svf.s_K.device)
-        return svf.rows(svf.table(list(distinct.values())), index_B.repeat_interleave(repeat))
+            if adapter.is_folded(only) or tokens >= adapter.tokens_to_fold():
+                return adapter.folded(only)
+            return adapter.rows(only[None])
+        index_B = torch.tensor([list(distinct).index(id(request.z_K)) for request in batch], device=self.model.device)
+        return adapter.rows(adapter.table(list(distinct.values())), index_B.repeat_interleave(repeat))
 
     def _left_padded(self, batch: Sequence[Request], skip: int = 0) -> tuple[Tensor, Tensor]:
         """Ids (B, T) of the prompts without their first `skip` tokens, and the mask (B, skip + T) of all of them."""
@@ -133,15 +155,17 @@ class StaticBatches:
         chat, device = self.model.chat, self.model.device
         params = [request.sampling for request in batch if request.sampling]
         ids_BT, mask_BT = self._left_padded(batch)
+        longest = max(p.max_tokens for p in params)
         sampler = RowSampler(params, device)
-        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, chat.decode, device)
+        decode = [partial(chat.decode, continues=request.continues) for request in batch]
+        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, decode, device)
         with self._bind(batch):
             out_BT = self.model.hf.generate(
                 ids_BT,
                 attention_mask=mask_BT,
-                past_key_values=roomy_cache(self.model.hf.config, ids_BT.shape[1] + max(p.max_tokens for p in params)),
+                past_key_values=roomy_cache(self.model.family.config, ids_BT.shape[1] + longest),
                 do_sample=False,
-                max_new_tokens=max(p.max_tokens for p in params),
+                max_new_tokens=longest,
                 pad_token_id=chat.pad_id,
                 logits_processor=LogitsProcessorList([sampler]),
                 stopping_criteria=StoppingCriteriaList([ends]),
@@ -157,13 +181,15 @@ class StaticBatches:
     def _completion(
         self, request: Request, sampling: SamplingParams, tokens: list[int], logprobs: list[float]
     ) -> Completion:
-        text = self.model.chat.decode(tokens)
+        text = self.model.chat.decode(tokens, continues=request.continues)
         cuts = [text.find(stop) for stop in sampling.stop if stop in text]
         ended = bool(cuts) or (tokens[-1] in self.model.chat.eos_ids and not sampling.ignore_eos)
         return Completion(
             prompt_ids=request.prompt_ids,
-            token_ids=tuple(tokens),
-            logprobs=tuple(logprobs),
+            tokens=tuple(
+                Token(id=token, text=self.model.chat.token(token)[0], logprob=logprob)
+                for token, logprob in zip(tokens, logprobs, strict=True)
+            ),
             text=text[: min(cuts)] if cuts else text,
             finish_reason="stop" if ended else "length",
             mixture=request.mixture,
@@ -174,7 +200,7 @@ class StaticBatches:
         hf, L, shared = self.model.hf, len(batch[0].labels), _shared_prefix(batch)
         ids_BT, mask_BT = self._left_padded(batch, shared)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, shared:]
-        cache = DynamicCache(config=hf.config)
+        cache = DynamicCache(config=self.model.family.config)
         with self._bind(batch):
             if shared:
                 prefix_1T = torch.tensor([batch[0].prompt_ids[:shared]], device=ids_BT.device)
@@ -219,3 +245,43 @@ def _shared_prefix(batch: Sequence[Request]) -> int:
     prompts = [request.prompt_ids for request in batch]
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     return shared if shared * (len(batch) - 1) >= SHARED_TOKENS else 0
+
+
+# ------------------------------------------------------------------------------------------------ keys and values
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer whose keys and values, (B, heads, T, D), are the filled part of buffers for `capacity` tokens.
+
+    A step writes its own token. transformers' own cache grows by concatenation, which copies all tokens at every step.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates the buffers when the first keys show their sizes."""
+        super().lazy_initialization(key_states, value_states)
+        self.rooms = tuple(
+            states.new_empty(*states.shape[:2], self.capacity, states.shape[-1])
+            for states in (key_states, value_states)
+        )
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds new tokens; the keys and values of all tokens so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
+            room[:, :, start:end] = states
+        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
+        return self.keys, self.values
+
+
+def roomy_cache(config: Any, capacity: int) -> DynamicCache:
+    """The cache that `config`'s model asks for, its plain layers with room for `capacity` tokens."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache

@@ -1,6 +1,7 @@
-"""What the continuous engine does at each turn of its loop, in the loop's thread: binds, chooses, wakes, scores.
+"""What the online engine does at each turn of its loop, in the loop's thread.
 
-Not here: what callers see (`continuous`), and transformers' loop itself (`manager`, whose `Steps` this is).
+It binds each row to its mixture, chooses the next tokens, wakes the callers, and scores what is queued.
+Not here: what callers see (`online`), and transformers' loop itself (`engine.transformers`, whose `Steps` this is).
 
 Shapes: B rows of a step, T packed tokens, V vocabulary, R mixtures, K singular values.
 """
@@ -14,15 +15,14 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Delta, GenerationError, SamplingParams, Token
+from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import Request, StaticBatches
-from t2ray.engine.sampling import sample
+from t2ray.engine.sampling import adjusted, cuts, likeliest, sample
 from t2ray.engine.text import TextStream
 
 DELTAS_PER_S, LONGEST_GAP_S = 50.0, 0.5
@@ -44,7 +44,6 @@ class Row:
     text: TextStream
     loop: asyncio.AbstractEventLoop
     streams: bool
-    name: str | None
     pieces: deque[Delta] = field(default_factory=deque)
     woken: asyncio.Event = field(default_factory=asyncio.Event)
     due: float = 0.0
@@ -64,6 +63,7 @@ class Loop:
         self.count = dict.fromkeys(counted, 0)
         self.turned = time.monotonic()
         self.cancel: Callable[[str], None]
+        self.plain_attention: Callable[[], AbstractContextManager[None]]
         self._batches = StaticBatches(model)
         self._fresh: list[Row] = []
         self._alone: tuple[Tensor | None, int] = (None, 0)
@@ -79,8 +79,9 @@ class Loop:
             return
         error: Exception | None = None
         try:
-            self._batches.run(request for request, _ in waiting)
-        except RuntimeError as failure:  # torch's: out of memory
+            with self.plain_attention():
+                self._batches.run(request for request, _ in waiting)
+        except Exception as failure:  # whatever it is, it is told to who asked, and the rows of others go on
             error = GenerationError(f"scoring failed: {failure}")
         for request, done in waiting:
             done.get_loop().call_soon_threadsafe(_settle, done, error or request.result)
@@ -88,7 +89,7 @@ class Loop:
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
         """Folds when the rows have had one mixture alone for as many tokens as a fold costs, so that folding at most
         doubles the least possible time, however the mixtures alternate."""
-        svf = self.model.svf
+        adapter = self.model.adapter
         z = [row.z_K if (row := self.rows.get(id)) else None for id, _ in requests]
         distinct = {id(z_K): z_K for z_K in z}
         tokens = sum(length for _, length in requests)
@@ -97,41 +98,44 @@ class Loop:
         if len(distinct) > 1:
             self._alone = (None, 0)
             if tokens == len(requests):
-                return svf.each(z)
+                return adapter.each(z)
             place = {key: i for i, key in enumerate(distinct)}
             index = [place[id(z_K)] for z_K, (_, length) in zip(z, requests, strict=True) for _ in range(length)]
-            return svf.rows(svf.table(list(distinct.values())), torch.tensor(index, device=svf.s_K.device))
+            return adapter.rows(adapter.table(list(distinct.values())), torch.tensor(index, device=self.model.device))
         (only,) = distinct.values()
         if only is None:
             return nullcontext()
-        if svf.is_folded(only):
-            return svf.folded(only)
+        if adapter.is_folded(only):
+            return adapter.folded(only)
         before = self._alone[1] if self._alone[0] is only else 0
         self._alone = (only, before + tokens)
-        if before >= svf.tokens_to_fold():
+        if before >= adapter.tokens_to_fold():
             self.count["folds"] += 1
-            return svf.folded(only)
-        return svf.rows(only[None])
+            return adapter.folded(only)
+        return adapter.rows(only[None])
 
     def choose(self, requests: list[str], logits_BV: Tensor) -> Tensor:
-        """Each row's next token, by its own temperature, top_p and stream of random numbers."""
+        """Each row's next token, by its own parameters and stream of random numbers."""
         rows = [self.rows.get(id) for id in requests]
         logprob_BV = logits_BV.log_softmax(-1)
-        token_B1 = logprob_BV.argmax(-1, keepdim=True)
+        params = [row.sampling if row else SamplingParams() for row in rows]
+        adjusted_BV = adjusted(logprob_BV, params, [row.text.ids if row else [] for row in rows])
+        token_B1 = adjusted_BV.argmax(-1, keepdim=True)
         hot = [(i, row) for i, row in enumerate(rows) if row and row.sampling.temperature > 0]
         if hot:
             at = torch.tensor([i for i, _ in hot], device=logits_BV.device)
-            settings = [[r.sampling.temperature, r.sampling.top_p, r.uniforms[r.length]] for _, r in hot]
-            temperature_B1, top_p_B1, u_B1 = torch.tensor(settings, dtype=torch.float64, device=at.device).split(1, 1)
-            nucleus_B1 = top_p_B1.float() if any(row.sampling.top_p < 1 for _, row in hot) else None
-            token_B1[at] = sample(logprob_BV[at], temperature_B1.float(), nucleus_B1, u_B1)
+            settings = [[row.sampling.temperature, row.uniforms[row.length]] for _, row in hot]
+            temperature_B1, u_B1 = torch.tensor(settings, dtype=torch.float64, device=at.device).split(1, 1)
+            cuts_B3 = cuts([row.sampling for _, row in hot], at.device)
+            token_B1[at] = sample(adjusted_BV[at], temperature_B1.float(), cuts_B3, u_B1)
         chosen_B = logprob_BV.gather(-1, token_B1)[:, 0].tolist()
         tokens: list[int] = token_B1[:, 0].tolist()
         for i, (row, token, logprob) in enumerate(zip(rows, tokens, chosen_B, strict=True)):
             if row is None:
                 continue
             if logprob != logprob:
-                self.fail(row.id, GenerationError("this mixture's numbers overflow: the model's scores are not finite"))
+                message = "this mixture's numbers overflow: the model's scores are not finite; use smaller weights"
+                self.fail(row.id, ExpertError(message))
                 self.cancel(row.id)
             else:
                 self._add(row, token, logprob, logprob_BV[i])
@@ -140,19 +144,18 @@ class Loop:
     def _add(self, row: Row, token: int, logprob: float, logprob_V: Tensor) -> None:
         sampling, chat = row.sampling, self.model.chat
         row.length += 1
-        top: tuple[tuple[str, float], ...] = ()
-        if sampling.top_logprobs:
-            best = logprob_V.topk(sampling.top_logprobs)
-            top = tuple((chat.token(i), p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True))
         piece = row.text.push(token)
         stopped = row.text.stopped or (token in chat.eos_ids and not sampling.ignore_eos)
-        reason: Literal["stop", "length"] | None = None
+        reason: FinishReason | None = None
         if stopped or row.length == sampling.max_tokens:
             reason = "stop" if stopped else "length"
+            piece += row.text.finish()
+        raw = chat.token(token)[1]
+        top = likeliest(chat, logprob_V, sampling.top_logprobs)
         row.pieces.append(
             Delta(
-                text=piece if reason is None else piece + row.text.finish(),
-                tokens=(Token(id=token, text=chat.token(token), logprob=logprob, top=top),),
+                text=piece,
+                tokens=(Token(id=token, text=row.text.added, logprob=logprob, raw=raw, top=top),),
                 prompt_tokens=len(row.prompt_ids),
                 finish_reason=reason,
             )
@@ -178,7 +181,7 @@ class Loop:
 
     def fail(self, request: str | None, error: Exception) -> None:
         """Tells a row's caller, or with None everybody's."""
-        if not isinstance(error, GenerationError):
+        if not isinstance(error, T2RayError):
             error = GenerationError(f"the engine failed: {error}")
         for id in list(self.rows) if request is None else [request]:
             if row := self.rows.pop(id, None):

@@ -1,59 +1,102 @@
 """The offline engine: calls that are awaited together share static batches. For rollouts, the search and evaluation.
 
-Callers hold it as `Generate` and `Score`; it computes in their event loop's thread, which blocks while a batch runs.
-Not here: requests that come and go one by one (`continuous`).
+It computes in the thread of its callers' event loop, which blocks while a batch runs. Not here: requests that come and
+go one by one (`online`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Mapping
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, Message, Mixture, Prompt, SamplingParams
-from t2ray.engine.batches import Request, StaticBatches, prompt_ids, scoring
+from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams
+from t2ray.engine.batches import Request, StaticBatches, fitting, scoring
+from t2ray.engine.protocol import EngineStats
 
 
 class OfflineEngine:
-    """Batches the calls of one event loop turn. Experts are `model.svf.bank`, by name."""
+    """Batches the calls of one turn of the event loop; see `engine.protocol.Engine`."""
 
     def __init__(self, model: Model, *, max_batch_rows: int = 512, max_batch_tokens: int = 131_072) -> None:
         self.model = model
+        self.chat, self.context = model.chat, model.context
+        self.layout, self.base_digest = model.adapter.layout, model.base_digest
         self.batches = StaticBatches(model, max_rows=max_batch_rows, max_tokens=max_batch_tokens)
+        self.count: Counter[str] = Counter()
         self._queue: list[Request] = []
         self._z: dict[Mixture, Tensor | None] = {}
         self._flushing: asyncio.Task[None] | None = None
+        self._flushed = time.monotonic()
 
-    async def generate(self, messages: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
-        """See `core.Generate`.
+    @property
+    def experts(self) -> Collection[str]:
+        return self.model.adapter.bank.keys()
 
-        Raises:
-            ConfigError: prompt and answer do not fit the model's context.
-            UnknownExpert: the mixture names no expert of the bank.
-        """
-        ids = prompt_ids(self.model, messages, sampling.max_tokens)
-        completion = await self._batched(Request(prompt_ids=ids, mixture=mixture, sampling=sampling))
+    @property
+    def stats(self) -> EngineStats:
+        """Counts of whole batches: nothing runs between two turns of the event loop."""
+        names = ("rows", "mixtures", "steps", "tokens", "finished", "failed")
+        return EngineStats(
+            running=0, waiting=len(self._queue), aborted=0, folds=0, kv_free=0, kv_total=0,
+            idle_s=time.monotonic() - self._flushed, **{name: self.count[name] for name in names},
+        )  # fmt: skip
+
+    def start(self) -> None:
+        """Nothing: a batch allocates what it needs."""
+
+    def stop(self) -> None:
+        """Nothing: no batch outlives its callers."""
+
+    def check(self) -> None:
+        """Never raises: an error reaches the callers of its batch."""
+
+    def fits(self, prompt: Prompt, max_tokens: int) -> bool:
+        """See `Engine.fits`."""
+        return len(self.model.chat.ids(prompt)) + max_tokens <= self.model.context
+
+    def set_experts(self, changed: Mapping[str, Tensor], gone: Collection[str] = ()) -> None:
+        """See `Engine.set_experts`."""
+        self.model.adapter.set_experts(changed, gone)
+
+    def vector(self, mixture: Mixture) -> Tensor:
+        """See `Engine.vector`."""
+        return self.model.adapter.mix(mixture)
+
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
+        """See `Engine.generate`."""
+        ids, sampling = fitting(self.model, prompt, sampling, self.context)
+        completion = await self._batched(
+            Request(prompt_ids=ids, mixture=mixture, continues=isinstance(prompt, str), sampling=sampling)
+        )
         assert isinstance(completion, Completion)
         return completion
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
-        """See `core.Score`. Raises as `generate` does."""
-        scores = await self._batched(scoring(self.model, messages, labels, mixture))
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
+        """See `Engine.stream`: the whole answer in one piece, since a batch ends as a whole."""
+        answer = await self.generate(prompt, mixture, sampling)
+        yield Delta(
+            text=answer.text,
+            tokens=answer.tokens,
+            prompt_tokens=len(answer.prompt_ids),
+            finish_reason=answer.finish_reason,
+        )
+
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        """See `core.Score`."""
+        scores = await self._batched(scoring(self.model, prompt, labels, mixture))
         assert isinstance(scores, tuple)
         return scores
-
-    def fits(self, messages: tuple[Message, ...], max_tokens: int) -> bool:
-        """Whether a prompt and an answer of `max_tokens` fit the model's context."""
-        return len(self.model.chat.encode(messages)) + max_tokens <= self.model.context
 
     async def _batched(self, request: Request) -> Completion | tuple[float, ...] | None:
         """The request's result, computed together with whatever else is ready in this turn of the event loop."""
         mixture = request.mixture
         if mixture not in self._z:  # an unknown expert fails its own caller, not the batch
-            self._z[mixture] = self.model.svf.mix(mixture) if mixture.weights else None
+            self._z[mixture] = self.model.adapter.mix(mixture) if mixture.weights else None
         request.z_K = self._z[mixture]
         if self._flushing is None:  # a task starts after every call that is ready now has queued
             self._flushing = asyncio.ensure_future(self._flush())
@@ -64,4 +107,12 @@ class OfflineEngine:
     async def _flush(self) -> None:
         queue, self._queue, self._flushing = self._queue, [], None
         self._z.clear()
-        self.batches.run(queue)
+        try:
+            self.batches.run(queue)
+        except BaseException:
+            self.count["failed"] += len(queue)
+            raise
+        answers = [request.result for request in queue if isinstance(request.result, Completion)]
+        self.count["rows"], self.count["mixtures"] = len(queue), len({request.mixture for request in queue})
+        self.count.update(steps=1, finished=len(queue), tokens=sum(len(answer.tokens) for answer in answers))
+        self._flushed = time.monotonic()

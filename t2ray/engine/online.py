@@ -1,8 +1,9 @@
-"""The continuous engine: requests come and go one by one, and share every step, each with its own mixture. For serving.
+"""The online engine: requests come and go one by one and share every step, each with its own mixture. For serving.
 
-transformers' continuous batching runs the loop in a thread of its own, which alone uses the model: scorings are queued
-to it and run between two steps. Callers hold `generate`, `stream` and `score` in their event loop. Not here: what a
-turn of the loop does (`loop`), static batches (`engine`), and the seam to transformers (`manager`).
+transformers' continuous batching runs the loop in a thread of its own. This thread alone uses the model: scorings are
+queued to it and run between two steps. Callers await `generate`, `stream` and `score` in their own event loop.
+Not here: what a turn of the loop does (`loop`), static batches (`batches`), and the seam to transformers
+(`engine.transformers`).
 """
 
 from __future__ import annotations
@@ -10,53 +11,39 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Mapping
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, ConfigError, Delta, GenerationError, Message, Mixture, Prompt, SamplingParams, joined
-from t2ray.engine.batches import prompt_ids, scoring
+from t2ray.core import Completion, ContextExceeded, Delta, GenerationError, Mixture, Prompt, SamplingParams, joined
+from t2ray.engine.batches import fitting, scoring
 from t2ray.engine.loop import Loop, Row
+from t2ray.engine.protocol import EngineStats
 from t2ray.engine.sampling import uniforms
 from t2ray.engine.text import TextStream
 from t2ray.engine.transformers import Manager
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStats:
-    """Counts since the start, and how things are now. KV in bytes; `rows` and `mixtures` are the last step's."""
-
-    running: int
-    waiting: int
-    rows: int
-    mixtures: int
-    steps: int
-    tokens: int
-    finished: int
-    aborted: int
-    failed: int
-    folds: int
-    kv_free: int
-    kv_total: int
-    idle_s: float
-
-
 class OnlineEngine:
-    """Generates for many callers at once. Experts are `model.svf.bank`, replaced as a whole by `set_experts`."""
-
-    loop = Loop  # the benches have one that never folds
+    """Generates for many callers at once; see `engine.protocol.Engine`."""
 
     def __init__(self, model: Model, config: EngineConfig | None = None) -> None:
         self.model = model
+        self.chat, self.context = model.chat, model.context
+        self.layout, self.base_digest = model.adapter.layout, model.base_digest
         self.config = config or EngineConfig()
-        self._loop = self.loop(model)
+        self._loop = Loop(model)
         self._z: dict[Mixture, Tensor | None] = {}
         self._numbers = itertools.count()
         self._manager = Manager(model.hf, self.config, self._loop)
         self._loop.cancel = self._manager.cancel_request
+        self._loop.plain_attention = self._manager.plain_attention
+
+    @property
+    def experts(self) -> Collection[str]:
+        return self.model.adapter.bank.keys()
 
     def start(self) -> None:
         """Allocates the cache and starts the loop's thread."""
@@ -68,51 +55,31 @@ class OnlineEngine:
 
     # -------------------------------------------------------------------------------------------------------- callers
 
-    async def generate(
-        self, messages: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str | None = None
-    ) -> Completion:
-        """See `core.Generate`. A call that is cancelled ends its generation.
-
-        Raises:
-            ConfigError: prompt and answer do not fit the model's context, or the cache.
-            UnknownExpert: the mixture names no expert of the bank.
-            GenerationError: the row's numbers overflowed, or the engine stopped.
-        """
-        row = self._submit(messages, mixture, sampling, request_id, streams=False)
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
+        """See `Engine.generate`."""
+        row = self._submit(prompt, mixture, sampling, streams=False)
         answer = joined([delta async for delta in self._deltas(row)])
         assert answer.finish_reason is not None
         return Completion(
             prompt_ids=row.prompt_ids,
-            token_ids=tuple(token.id for token in answer.tokens),
-            logprobs=tuple(token.logprob for token in answer.tokens),
+            tokens=answer.tokens,
             text=answer.text,
             finish_reason=answer.finish_reason,
             mixture=mixture,
         )
 
-    async def stream(
-        self,
-        messages: Prompt,
-        mixture: Mixture,
-        sampling: SamplingParams,
-        request_id: str | None = None,
-        *,
-        whole: bool = False,
-    ) -> AsyncIterator[Delta]:
-        """The answer as it grows, or with `whole` at its end; raises as `generate` does. Closing the iterator ends the
-        generation.
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
+        """See `Engine.stream`.
 
         The first token comes at once; later ones are joined, since all streams share `loop.DELTAS_PER_S`.
         """
-        row = self._submit(messages, mixture, sampling, request_id, streams=not whole)
+        row = self._submit(prompt, mixture, sampling, streams=True)
         async for delta in self._deltas(row):
             yield delta
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
-        """See `core.Score`. Raises as `generate` does."""
-        request = scoring(self.model, messages, labels, mixture)
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        """See `core.Score`."""
+        request = scoring(self.model, prompt, labels, mixture)
         request.z_K = self._mixed(mixture)
         done: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
         self.check()
@@ -120,19 +87,18 @@ class OnlineEngine:
         self._manager._wake_up_loop.set()
         return await done
 
-    def abort(self, request_id: str) -> int:
-        """Ends the generations of that name, whose callers get a `GenerationError`; how many there were."""
-        rows = [row for row in list(self._loop.rows.values()) if row.name == request_id]
-        for row in rows:
-            self._drop(row)
-            row.error = GenerationError(f"request {request_id} was aborted")
-            row.woken.set()
-        return len(rows)
+    def fits(self, prompt: Prompt, max_tokens: int) -> bool:
+        """See `Engine.fits`: the context, and the cache."""
+        return len(self.chat.ids(prompt)) + max_tokens <= min(self.context, self.config.kv_tokens)
 
-    def set_experts(self, bank: Mapping[str, Tensor]) -> None:
-        """Replaces all experts. Requests that run keep the z they began with."""
-        self.model.svf.bank = dict(bank)
+    def set_experts(self, changed: Mapping[str, Tensor], gone: Collection[str] = ()) -> None:
+        """See `Engine.set_experts`."""
+        self.model.adapter.set_experts(changed, gone)
         self._z = {}
+
+    def vector(self, mixture: Mixture) -> Tensor:
+        """See `Engine.vector`."""
+        return self.model.adapter.mix(mixture)
 
     @property
     def stats(self) -> EngineStats:
@@ -143,15 +109,14 @@ class OnlineEngine:
             running=running, waiting=waiting, kv_free=free, kv_total=total, idle_s=idle_s, **self._loop.count
         )
 
-    def _submit(
-        self, messages: Prompt, mixture: Mixture, sampling: SamplingParams, name: str | None, *, streams: bool
-    ) -> Row:
-        ids = prompt_ids(self.model, messages, sampling.max_tokens)
+    def _submit(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> Row:
+        ids, sampling = fitting(self.model, prompt, sampling, min(self.context, self.config.kv_tokens))
         if len(ids) + sampling.max_tokens > self.config.kv_tokens:
-            raise ConfigError(
+            raise ContextExceeded(
                 f"a prompt of {len(ids)} tokens and {sampling.max_tokens} for the answer exceed the engine's cache "
-                f"of {self.config.kv_tokens} tokens; shorten the prompt, lower max_tokens or raise engine.kv_tokens"
-            )
+                f"of {self.config.kv_tokens} tokens; shorten the prompt, lower max_tokens or raise engine.kv_tokens",
+                len(ids), sampling.max_tokens, self.config.kv_tokens,
+            )  # fmt: skip
         self.check()
         row = Row(
             id=f"{next(self._numbers)}",
@@ -159,10 +124,9 @@ class OnlineEngine:
             z_K=self._mixed(mixture),
             sampling=sampling,
             uniforms=uniforms(sampling.seed, sampling.max_tokens).tolist() if sampling.temperature else [],
-            text=TextStream(self.model.chat, sampling.stop),
+            text=TextStream(self.model.chat, sampling.stop, continues=isinstance(prompt, str)),
             loop=asyncio.get_running_loop(),
             streams=streams,
-            name=name,
         )
         self._loop.rows[row.id] = row
         self._manager.add_request(
@@ -202,7 +166,7 @@ class OnlineEngine:
     def _mixed(self, mixture: Mixture) -> Tensor | None:
         """One tensor for all requests of a mixture, until the experts change; as many as a batch has rows are kept."""
         z = self._z
-        z_K = z.pop(mixture) if mixture in z else self.model.svf.mix(mixture) if mixture.weights else None
+        z_K = z.pop(mixture) if mixture in z else self.model.adapter.mix(mixture) if mixture.weights else None
         if len(z) >= self.config.batch_rows:
             del z[next(iter(z))]  # the one that was asked for longest ago
         z[mixture] = z_K

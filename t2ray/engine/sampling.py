@@ -1,6 +1,6 @@
 """Choosing the next token, row by row: a logits processor, so that transformers' own generation loop does the rest.
 
-Each row has its own temperature, top_p and stream of random numbers, so that a seeded row's text does not depend on
+Each row has its own parameters and stream of random numbers, so that a seeded row's text does not depend on
 its neighbours. Also records the log-probability of each token that was chosen.
 """
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from t2ray.core import SamplingParams
+from t2ray.core import SamplingParams, Token
+from t2ray.models.chat import Chat
 
 
 class RowSampler(LogitsProcessor):
@@ -23,39 +24,80 @@ class RowSampler(LogitsProcessor):
     """
 
     def __init__(self, sampling: Sequence[SamplingParams], device: torch.device) -> None:
+        self.sampling = sampling
         self.temperature_B1 = torch.tensor([[s.temperature] for s in sampling], device=device)
-        self.top_p_B1 = torch.tensor([[s.top_p] for s in sampling], device=device)
         self.greedy = all(s.temperature == 0 for s in sampling)
-        self.nucleus = any(s.top_p < 1 for s in sampling)
+        self.cuts_B3 = cuts(sampling, device)
         self.logprobs: list[Tensor] = []
         if not self.greedy:
             longest = max(s.max_tokens for s in sampling)
             self.uniform_BT = torch.stack([uniforms(s.seed, longest) for s in sampling]).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprob_BV = scores.log_softmax(-1)
-        token_B1 = logprob_BV.argmax(-1, keepdim=True)
+        logprob_BV, length = scores.log_softmax(-1), len(self.logprobs)
+        adjusted_BV = adjusted(logprob_BV, self.sampling, input_ids[:, input_ids.shape[1] - length :])
+        token_B1 = adjusted_BV.argmax(-1, keepdim=True)
         if not self.greedy:
-            top_p_B1 = self.top_p_B1 if self.nucleus else None
-            u_B1 = self.uniform_BT[:, len(self.logprobs), None]
-            sampled_B1 = sample(logprob_BV, self.temperature_B1, top_p_B1, u_B1)
+            sampled_B1 = sample(adjusted_BV, self.temperature_B1, self.cuts_B3, self.uniform_BT[:, length, None])
             token_B1 = torch.where(self.temperature_B1 > 0, sampled_B1, token_B1)
         self.logprobs.append(logprob_BV.gather(-1, token_B1)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
 
 
-def sample(logprob_BV: Tensor, temperature_B1: Tensor, top_p_B1: Tensor | None, u_B1: Tensor) -> Tensor:
-    """The tokens, (B, 1), where each row's cumulative distribution reaches its uniform number `u_B1` in [0, 1)."""
-    p_BV = (logprob_BV / temperature_B1.clamp_min(1e-6)).softmax(-1)
-    if top_p_B1 is not None:
+def adjusted(logit_BV: Tensor, sampling: Sequence[SamplingParams], answers: Tensor | Sequence[Sequence[int]]) -> Tensor:
+    """The logits with each row's bias and penalties, by the tokens that its answer has so far; itself where none has.
+
+    Unlike the temperature they change the greedy choice too. The recorded log-probabilities are without them.
+    """
+    rows = [i for i, s in enumerate(sampling) if s.logit_bias or s.presence_penalty or s.frequency_penalty]
+    if not rows:
+        return logit_BV
+    logit_BV, device = logit_BV.clone(), logit_BV.device
+    for i in rows:
+        s = sampling[i]
+        answer_T = torch.as_tensor(answers[i], dtype=torch.long, device=device)
+        count_V = torch.bincount(answer_T, minlength=logit_BV.shape[-1])
+        logit_BV[i] -= s.frequency_penalty * count_V + s.presence_penalty * (count_V > 0)
+        for id, bias in s.logit_bias:
+            logit_BV[i, id] += bias
+    return logit_BV
+
+
+def cuts(sampling: Sequence[SamplingParams], device: torch.device) -> Tensor | None:
+    """Each row's top_k, min_p and top_p, (B, 3); None where no row cuts off anything."""
+    if all(s.top_k == 0 and s.min_p == 0 and s.top_p == 1 for s in sampling):
+        return None
+    return torch.tensor([[s.top_k or 2**31, s.min_p, s.top_p] for s in sampling], dtype=torch.float64, device=device)
+
+
+def sample(logit_BV: Tensor, temperature_B1: Tensor, cuts_B3: Tensor | None, u_B1: Tensor) -> Tensor:
+    """The tokens, (B, 1), where each row's cumulative distribution reaches its uniform number `u_B1` in [0, 1).
+
+    top_p is a share of what top_k and min_p leave; the likeliest token always stays.
+    """
+    p_BV = (logit_BV / temperature_B1.clamp_min(1e-6)).softmax(-1)
+    if cuts_B3 is not None:
+        top_k_B1, min_p_B1, top_p_B1 = cuts_B3.split(1, 1)
         sorted_BV, order_BV = p_BV.sort(-1, descending=True)
-        outside = sorted_BV.cumsum(-1) - sorted_BV >= top_p_B1
-        p_BV = torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV.masked_fill(outside, 0.0))
+        rank_V = torch.arange(p_BV.shape[-1], device=p_BV.device)
+        outside_BV = (rank_V >= top_k_B1) | (sorted_BV < (min_p_B1 * sorted_BV[:, :1]).to(p_BV.dtype))
+        left_BV = sorted_BV.masked_fill(outside_BV, 0.0)
+        total_B1 = torch.where(outside_BV.any(-1, keepdim=True), left_BV.sum(-1, keepdim=True), 1.0)
+        outside_BV |= left_BV.cumsum(-1) - left_BV >= top_p_B1.to(p_BV.dtype) * total_B1
+        outside_BV[:, 0] = False
+        p_BV = torch.zeros_like(p_BV).scatter_(-1, order_BV, sorted_BV.masked_fill(outside_BV, 0.0))
     cumulative_BV = p_BV.double().cumsum(-1)
     # `right` never picks a token of probability 0; rounding can never pass the last token that has some.
     token_B1 = torch.searchsorted(cumulative_BV, u_B1 * cumulative_BV[:, -1:], right=True)
     last_B1 = p_BV.shape[-1] - 1 - (p_BV > 0).flip(-1).int().argmax(-1, keepdim=True)
     return torch.minimum(token_B1, last_B1)
+
+
+def likeliest(chat: Chat, logprob_V: Tensor, count: int) -> tuple[Token, ...]:
+    """The `count` likeliest tokens, each by itself."""
+    best = logprob_V.topk(min(count, len(logprob_V)))
+    rows = [(logprob, id, *chat.token(id)) for logprob, id in zip(*map(Tensor.tolist, best), strict=True)]
+    return tuple(Token(id=id, text=text, logprob=logprob, raw=raw) for logprob, id, text, raw in rows)
 
 
 def uniforms(seed: int | None, n: int) -> Tensor:
@@ -76,23 +118,23 @@ class RowEnds(StoppingCriteria):
         sampling: Sequence[SamplingParams],
         prompt: int,
         eos_ids: Sequence[int],
-        decode: Callable[[Sequence[int]], str],
+        decode: Sequence[Callable[[Sequence[int]], str]],
         device: torch.device,
     ) -> None:
-        self.prompt, self.decode = prompt, decode
+        self.prompt = prompt
         self.limit_B = torch.tensor([s.max_tokens for s in sampling], device=device)
         self.eos = torch.tensor(eos_ids, device=device)
         self.ignores_eos_B = torch.tensor([s.ignore_eos for s in sampling], device=device)
-        self.stops = [(row, s.stop) for row, s in enumerate(sampling) if s.stop]
+        self.stops = [(row, s.stop, decode[row]) for row, s in enumerate(sampling) if s.stop]
         self.length_B = torch.zeros_like(self.limit_B)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
         answer_BT = input_ids[:, self.prompt :]
         ends_B = torch.isin(answer_BT[:, -1], self.eos) & ~self.ignores_eos_B
         ends_B |= self.limit_B <= answer_BT.shape[1]
-        for row, stops in self.stops:
+        for row, stops, decode in self.stops:
             if not self.length_B[row]:
-                text = self.decode(answer_BT[row].tolist())
+                text = decode(answer_BT[row].tolist())
                 ends_B[row] |= any(stop in text for stop in stops)
         self.length_B[ends_B & (self.length_B == 0)] = answer_BT.shape[1]
         return self.length_B > 0

@@ -15,21 +15,30 @@ from t2ray.models.chat import Chat
 class TextStream:
     """The text of one answer. What `push` and `finish` return adds up to the decoded answer, cut at the first stop.
 
-    Held back are bytes that are no character yet, and an end that may become a stop string.
+    Held back are bytes that are no character yet, and an end that may become a stop string. `added` is what the last
+    token has added to the text, held back or not; `ids` are all tokens.
+    The answer `continues` a text, or is a turn by itself.
     """
 
-    def __init__(self, chat: Chat, stop: Sequence[str]) -> None:
+    def __init__(self, chat: Chat, stop: Sequence[str], *, continues: bool = False) -> None:
         self.stopped = False
+        self.added = ""
         self._chat, self._stop = chat, stop
-        self._decoder = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
+        self._continues = self._begun = continues
+        self._decoder = DecodeStream(ids=chat.before, skip_special_tokens=True)
+        self.ids: list[int] = []
         self._text = ""
         self._sent = 0
 
     def push(self, token_id: int) -> str:
         """What can be shown after one more token; sets `stopped` when the text now holds a stop string."""
-        self._ids.append(token_id)
-        self._text += self._decoder.step(self._chat.tokenizer.backend_tokenizer, token_id) or ""
+        self.ids.append(token_id)
+        self.added = self._decoder.step(self._chat.tokenizer.backend_tokenizer, token_id) or ""
+        if self.added and not self._begun:  # what the tokenizer strips where a text begins
+            decode = self._chat.decode
+            self.added = self.added[len(decode(self.ids, continues=True)) - len(decode(self.ids)) :]
+            self._begun = True
+        self._text += self.added
         self._cut()
         end = len(self._text) if self.stopped else len(self._text) - self._held()
         return self._take(end)
@@ -37,7 +46,9 @@ class TextStream:
     def finish(self) -> str:
         """What was held back."""
         if not self.stopped:
-            self._text = self._text[: self._sent] + self._chat.decode(self._ids)[self._sent :]
+            whole = self._chat.decode(self.ids, continues=self._continues)
+            self.added += whole[len(self._text) :]
+            self._text = self._text[: self._sent] + whole[self._sent :]
             self._cut()
         return self._take(len(self._text))
 

@@ -2,12 +2,13 @@
 
 The manager keeps the paged cache, the schedule and the loop's thread. Here it is told, at each step, to bind every
 token to its request's mixture, and to let the engine choose the next tokens. Not here: what is bound and chosen
-(`continuous`). A release of transformers that moves the seam fails `tests/test_continuous.py`.
+(`loop`). A release of transformers that moves the seam fails `tests/test_continuous.py`.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -83,6 +84,22 @@ class Manager(ContinuousBatchingManager):
             cache = self.batch_processor.cache
             cache.update = self._guarded(cache.update)
         self.start()
+
+    @contextmanager
+    def plain_attention(self) -> Iterator[None]:
+        """The model with the attention that it was loaded with, for forwards that do not use the paged cache.
+
+        Models without SDPA run with a paged attention of their own while the loop runs, which takes no other forward.
+        """
+        paged, plain = self.model.config._attn_implementation, self._original_attn_impl
+        if plain is None or plain == paged:
+            yield
+            return
+        self.model.set_attn_implementation(plain)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(paged)
 
     @property
     def pages(self) -> tuple[int, int]:

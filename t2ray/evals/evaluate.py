@@ -1,8 +1,7 @@
-"""Both passes over a task's examples, and the tables that come of it. No torch.
+"""Runs both passes over a task's examples, and builds the tables of a report. No torch.
 
-It takes callables only: a strategy (pass 1), a `Generate` (pass 2) and a verifier; the engine, a Serve handle and the
-fakes all fit. Not here: what the tables look like (`report`), and which tasks and strategies to run (`t2ray eval` and
-the demo, which call this).
+It takes callables: a strategy (pass 1), a `Generate` (pass 2) and a verifier. Not here: what the tables look like
+(`report.py`).
 """
 
 from __future__ import annotations
@@ -15,21 +14,22 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from t2ray.adapt.fewshot import Verify
 from t2ray.adapt.strategies import Strategy
-from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams
+from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams, Verify
 from t2ray.evals.intervals import wilson
 
 METHODS = ("base", "expert", "oracle", "prompt", "cls", "fewshot")
+"""The columns of a table, in their order; `methods` says what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """One task under one strategy.
+    """The result of one task under one strategy.
 
-    `correct` has one entry an example, in order, so that two cells of a task can be compared example by example.
-    `labels` counts what pass 1 said; `truncated` answers met max_tokens; `too_long` prompts did not fit the model and
-    count as wrong. Seconds are wall-clock, without the verifier.
+    `correct` has one entry per example, in order, so that two cells of a task can be compared example by example.
+    `labels` counts the labels that pass 1 chose. `truncated` is the number of answers that reached max_tokens,
+    `too_long` that of prompts that do not fit the model; these count as wrong. Seconds are wall-clock time without the
+    verifier.
     """
 
     task: str
@@ -53,7 +53,7 @@ class Cell:
         return wilson(sum(self.correct), self.n)
 
     def row(self) -> dict[str, Any]:
-        """The cell as `report.json` has it: acc, n, ci95."""
+        """Returns the cell as `report.json` shows it: accuracy, number of examples, 95 % interval."""
         return {"acc": self.acc, "n": self.n, "ci95": list(self.ci95)}
 
 
@@ -69,16 +69,16 @@ async def evaluate(
     chunk: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> Cell:
-    """Answers every example in two passes and verifies the answers; an answer is right when its reward is above 0.
+    """Answers every example in two passes and verifies the answers; an answer is right if its reward is above 0.
 
     The requests of a chunk are awaited together, pass by pass, so that each pass is one batch.
 
     Args:
-        fits: whether the model can take these messages (and both passes of them); None when all of them fit.
-        progress: is told the number of examples done, after each chunk.
+        fits: says whether a conversation fits the model in both passes; None if all of them do.
+        progress: is called with the number of examples done, after each chunk.
 
     Raises:
-        DataError: no examples.
+        DataError: there are no examples.
     """
     if not examples:
         raise DataError(f"task {task_name!r} has no examples to evaluate")
@@ -118,27 +118,27 @@ async def evaluate(
 
 
 async def dispatch_counts(examples: Sequence[Example], strategy: Strategy) -> Counter[str]:
-    """What pass 1 says of these examples: the row of a confusion matrix for prompts that have no task ("others")."""
+    """Counts the labels that pass 1 chooses for examples: a confusion matrix' row for prompts of no task ("others")."""
     dispatches = await asyncio.gather(*(strategy(example.messages) for example in examples))
     return Counter(d.label for d in dispatches if d.label is not None)
 
 
 def confusion(counts: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """`{task: {label: count}}` with every label present, in the order of `labels`."""
+    """Returns the confusion matrix `{task: {label: count}}`, with all labels in the order of `labels`."""
     return {task: {label: row.get(label, 0) for label in labels} for task, row in counts.items()}
 
 
 def methods(singles: Mapping[str, Cell], own: str | None, adaptive: Mapping[str, Cell]) -> dict[str, Cell]:
-    """A task's row of the table, in the order of `METHODS`, of what was run.
+    """Returns a task's row of the table: method -> cell, in the order of `METHODS`, without methods that were not run.
 
-    `expert` is the task's own expert, or that of the trained task whose sibling it is. `oracle` is the best of all
-    single mixtures on these very examples, the base among them, because "base" is one of a dispatcher's choices: the
-    bound for any dispatcher that decides once per task, chosen with knowledge of the answers. Ties go to the first.
+    `expert` is the task's own expert, or that of the trained task whose sibling it is. `oracle` is the best on these
+    very examples of the base model and all single experts: the bound for any dispatcher that decides once per task,
+    chosen with knowledge of the answers. Of equal ones, the first is taken.
 
     Args:
-        singles: "base" and each expert's name -> the cell of that mixture alone.
+        singles: "base" or an expert's name -> the cell of that mixture alone.
         own: the expert meant by `expert`; None for a task without one.
-        adaptive: any of "prompt", "cls", "fewshot" -> its cell.
+        adaptive: "prompt", "cls" or "fewshot" -> its cell.
     """
     row = dict(adaptive)
     if "base" in singles:
@@ -151,7 +151,7 @@ def methods(singles: Mapping[str, Cell], own: str | None, adaptive: Mapping[str,
 
 
 def oracle_choice(singles: Mapping[str, Cell]) -> str:
-    """The name of the single mixture with the highest accuracy."""
+    """Returns the name of the single mixture with the highest accuracy, of equal ones the first."""
     return max(singles, key=lambda name: singles[name].acc)
 
 
@@ -171,19 +171,19 @@ def build_report(
     seed: int,
     machine: Any,
 ) -> dict[str, Any]:
-    """The dictionary behind `report.json`; a pure function.
+    """Returns the dictionary that is written as `report.json`.
 
     Args:
-        trained: the tasks that experts were trained on; the other tasks of `singles` are the unseen ones.
+        trained: the tasks that experts were trained on; all other tasks are unseen ones.
         own: task -> its own expert, or its trained sibling's.
         singles: task -> mixture name ("base" or an expert) -> cell.
         adaptive: task -> strategy ("prompt", "cls", "fewshot") -> cell.
         labels: the dispatcher's labels, in their order.
         others: strategy -> label counts of prompts that fit no domain (`dispatch_counts`); may be empty.
-        classifier: "base" and "expert" -> cell of the classification task itself, its label written; may be empty.
-        mixtures: task -> what the few-shot search found for it.
-        timing_s: seconds of decompose, train, adapt, evaluate, total.
-        pass1_share: time of pass 1 over pass 2 at 64 new tokens, measured elsewhere; None where it was not.
+        classifier: "base" and "expert" -> cell of the classification task itself; may be empty.
+        mixtures: task -> the mixture that the few-shot search found for it.
+        timing_s: stage -> seconds.
+        pass1_share: time of pass 1 divided by that of pass 2 at 64 new tokens; None if it was not measured.
     """
     tables: dict[str, dict[str, dict[str, Any]]] = {"trained": {}, "unseen": {}}
     details: dict[str, dict[str, Any]] = {}
@@ -231,9 +231,9 @@ def _alpha(mixture: Mixture, name: str) -> float | list[float]:
 
 
 def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What the tiny model is held to, as `{name, target, value, met}`, reached or not; without what was not run.
+    """Returns the targets of the tiny model that were measured, each as `{name, target, value, met}`.
 
-    "The best single expert" of the unseen tasks is each task's own oracle, the strictest reading.
+    "The best expert" of the unseen tasks is each task's own oracle, the strictest reading.
     """
     trained, unseen = report["tables"]["trained"], report["tables"]["unseen"]
     rows: list[dict[str, Any]] = []
@@ -265,7 +265,7 @@ def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _means(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The mean accuracy over a table's tasks of each method that all of them have."""
+    """Returns method -> mean accuracy over a table's tasks, for each method that all tasks have."""
     return {
         method: fmean(row[method]["acc"] for row in table.values())
         for method in METHODS

@@ -6,7 +6,7 @@ import math
 
 
 def wilson(k: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of k successes in n trials (95 % at z = 1.96), within [0, 1]; (0, 1) for no trials."""
+    """The Wilson score interval of k successes in n trials (95 % at z = 1.96), within [0, 1]; (0, 1) if n = 0."""
     if n == 0:
         return 0.0, 1.0
     p, z2 = k / n, z * z

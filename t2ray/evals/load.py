@@ -1,8 +1,7 @@
-"""A load generator for any running endpoint: open-loop Poisson arrivals or closed-loop workers, and what came of them.
+"""A load generator for any running endpoint: open loop (Poisson arrivals) or closed loop (workers), and its results.
 
-In an open loop a request is sent when it is due, however many are under way, and its times count from when it was due:
-an endpoint that falls behind cannot hide it by slowing its clients down. Not here: what is asked of which endpoint
-(`serving`, `soak`, `t2ray bench load`).
+In an open loop a request is sent when it is due, however many are running, and its times count from when it was due.
+So an endpoint that falls behind cannot hide it by slowing its clients down.
 """
 
 from __future__ import annotations
@@ -24,17 +23,18 @@ import aiohttp
 T = TypeVar("T")
 
 TIMEOUT_S = 120.0
-"""A request that takes longer counts as an error: the generator itself must end."""
+"""Seconds after which a request counts as an error, so that the load generator ends."""
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of a request. `due`, `first` (the stream's first event) and `end` are of one clock, in seconds.
+    """The result of a request. `due`, `first` (the stream's first event) and `end` are in seconds of one clock.
 
-    `status` is HTTP's; `error` says why there is no whole answer, of which a stream can tell after its status 200.
-    `reply` is the JSON of an answer that was not streamed, `extension` the answer's `t2ray`.
+    `status` is the HTTP status, None if there was no response. `error` says why there is no whole answer; a stream may
+    end with an error after the status 200. `reply` is the JSON of an answer that was not streamed, `extension` the
+    answer's `t2ray`.
     """
 
     due: float
@@ -52,7 +52,7 @@ class Outcome:
 
 
 class Client:
-    """One endpoint, over connections that are kept. `async with Client("http://127.0.0.1:8000") as client: ...`"""
+    """A client of one endpoint that keeps its connections: `async with Client("http://127.0.0.1:8000") as client:`."""
 
     def __init__(self, url: str, key: str | None = None, timeout_s: float = TIMEOUT_S) -> None:
         self._url = url.rstrip("/")
@@ -61,7 +61,7 @@ class Client:
 
     async def __aenter__(self) -> Self:
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),  # an open loop has no bound
+            connector=aiohttp.TCPConnector(limit=0),  # an open loop has any number of requests at a time
             headers=self._headers,
             timeout=aiohttp.ClientTimeout(total=self._timeout_s),
             read_bufsize=2**20,
@@ -76,11 +76,11 @@ class Client:
     async def ask(
         self, body: Mapping[str, Any], *, due: float | None = None, path: str = "/v1/chat/completions"
     ) -> Outcome:
-        """Sends one completion request; what went wrong is in the outcome."""
+        """Sends one completion request. It does not raise: an error is in the outcome."""
         return await self.call("POST", path, due=due, json=body)
 
     async def call(self, method: str, path: str, *, due: float | None = None, **content: Any) -> Outcome:
-        """Any request; an answer in server-sent events is read as such."""
+        """Sends any request; reads an answer of server-sent events as a stream."""
         due = time.perf_counter() if due is None else due
         first: float | None = None
         status: int | None = None
@@ -104,7 +104,7 @@ def _whole(due: float, status: int, body: bytes) -> Outcome:
     end = time.perf_counter()
     try:
         reply = json.loads(body)
-    except ValueError:  # not everything is JSON: metrics, or a proxy's own page
+    except ValueError:  # metrics, or a proxy's error page
         reply = None
     if status >= 400:
         error = reply.get("error") if isinstance(reply, dict) else None
@@ -123,7 +123,7 @@ def _whole(due: float, status: int, body: bytes) -> Outcome:
 
 
 def _streamed(due: float, first: float | None, events: Sequence[bytes]) -> Outcome:
-    """Parsed after the end, so that reading costs the endpoint's machine little while it answers."""
+    """The outcome of a stream. It is parsed after its end, so that reading costs little while the endpoint answers."""
     end, error, tokens = time.perf_counter(), None, 0
     extension: dict[str, Any] = {}
     chunks = [json.loads(event) for event in events if event != b"[DONE]"]
@@ -140,7 +140,7 @@ def _streamed(due: float, first: float | None, events: Sequence[bytes]) -> Outco
 def chat(
     content: str, model: str, *, max_tokens: int, stream: bool = False, ignore_eos: bool = False
 ) -> dict[str, Any]:
-    """The body of a greedy request that is one user's turn. A stream is asked for its usage, to count its tokens."""
+    """Returns the body of a greedy request with one user turn. A stream is asked for its usage, to count its tokens."""
     body: dict[str, Any] = {
         "model": model,
         "messages": [{"role": "user", "content": content}],
@@ -155,7 +155,7 @@ def chat(
 async def open_loop(
     send: Callable[[int, float], Awaitable[T]], rate: float, seconds: float, *, seed: int = 0
 ) -> list[T]:
-    """`send(number, due)` at the times of a Poisson process of `rate` a second; all results, when the last is there."""
+    """Calls `send(number, due)` at the times of a Poisson process of `rate` per second; returns all results."""
     draw = random.Random(seed)
     tasks: list[asyncio.Task[T]] = []
     due = time.perf_counter()
@@ -167,7 +167,7 @@ async def open_loop(
 
 
 async def closed_loop(send: Callable[[int], Awaitable[T]], workers: int, each: int) -> list[T]:
-    """`send(number)` by so many workers, each of which asks again when it has its answer."""
+    """Calls `send(number)` by `workers` workers, each `each` times, one after the other; returns all results."""
 
     async def work(worker: int) -> list[T]:
         return [await send(worker + workers * i) for i in range(each)]
@@ -176,7 +176,7 @@ async def closed_loop(send: Callable[[int], Awaitable[T]], workers: int, each: i
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value that `share` of `values` do not exceed, between two of them in proportion."""
+    """Returns the value that `share` of `values` do not exceed, interpolated linearly between two of them."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)
@@ -185,10 +185,10 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """What `t2ray bench load` prints and writes: counts, throughput, and percentiles in milliseconds.
+    """Returns counts, throughput, and percentiles in milliseconds.
 
-    TTFT is the time to a stream's first event, TPOT the time per token after it. Both, and latencies, are those of
-    requests that were answered whole; the others are counted by status, or by how they broke.
+    TTFT is the time to a stream's first event, TPOT the time per token after it. These and the latencies are those of
+    requests with a whole answer; the others are counted by their status, as "no answer" or as "broken".
     """
     good = [outcome for outcome in outcomes if outcome.error is None]
     bad = [outcome for outcome in outcomes if outcome.error is not None]

@@ -1,8 +1,7 @@
 """The report's figures, by matplotlib, as SVG text to put into a page. No torch.
 
-Ink and grid come out as `currentColor` and `var(--line)`, and the text as text, so that one figure suits a light and a
-dark page. Every figure is about 380 px wide: a phone shows one beside nothing, a wide screen several in a row. Called
-by `report` alone.
+Ink and grid have the colours `currentColor` and `var(--line)`, and text stays text, so that one figure suits a light
+and a dark page. Every figure is about 380 px wide: a phone shows one per row, a wide screen several.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+
+from t2ray.experts.heatmap import HeatMap
 
 INK, LINE = "#010203", "#040506"  # stand for the page's colours until the SVG is written
 SERIES = ("#3b82c4", "#d97706", "#2f9e6e", "#b05cc6", "#d14d6b", "#7a8b2a")
@@ -41,7 +42,7 @@ def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
 
 
 def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A run's metrics: accuracy of its rollouts and its greedy validation above, KL to the base (nats) below."""
+    """Draws a domain's metrics: accuracy of rollouts and of greedy validation above, KL to the base (nats) below."""
     steps = [row["step"] for row in rows]
     checked = [row for row in rows if "validation" in row]
 
@@ -63,7 +64,7 @@ def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
-    """A group of bars a task, a bar an expert; a weight for each layer is drawn as their mean and their range."""
+    """Draws one group of bars per task, one bar per expert; of weights per layer, their mean and their range."""
     experts = list(dict.fromkeys(name for row in mixtures.values() for name in row))
     step = 0.8 / max(1, len(experts))
 
@@ -90,14 +91,13 @@ def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str
     return _svg("alphas", 0.9 + 0.22 * len(mixtures) * max(2, len(experts)), draw)
 
 
-def heat(
-    expert: str, rows: Sequence[str], layers: Sequence[int], values: Sequence[Sequence[float]], limit: float
-) -> str:
-    """z - 1 by matrix (down) and layer (across); `limit` is the colour scale's end, one for all experts.
+def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
+    """Draws a heat map: kinds of matrices down, layers across. `limit` ends the colour scale of all experts' maps.
 
-    Values of both signs get a scale that diverges from 0, magnitudes one that starts there.
+    If any value is negative, the colours diverge from 0; else they start there.
     """
-    grid = np.array(values, dtype=float)
+    kinds, layers = heat.kinds, heat.layers
+    grid = np.array(heat.values, dtype=float).T
     signed = bool((grid < 0).any())
     norm = Normalize(-limit if signed else 0.0, limit)
 
@@ -105,7 +105,7 @@ def heat(
         axes = figure.subplots()
         mesh = axes.pcolormesh(grid, cmap="RdBu_r" if signed else "viridis", norm=norm, edgecolors="none")
         axes.invert_yaxis()
-        axes.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
+        axes.set_yticks(np.arange(len(kinds)) + 0.5, list(kinds))
         every = -(-len(layers) // 8)
         axes.set_xticks(np.arange(0, len(layers), every) + 0.5, [str(x) for x in layers[::every]])
         axes.tick_params(length=0)
@@ -120,4 +120,4 @@ def heat(
         bar = figure.colorbar(mesh, ax=axes, fraction=0.05)
         bar.outline.set_visible(False)
 
-    return _svg(f"heat-{expert}", 0.85 + 0.27 * len(rows), draw)
+    return _svg(f"heat-{expert}", 0.85 + 0.27 * len(kinds), draw)

@@ -1,7 +1,7 @@
-"""What a run came to, for people: `report.json`, `report.md` and a self-contained `report.html`. No torch.
+"""A report of measured results: `report.json`, `report.md` and a self-contained `report.html`. No torch.
 
-It lays out the dictionary that `evaluate.build_report` makes and computes no result of its own; `plots` draws the
-figures. Called by the demo and `t2ray eval`. Tables, mixtures and figures of what was not run are left out.
+It lays out the dictionary of `evaluate.build_report` and leaves out tables and figures of what was not measured. Not
+here: the figures (`plots.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from t2ray.evals import plots
+from t2ray.experts.heatmap import HeatMap
 
 METHODS = {
     "base": "base", "expert": "own expert", "oracle": "best expert", "prompt": "prompt", "cls": "cls",
@@ -24,10 +25,10 @@ TABLES = {"trained": "Trained tasks", "unseen": "Unseen tasks"}
 NOTES = {
     "accuracy": "Accuracy in %, with the 95 % Wilson interval. Own expert: the task's, or its trained sibling's. Best "
     "expert: the best of the base and all experts on these very prompts (an oracle).",
-    "confusion": "A row a task, a column what pass 1 took its prompts for (number of prompts).",
+    "confusion": "One row per task, one column per label that pass 1 chose (number of prompts).",
     "mixtures": "The weight of each expert that the few-shot search found for a task; the base holds the rest.",
     "curves": "Accuracy of the sampled rollouts, greedy validation, and KL to the base model.",
-    "heat": "How far each expert moved the singular values: z - 1, by matrix and layer.",
+    "shifts": "How far each expert moved the singular values: z - 1, by matrix and layer.",
 }
 
 
@@ -35,17 +36,17 @@ def write_report(
     folder: Path,
     report: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    heat: Mapping[str, Mapping[str, Any]],
+    shifts: Mapping[str, HeatMap],
 ) -> None:
-    """Writes report.json, report.md and report.html into `folder`, which is made where it is missing.
+    """Writes report.json, report.md and report.html into `folder`, and makes the folder if it is missing.
 
     Args:
         report: as from `evaluate.build_report`.
-        curves: domain -> the rows of its metrics.jsonl (`step`, `accuracy`, `kl`; `validation` where it was measured).
-        heat: expert -> `{"rows": matrix names, "layers": numbers, "values": a row of mean z - 1 for each matrix}`.
+        curves: domain -> the rows of its metrics.jsonl (`step`, `accuracy`, `kl`, in some rows `validation`).
+        shifts: expert -> the mean of z - 1 per layer and kind of matrix, as from `experts.heatmap.mean_shift`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    page = html_page(report, curves, heat)
+    page = html_page(report, curves, shifts)
     (folder / "report.html").write_text(page, encoding="utf-8")
     text = f"# t2ray report\n\n{_summary(report)}\n\n{text_tables(report)}\n"
     (folder / "report.md").write_text(text, encoding="utf-8")
@@ -53,7 +54,7 @@ def write_report(
 
 
 def text_tables(report: Mapping[str, Any]) -> str:
-    """All tables as aligned Markdown, which a terminal shows as well as a page."""
+    """Returns all tables as aligned Markdown, which is readable on a terminal too."""
     parts: list[str] = []
     for kind, title in TABLES.items():
         if table := report["tables"].get(kind):
@@ -88,18 +89,18 @@ def text_tables(report: Mapping[str, Any]) -> str:
 def html_page(
     report: Mapping[str, Any],
     curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    heat: Mapping[str, Mapping[str, Any]],
+    shifts: Mapping[str, HeatMap],
 ) -> str:
-    """The report as one HTML page without any reference to another file or host."""
+    """Returns the report as one HTML page without any reference to another file or host."""
     sections = [_accuracy(report), _targets(report), _confusion(report)]
     if report["mixtures"]:
         figures = {"alpha by task and expert": plots.alphas(report["mixtures"])}
         sections.append(_figures("Few-shot mixtures", NOTES["mixtures"], figures))
     drawn = {f"learning curve of {domain}": plots.curves(domain, rows) for domain, rows in curves.items() if rows}
     sections.append(_figures("Learning curves", NOTES["curves"], drawn))
-    limit = max((abs(v) for h in heat.values() for row in h["values"] for v in row), default=0.0) or 1.0
-    drawn = {f"z - 1 of {expert}": plots.heat(expert, **h, limit=limit) for expert, h in heat.items()}
-    sections.append(_figures("What the experts changed", NOTES["heat"], drawn))
+    limit = max((abs(v) for heat in shifts.values() for row in heat.values for v in row), default=0.0) or 1.0
+    drawn = {f"z - 1 of {expert}": plots.heat_map(expert, heat, limit) for expert, heat in shifts.items()}
+    sections.append(_figures("What the experts changed", NOTES["shifts"], drawn))
     template = Template(resources.files("t2ray.evals").joinpath("report.html").read_text(encoding="utf-8"))
     return template.substitute(summary=escape(_summary(report)), sections="\n".join(sections))
 
@@ -177,7 +178,7 @@ def _summary(report: Mapping[str, Any]) -> str:
 
 
 def _name(task: str) -> str:
-    """Escaped, and allowed to break after each underscore, so that a phone need not scroll a table."""
+    """Escapes a name and lets it break after each underscore, so that a table fits on a phone."""
     return escape(task).replace("_", "_<wbr>")
 
 

@@ -1,1 +1,1 @@
-"""Trained vectors by name and version: where they lie, how a reader follows them, how they come in and go out."""
+"""Trained vectors by name and version: the registry, following its changes, importing and exporting, heat maps."""

@@ -1,6 +1,6 @@
-"""Experts in and out of a registry: files of other programs, folders to hand on, and a drawing for the terminal.
+"""Experts in and out of a registry: importing files of other programs, exporting folders, and a drawing of z as text.
 
-Not here: the registry's own files (experts.py). Called by `t2ray experts import | export | show`.
+Not here: the registry's own files (`registry.py`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
-from t2ray.core import ConfigError, ExpertError
+from t2ray.core import ConfigError, ExpertError, ResourceError
+from t2ray.experts.admission import HEADER_BYTES, check_header, check_size, header, place
 from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read_manifest, write_expert
+from t2ray.integrity import Damaged
 from t2ray.models.targets import Target
 from t2ray.store import Store
 
-# What torch.load raises for files that are damaged, hold code, or are missing (seen with random bytes changed).
+# The errors of torch.load for files that are damaged, contain code or are missing (found by changing random bytes).
 DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
@@ -31,14 +32,18 @@ BARS, BINS = " ▁▂▃▄▅▆▇█", 24
 
 
 def import_expert(registry: Registry, name: str, path: str | Path, factors: Factors) -> int:
-    """Save an expert from outside as the next version of `name`; returns the version.
+    """Saves an expert from outside as the next version of `name`; returns the version.
 
-    `path` is a folder that `export_expert` wrote, a safetensors file `{target name: z}`, or the reference code's `.pt`
-    dictionary `{parameter name: p}`, of which `z = sigmoid(p)` is kept with that code's rescaling `sum(s) / sum(s * z)`
-    folded in. No pickle but such a dictionary of tensors is read. Names may carry ".weight" or underscores for dots.
+    Args:
+        path: a folder that `export_expert` wrote; or a safetensors file `{target name: z}`; or a `.pt` file of the
+            paper's reference code, a dictionary `{parameter name: p}`. Of the last, `z = sigmoid(p)` is saved, times
+            that code's rescaling `sum(s) / sum(s * z)`. Other pickles are refused. Names may end in ".weight" and have
+            underscores in place of dots.
+        factors: the decomposition whose targets the expert must fit.
 
     Raises:
-        ExpertError: a file that cannot be read, unknown names, wrong shapes, numbers that are not finite, another base.
+        ExpertError: the file cannot be read, has unknown names, wrong shapes or types, numbers that are not finite or
+            above `admission.LARGEST`, or belongs to another base model.
     """
     path = Path(path)
     if path.is_dir():
@@ -48,30 +53,35 @@ def import_expert(registry: Registry, name: str, path: str | Path, factors: Fact
         kept = manifest.model_dump(include={"rescaled", "domain", "config", "metrics", "seed"})
         return registry.save(name, expert.z, base_digest=factors.base_digest, **kept)
     reference = path.suffix in (".pt", ".pth", ".bin")
-    z = _place(path, _read_pickled(path) if reference else _read_safetensors(path), factors.layout)
+    found = _read_pickled(path) if reference else _read_safetensors(path, factors.layout)
+    z = _place(path, found, factors.layout)
     if reference:
         z = {target: _rescaled(torch.sigmoid(p_R), factors.load(target)[1]) for target, p_R in z.items()}
+    check_size(z, str(path))
     return registry.save(
         name, z, base_digest=factors.base_digest, rescaled=reference, config={"imported_from": path.name}
     )
 
 
 def export_expert(expert: Expert, path: str | Path) -> None:
-    """Write an expert as a folder of safetensors and manifest, which `import_expert` reads.
+    """Writes an expert as a folder with a safetensors file and a manifest, which `import_expert` reads.
 
     Raises:
-        ConfigError: something is there already.
-        ResourceError: it cannot be written.
+        ConfigError: `path` exists and is not an empty folder.
+        ResourceError: the files cannot be written.
     """
     if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
         raise ConfigError(f"{path} exists and is not an empty folder; name a new one")
     write_expert(Store(path), ".", expert.z, expert.manifest)
 
 
-def _read_safetensors(path: Path) -> Mapping[str, Any]:
+def _read_safetensors(path: Path, layout: Sequence[Target]) -> Mapping[str, Any]:
     try:
+        with path.open("rb") as file:
+            head = header(file.read(8 + HEADER_BYTES))
+        check_header(head, path.stat().st_size, layout, str(path))
         return Store(path.parent).read_tensors(path.name)
-    except (SafetensorError, OSError) as error:
+    except (Damaged, FileNotFoundError, ResourceError) as error:
         raise ExpertError(
             f"{path} cannot be read as an expert ({error}); name an exported folder, a .safetensors or a .pt file"
         ) from error
@@ -88,20 +98,13 @@ def _read_pickled(path: Path) -> Mapping[str, Any]:
 
 
 def _place(path: Path, found: Mapping[str, Any], layout: Sequence[Target]) -> dict[str, Tensor]:
-    """The vectors under the names of `layout` and in its order, float32."""
-    by_name = {target.name.replace(".", "_"): target for target in layout}
-    placed: dict[str, Tensor] = {}
-    for name, vector in found.items():
-        target = by_name.get(name.replace(".", "_").removesuffix("_weight"))
-        if target is None:
-            raise ExpertError(f"{path}: {name!r} is no target of the factors, which are such as {layout[0].name!r}")
-        if target.name in placed:
-            raise ExpertError(f"{path} names the target {target.name!r} twice")
-        if not isinstance(vector, Tensor) or tuple(vector.shape) != (target.rank,):
-            shape = tuple(vector.shape) if isinstance(vector, Tensor) else type(vector).__name__
-            raise ExpertError(f"{path}: {name!r} has the shape {shape}; its factors need ({target.rank},)")
-        placed[target.name] = vector.detach().to(torch.float32)
-    return {target.name: placed[target.name] for target in layout if target.name in placed}
+    """Returns the vectors in float32, under the names of `layout` and in its order."""
+    shapes = {name: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for name, x in found.items()}
+    placed = {target: found[name] for name, target in place(str(path), shapes, layout).items()}
+    for target, vector in placed.items():
+        if not vector.is_floating_point():
+            raise ExpertError(f"{path}: {target} holds {vector.dtype}; an expert's numbers are floating-point ones")
+    return {t.name: placed[t.name].detach().to(torch.float32) for t in layout if t.name in placed}
 
 
 def _rescaled(z_R: Tensor, s_R: Tensor) -> Tensor:
@@ -110,7 +113,7 @@ def _rescaled(z_R: Tensor, s_R: Tensor) -> Tensor:
 
 
 def histogram(expert: Expert) -> str:
-    """A line for each kind of matrix (q_proj, ...): the distribution of z over one range, and its min, mean and max."""
+    """Draws z as text, one line per kind of matrix (q_proj, ...): its distribution, and its min, mean and max."""
     kinds: dict[str, list[Tensor]] = defaultdict(list)
     for name, z_R in expert.z.items():
         kinds[name.rpartition(".")[2]].append(z_R)

@@ -1,9 +1,6 @@
-"""Expert vectors in a registry: one folder an expert, one folder a version, safetensors and a manifest (paper: z_k).
+"""A registry of expert vectors (paper: z_k): one folder per expert, in it one folder per version.
 
-    <uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
-
-Not here: how z is trained (rl) or applied (svf.py). Called by the trainers, which save; by the engine, which loads; and
-by the CLI. The import and export of files from outside is in exchange.py.
+<uri>/<name>/v0001/{expert.safetensors, manifest.json}      <uri>/_mixtures/<name>.json
 """
 
 from __future__ import annotations
@@ -19,16 +16,17 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from torch import Tensor
 
 from t2ray.config.files import nearest
-from t2ray.core import ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.integrity import Damaged, digest_of
 from t2ray.models.targets import Target
 from t2ray.prompts import OTHERS
 from t2ray.store import Store
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
+SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
 VERSION = re.compile(r"v(\d{4,})")
 
 
@@ -37,14 +35,19 @@ def _now() -> str:
 
 
 class ExpertManifest(BaseModel):
-    """What an expert is and where it comes from. `targets`: (name, rank) of each adapted matrix; `z` itself is stored
-    (`scale`: 1 is the base); `rescaled`: `sum(s) / sum(s * z)` of each matrix has been folded into its z."""
+    """What an expert is and where it comes from.
+
+    `targets` has (name, rank) of each adapted matrix. The parametrisation `scale` says that z itself is stored, of
+    which 1 is the base model. `rescaled` says that the factor `sum(s) / sum(s * z)` of each matrix is part of its z.
+    `digest` is that of z, which every load compares; experts of earlier versions have none.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     schema_version: Literal[1] = 1
     name: str
     version: int = Field(ge=1)
     base_digest: str
+    digest: str | None = None
     targets: tuple[tuple[str, int], ...]
     parametrisation: Literal["scale"] = "scale"
     rescaled: bool = False
@@ -57,13 +60,13 @@ class ExpertManifest(BaseModel):
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What a classification expert was trained to tell apart, "others" last; empty for any other expert."""
+        """The labels that a classification expert was trained to tell apart, "others" last; empty for other experts."""
         labels = self.config.get("labels")
         return tuple(map(str, labels)) if isinstance(labels, list) and labels[-1:] == [OTHERS] else ()
 
 
 class MixtureRecord(BaseModel):
-    """A mixture that was found for a task and kept by name: `weights={"math": (0.7,)}` and how it was found."""
+    """A saved mixture: `weights={"math": (0.7,)}`, and in `meta` how it was found."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     schema_version: Literal[1] = 1
@@ -79,42 +82,38 @@ class MixtureRecord(BaseModel):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expert:
-    """One expert in memory: `z` holds a float32 vector of a target's rank by the target's name."""
+    """One expert in memory: `z` has one float32 vector per target, by the target's name, of the target's rank."""
 
     name: str
     version: int
     z: Mapping[str, Tensor]
     manifest: ExpertManifest
 
-    def flat(self, layout: Sequence[Target]) -> Tensor:
-        """All z in the order of `layout`, shape (K,), float32; 1, which changes nothing, where this expert has none."""
-        return torch.cat([self.z.get(target.name, torch.ones(target.rank)) for target in layout])
-
 
 class Registry:
-    """The experts and mixtures under a URI. Versions are never overwritten; the highest finished one is the latest."""
+    """The experts and mixtures under a URI. Versions are never overwritten; the latest is the highest finished one."""
 
     def __init__(self, uri: str | Path) -> None:
         self.store = Store(uri)
 
     def names(self) -> tuple[str, ...]:
-        """The experts that have a finished version."""
-        return tuple(name for name in self.store.names() if not name.startswith("_") and self.versions(name))
+        """Returns the names of the experts that have a finished version."""
+        return tuple(name for name in self.store.names() if NAME.fullmatch(name) and self.versions(name))
 
     def versions(self, name: str) -> tuple[int, ...]:
-        """The finished versions, rising: those whose manifest, which is written last, is there."""
+        """Returns the finished versions, rising: those with a manifest, which is written last."""
         return tuple(v for v in self._taken(name) if self.store.exists(f"{_folder(name, v)}/{MANIFEST}"))
 
     def list(self) -> tuple[ExpertManifest, ...]:
-        """The manifest of the latest version of each expert."""
+        """Returns the manifest of the latest version of each expert."""
         return tuple(self.manifest(name) for name in self.names())
 
     def manifest(self, name: str, version: int | None = None) -> ExpertManifest:
-        """The manifest of a version, by default the latest.
+        """Returns the manifest of a version, by default the latest.
 
         Raises:
-            UnknownExpert: no such expert or version.
-            ExpertError: a manifest that is malformed or of another schema.
+            UnknownExpert: there is no such expert or version.
+            ExpertError: the manifest is malformed or of another schema.
         """
         check_name(name)
         versions = self.versions(name)
@@ -133,11 +132,15 @@ class Registry:
         base_digest: str | None = None,
         layout: Sequence[Target] | None = None,
     ) -> Expert:
-        """An expert, checked against the base model and its factors where they are given.
+        """Returns a version of an expert, by default the latest.
+
+        Args:
+            base_digest: the digest of the base model that the expert must belong to; None for any.
+            layout: the targets that the expert must fit; None for any.
 
         Raises:
-            UnknownExpert: no such expert or version.
-            ExpertError: of another base, with targets or shapes that the factors lack, not finite, or damaged.
+            UnknownExpert: there is no such expert or version.
+            ExpertError: it belongs to another base model, does not fit `layout`, is not finite, or is damaged.
         """
         manifest = self.manifest(name, version)
         return read_expert(self.store, _folder(name, manifest.version), manifest, base_digest, layout)
@@ -154,11 +157,11 @@ class Registry:
         metrics: Mapping[str, Any] | None = None,
         seed: int | None = None,
     ) -> int:
-        """Write the next version of an expert and return its number; nothing that exists is changed.
+        """Writes the next version of an expert, one vector per target, and returns its number. No version is changed.
 
         Raises:
-            ConfigError: a name that no expert can have.
-            ExpertError: a z that is empty, not a vector or not finite.
+            ConfigError: the name is not allowed.
+            ExpertError: `z` is empty, or one of its values is no vector of finite numbers.
             ResourceError: the disk is full; no version is left behind.
         """
         check_name(name)
@@ -169,31 +172,26 @@ class Registry:
             raise ExpertError(f"expert {name!r} has no targets; it is not saved")
         version = max(self._taken(name), default=0) + 1
         while not self.store.claim(_folder(name, version)):
-            time.sleep(random.SystemRandom().random() / 10)  # the seeded generator belongs to the training run
+            time.sleep(random.SystemRandom().random() / 10)  # the seeded generator is for the training run alone
             version = max(self._taken(name), default=0) + 1
+        stored = {target: z_R.detach().to("cpu", torch.float32) for target, z_R in z.items()}
         manifest = ExpertManifest(
-            name=name,
-            version=version,
-            base_digest=base_digest,
+            name=name, version=version, base_digest=base_digest, digest=digest_of(stored),
             targets=tuple((target, len(z_R)) for target, z_R in z.items()),
-            rescaled=rescaled,
-            domain=domain,
-            config=dict(config or {}),
-            metrics=dict(metrics or {}),
-            seed=seed,
-        )
+            rescaled=rescaled, domain=domain, config=dict(config or {}), metrics=dict(metrics or {}), seed=seed,
+        )  # fmt: skip
         try:
-            write_expert(self.store, _folder(name, version), z, manifest)
+            write_expert(self.store, _folder(name, version), stored, manifest)
         except BaseException:
             self.store.delete(_folder(name, version))
             raise
         return version
 
     def delete(self, name: str, version: int | None = None) -> None:
-        """Delete a version, or the expert with all its versions.
+        """Deletes a version, or (if None) the expert with all its versions.
 
         Raises:
-            UnknownExpert: no such expert or version.
+            UnknownExpert: there is no such expert or version.
         """
         self.manifest(name, version)
         for v in self.versions(name) if version is None else [version]:
@@ -203,52 +201,54 @@ class Registry:
             self.store.delete(name)
 
     def save_mixture(self, name: str, mixture: Mixture, meta: Mapping[str, Any] | None = None) -> None:
-        """Keep a mixture by name, in place of one of that name."""
+        """Saves a mixture, in place of one of that name."""
         record = MixtureRecord(name=check_name(name, "mixture"), weights=dict(mixture.weights), meta=dict(meta or {}))
         self.store.write_text(f"{MIXTURES}/{name}.json", record.model_dump_json(indent=1))
 
     def mixtures(self) -> tuple[str, ...]:
-        """The names of the mixtures."""
+        """Returns the names of the saved mixtures."""
         return tuple(file.removesuffix(".json") for file in self.store.names(MIXTURES) if file.endswith(".json"))
 
     def mixture_record(self, name: str) -> MixtureRecord:
-        """A mixture with how it was found.
+        """Returns a saved mixture, with how it was found.
 
         Raises:
-            UnknownExpert: no mixture of that name.
-            ExpertError: a file that is no mixture.
+            UnknownExpert: there is no mixture of that name.
+            ExpertError: its file is damaged.
         """
         path = f"{MIXTURES}/{check_name(name, 'mixture')}.json"
         if not self.store.exists(path):
             raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
         try:
             return MixtureRecord.model_validate_json(self.store.read_bytes(path))
-        except ValidationError as error:
-            raise ExpertError(f"{self.store.uri}/{path} is no mixture: {_first(error)}") from error
+        except (Damaged, ValidationError) as error:
+            why = _first(error) if isinstance(error, ValidationError) else error
+            raise ExpertError(f"{self.store.uri}/{path} is no mixture: {why}") from error
 
     def load_mixture(self, name: str) -> Mixture:
-        """A mixture by name; raises as `mixture_record` does."""
+        """Returns a saved mixture; raises as `mixture_record` does."""
         return self.mixture_record(name).mixture
 
     def _taken(self, name: str) -> tuple[int, ...]:
-        """Every version number in use, of unfinished versions too."""
+        """Returns all version numbers in use, also those of unfinished versions."""
         return tuple(sorted(int(m[1]) for m in map(VERSION.fullmatch, self.store.names(name)) if m))
 
 
 def read_manifest(store: Store, path: str) -> ExpertManifest:
-    """Raises ExpertError for a manifest that is missing, malformed or of another schema."""
+    """Reads a manifest; raises ExpertError if it is missing, malformed or of another schema."""
     try:
         return ExpertManifest.model_validate_json(store.read_bytes(path))
     except FileNotFoundError as error:
         raise ExpertError(f"{store.uri}/{path} is missing") from error
-    except ValidationError as error:
-        raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {_first(error)}") from error
+    except (Damaged, ValidationError) as error:
+        why = _first(error) if isinstance(error, ValidationError) else error
+        raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {why}") from error
 
 
 def read_expert(
     store: Store, folder: str, manifest: ExpertManifest, base_digest: str | None, layout: Sequence[Target] | None
 ) -> Expert:
-    """The expert in `folder`; raises as `Registry.load` does."""
+    """Reads the expert in `folder`; raises as `Registry.load` does."""
     who = f"expert {manifest.name!r} (version {manifest.version})"
     if base_digest not in (None, manifest.base_digest):
         raise ExpertError(
@@ -267,7 +267,7 @@ def read_expert(
                 raise ExpertError(f"{who} has {rank} numbers for {name}, whose factors have {there[name]}")
     try:
         z = {name: z_R.to(torch.float32, copy=True) for name, z_R in store.read_tensors(f"{folder}/{TENSORS}").items()}
-    except (SafetensorError, FileNotFoundError) as error:
+    except (Damaged, FileNotFoundError) as error:
         raise ExpertError(f"{who} is damaged: {store.uri}/{folder}/{TENSORS} cannot be read ({error})") from error
     shapes = {name: tuple(z_R.shape) for name, z_R in z.items()}
     if shapes != {name: (rank,) for name, rank in ranks.items()}:
@@ -276,15 +276,18 @@ def read_expert(
     for name, z_R in z.items():
         if not bool(torch.isfinite(z_R).all()):
             raise ExpertError(f"{who} holds values that are not finite, in {name}; train or import it again")
-    # The file holds them by alphabet, the manifest in the order of the model.
+    if manifest.digest not in (None, digest_of(z)):
+        raise ExpertError(
+            f"{who} is damaged: its numbers are not those of its manifest's digest; train or import it again"
+        )
+    # The file has the targets in alphabetical order, the manifest in the order of the model.
     ordered = {name: z[name] for name in ranks}
     return Expert(name=manifest.name, version=manifest.version, z=ordered, manifest=manifest)
 
 
 def write_expert(store: Store, folder: str, z: Mapping[str, Tensor], manifest: ExpertManifest) -> None:
-    """Tensors first, manifest last."""
-    stored = {name: z_R.detach().to("cpu", torch.float32) for name, z_R in z.items()}
-    store.write_tensors(f"{folder}/{TENSORS}", stored, {"format": "pt"})
+    """Writes an expert into `folder`: the tensors, float32, first, the manifest last."""
+    store.write_tensors(f"{folder}/{TENSORS}", z, {"format": "pt"})
     store.write_text(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1))
 
 

@@ -1,52 +1,109 @@
-"""Messages to token ids and back: the only place where text is tokenised.
-
-Not here: what the ids are for. `model` makes a `Chat`, the engine uses it.
-"""
+"""Prompts to token ids, and token ids to text: the only place where a loaded model's tokenizer is used."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
-from t2ray.core import Message
+from jinja2 import TemplateError
+
+from t2ray.core import ConfigError, Message, Prompt
+
+SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
+BYTES = {chr(byte): byte for byte in SHOWN} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
+"""The characters that stand for bytes in a byte-level vocabulary, as GPT-2 introduced them."""
+
+_ANSWER = "an answer that no template writes"
 
 
 class Chat:
     """A model's tokenizer with its chat template.
 
-    A model without a template continues plain text: the contents of the messages, one after the other.
+    A model without a template gets a conversation as plain text: the contents of the messages, one after the other.
+    `eos_ids` are the tokens that end an answer.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_ids = tuple(eos_ids)
-        self._tokens: dict[int, str] = {}
+        self.end_id = self._end_of_turn()
+        if self.end_id not in self.eos_ids:
+            self.eos_ids += (self.end_id,)
+        self._tokens: dict[int, tuple[str, bytes]] = {}
+        # Some tokenizers strip the space that a text begins with: a text that goes on is decoded behind this one.
+        self.before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        self._cut = len(tokenizer.decode(self.before))
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
+    def ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """Returns the ids of a conversation up to where the answer begins, or of a text to continue as it stands."""
+        return self.encode_text(prompt) if isinstance(prompt, str) else self.encode(prompt)
+
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The prompt's ids, up to where the assistant's answer begins."""
+        """Returns the ids of a conversation, up to where the assistant's answer begins.
+
+        Raises:
+            ConfigError: the model's chat template refuses the conversation, in its own words.
+        """
         if not self.tokenizer.chat_template:
             return self.encode_text("".join(m.content for m in messages))
         turns = [{"role": m.role, "content": m.content} for m in messages]
-        return tuple(
-            self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
-        )
+        try:
+            return tuple(
+                self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+            )
+        except TemplateError as error:
+            roles = ", ".join(m.role for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
+            raise ConfigError(
+                f"the model's chat template refuses this conversation ({roles}): {' '.join(str(error).split())[:500]}"
+            ) from error
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """The ids of a text to continue as it stands, begun as the tokenizer begins texts."""
+        """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with."""
         return tuple(self.tokenizer(text)["input_ids"])
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
-        """An answer's ids; with a chat template the end of the turn counts as part of it."""
+        """Returns the ids of an answer; with a chat template, the token that ends the turn is the last of them."""
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids + self.eos_ids[:1] if self.tokenizer.chat_template else ids
+        return (*ids, self.end_id) if self.tokenizer.chat_template else ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of sampled ids, without special tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+    def _end_of_turn(self) -> int:
+        """The token that the chat template puts after an assistant's turn; else the model's first end token.
 
-    def token(self, id: int) -> str:
-        """The text of one token by itself, special tokens with their names."""
+        The two differ: Llama 3's first end token ends a document, and its turns end by another.
+        """
+        if not self.tokenizer.chat_template:
+            return self.eos_ids[0]
+        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+        try:
+            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError:  # one that refuses this conversation
+            return self.eos_ids[0]
+        after = self.tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
+        return after[0] if after and after[0] in self.tokenizer.all_special_ids else self.eos_ids[0]
+
+    def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
+        """Returns the text of ids, without special tokens; with the space that it begins with if it `continues` one."""
+        before, cut = (self.before, self._cut) if continues else ([], 0)
+        return str(self.tokenizer.decode([*before, *ids], skip_special_tokens=True))[cut:]
+
+    def token(self, id: int) -> tuple[str, bytes]:
+        """Returns the text of one token by itself and, where they are no whole characters, its bytes.
+
+        The text of a special token is its name.
+        """
         if id not in self._tokens:
-            self._tokens[id] = str(self.tokenizer.decode([id]))
+            text, raw = str(self.tokenizer.decode([*self.before, id]))[self._cut :], b""
+            if "\ufffd" in text:
+                raw = _bytes(self.tokenizer.convert_ids_to_tokens(id))
+            self._tokens[id] = text, raw
         return self._tokens[id]
+
+
+def _bytes(token: str) -> bytes:
+    """The bytes that a token stands for in the two ways of writing them: `<0xE6>`, and a character per byte."""
+    if match := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(match[1])
+    return bytes(BYTES[char] for char in token) if all(char in BYTES for char in token) else token.encode()

@@ -1,6 +1,6 @@
 """Loading a causal language model and its tokenizer with transformers: from safetensors, without remote code.
 
-Not here: the adapter in its layers (`t2ray.adapters`).
+Not here: the adapter in the model's layers (`t2ray.adapters`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from t2ray.models.chat import Chat
 
 
 def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
-    """The model in a Hugging Face folder, in eval mode, without gradients, and its `Chat`; on the GPU if there is one.
+    """Loads the model in a Hugging Face folder; returns it, in eval mode and without gradients, with its `Chat`.
 
-    With `device="auto"` the model's layers are divided over all GPUs that this process sees.
+    Args:
+        device: where the model is loaded; by default the GPU if there is one. "auto" divides the model's layers over
+            all GPUs that this process sees.
 
     Raises:
-        ResourceError: that division needs accelerate, which is not installed.
-        ModelError: the folder is no causal language model that transformers knows without remote code.
+        ResourceError: "auto" needs accelerate, which is not installed.
+        ModelError: the folder has no causal language model that transformers knows without remote code.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     from transformers.utils import logging
@@ -37,7 +39,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
         hf = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **divided
         )
-        # Who asks for a completion checks its length; the tokenizer would only print a warning.
+        # The length of a prompt is checked with each request; the tokenizer would only print a warning.
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -51,5 +53,8 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
     eos = hf.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
-    hf.generation_config = GenerationConfig()  # a model's own penalties and defaults would stand beside the engine's
+    hf.generation_config = GenerationConfig()  # else the model's own penalties and defaults would apply too
+    # A prefill asks for the last token's logits alone, a slice that lies scattered in memory: its product with a
+    # vocabulary of 49,152 takes 7.3 s for 64 rows of bfloat16 on a CPU, and 24 ms where the slice is copied first.
+    hf.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return hf, chat

@@ -1,4 +1,4 @@
-"""A model's shapes without its weights, from config.json alone."""
+"""The shapes of a model's parameters from its config.json alone, without its weights."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from t2ray.models.weights import TINY
 
 
 def skeleton(ref: str) -> tuple[dict[str, tuple[int, ...]], Any]:
-    """The shape of every parameter, by name, and the configuration, of a model of which only config.json need be there.
+    """Returns the shape of each parameter by name, and the model's configuration. A tied head is listed once.
 
-    A tied head is listed once. `ref` is a config.json, a folder that holds one, "tiny" or a hub id.
+    Args:
+        ref: a config.json, a folder with one, "tiny" or a hub id.
 
     Raises:
-        ModelError: no such configuration, or one of no causal language model that transformers knows.
+        ModelError: there is no such configuration, or transformers knows no causal language model of it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,7 +1,4 @@
-"""Which of a model's matrices carry an expert: found in the names and shapes of its tensors alone.
-
-Not here: tensors. Called by svd.py, which decomposes the targets, and by experts.py, which checks its files by them.
-"""
+"""Which of a model's matrices are adapted (the targets): chosen by the names and shapes of its tensors alone."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One matrix: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`."""
+    """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`."""
 
     name: str
     layer: int
@@ -34,14 +31,16 @@ class Target:
 def select_targets(
     shapes: Mapping[str, tuple[int, ...]], patterns: Sequence[str] | None = None, layers: str | None = None
 ) -> list[Target]:
-    """The matrices to decompose, in the order of the model.
+    """Returns the matrices to adapt, in the order of the model. Embeddings, head, norms and routers are never targets.
 
-    Without `patterns` they are all attention and MLP projections of the numbered decoder layers. Patterns are globs
-    over the names without ".weight" (`"*.mlp.*"`). Embeddings, head, norms and routers are never targets.
-    `layers`: `"0-3,8"`.
+    Args:
+        shapes: the shape of each of the model's tensors by name.
+        patterns: globs over the names without ".weight", such as "*.mlp.*". By default all attention and MLP
+            projections of the numbered decoder layers are chosen.
+        layers: the numbers of the layers to choose from, such as "0-3,8"; by default all.
 
     Raises:
-        ConfigError: a pattern that matches no matrix, or layers that the model does not have.
+        ConfigError: a pattern matches no matrix, or the model does not have these layers.
     """
     found = []
     for name, shape in shapes.items():
@@ -76,7 +75,7 @@ def select_targets(
 
 
 def _order(target: Target) -> tuple[str, int, int, list[tuple[int, str]]]:
-    """Stack by stack, layer by layer, then q k v o gate up down, then by name with numbers as numbers."""
+    """Sort key: by stack of layers, by layer, then q k v o gate up down, then by name with numbers as numbers."""
     prefix, last = target.name[: target.name.index(f".{target.layer}.")], target.name.rpartition(".")[2]
     natural = [(int(part), "") if part.isdigit() else (-1, part) for part in target.name.split(".")]
     return prefix, target.layer, ORDER.index(last) if last in ORDER else len(ORDER), natural
@@ -87,10 +86,10 @@ def _names(names: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def parse_layers(text: str) -> set[int]:
-    """`{0, 1, 2, 3, 8}` from `"0-3,8"`.
+    """Returns `{0, 1, 2, 3, 8}` for "0-3,8".
 
     Raises:
-        ConfigError: text that is no list of numbers and ranges.
+        ConfigError: `text` is no list of numbers and ranges.
     """
     layers: set[int] = set()
     for part in text.split(","):

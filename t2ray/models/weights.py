@@ -1,15 +1,11 @@
-"""A model folder's safetensors, read one tensor at a time.
-
-Not here: the architecture, the tokenizer or a forward pass (model.py), nor what is derived from the weights (svd.py).
-Called by svd.py, which streams the matrices of a model through it, and by whoever needs a base model's digest.
-"""
+"""A model folder's safetensors, read one tensor at a time, and the digest that identifies a base model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +17,16 @@ from t2ray.core import ModelError
 TINY = Path(__file__).parents[1] / "tiny" / "model"
 INDEX = "model.safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 16, 4096
-HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library itself
+HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 
 def resolve(ref: str) -> Path:
-    """The local folder of a model: `"tiny"` (the packaged one), an existing folder, or a hub id such as `"org/name"`.
+    """Returns the local folder of a model: "tiny" (the packaged one), an existing folder, or a hub id ("org/name").
 
-    Of a hub repository only safetensors, JSON, tokenizer and chat template files are fetched: never pickles or code.
+    From the hub, only safetensors, JSON, tokenizer and chat template files are fetched, never pickles or code.
 
     Raises:
-        ModelError: a path that is no folder, or a hub id that is not cached and cannot be fetched.
+        ModelError: the path is no folder, or the hub id is not cached and cannot be fetched.
     """
     if ref == "tiny":
         return TINY
@@ -44,7 +40,7 @@ def resolve(ref: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # Only the top folder: subfolders hold the same weights again in other formats.
+    # Only the top folder: subfolders have the same weights in other formats.
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges.txt", "*.model"]
     unwanted = ["*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.py", "*.pkl"]
     try:
@@ -59,7 +55,7 @@ def resolve(ref: str) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where a tensor's bytes lie: `Entry(file="a.safetensors", dtype="BF16", shape=(64, 64), start=128, size=8192)`."""
+    """Where a tensor's bytes are: `Entry(file="a.safetensors", dtype="BF16", shape=(64, 64), start=128, size=8192)`."""
 
     file: str
     dtype: str
@@ -69,10 +65,11 @@ class Entry:
 
 
 class Weights:
-    """The tensors of a model folder, by name. Opening it reads the headers of the shards and no tensor.
+    """The tensors of a model folder, by name. Opening it reads the headers of the shards, but no tensor.
 
     Raises:
-        ModelError: no safetensors in the folder, a truncated or malformed shard, or an index that names a missing one.
+        ModelError: the folder has no safetensors, a shard is truncated or malformed, a shard that the index names is
+            missing, or a tensor is in two shards.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -88,11 +85,11 @@ class Weights:
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape by tensor name, in the order of the files."""
+        """The shape of each tensor by name, in the order of the files."""
         return {name: entry.shape for name, entry in self.entries.items()}
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, memory-mapped: its pages are read when they are used and no other tensor is touched."""
+        """Returns one tensor, memory-mapped: its pages are read when they are used, and no other tensor is read."""
         entry = self.entries[name]
         with safe_open(self.folder / entry.file, framework="pt") as file:
             tensor: torch.Tensor = file.get_tensor(name)
@@ -100,10 +97,10 @@ class Weights:
 
     @cached_property
     def digest(self) -> str:
-        """32 hex digits that name these weights, whatever their sharding.
+        """32 hex digits that identify these weights, whatever their sharding.
 
-        BLAKE2b over the sorted tensor names, their dtypes and shapes, and up to 16 evenly spaced samples of 4 KiB of
-        each tensor's bytes (all of them, where they are fewer).
+        BLAKE2b over the sorted tensor names, their dtypes and shapes, and 16 evenly spaced samples of 4 KiB of each
+        tensor's bytes (of a smaller tensor, all bytes).
         """
         digest = hashlib.blake2b(digest_size=16)
         for name in sorted(self.entries):
@@ -116,15 +113,31 @@ class Weights:
         return digest.hexdigest()
 
 
+def open_weights(ref: str | Path) -> Weights:
+    """Returns the weights of a model (see `resolve`). They are opened once per process, and again if a file changes.
+
+    Raises:
+        ModelError: as `resolve` and `Weights` raise it.
+    """
+    folder = resolve(str(ref)).absolute()
+    files = sorted(folder.glob("*.safetensors*"))
+    return _opened(folder, tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@lru_cache(maxsize=8)
+def _opened(folder: Path, stamp: tuple[tuple[str, int, int], ...]) -> Weights:
+    return Weights(folder)
+
+
 def _samples(size: int) -> list[tuple[int, int]]:
-    """(offset, length) of the samples of a tensor of `size` bytes, the first and the last byte among them."""
+    """Returns (offset, length) of the samples of a tensor of `size` bytes; the first and last byte are among them."""
     if size <= SAMPLES * SAMPLE_BYTES:
         return [(0, size)]
     return [(i * (size - SAMPLE_BYTES) // (SAMPLES - 1), SAMPLE_BYTES) for i in range(SAMPLES)]
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files that hold the model: those that the index names, else `model.safetensors`, else every *.safetensors."""
+    """Returns the files of a model: those that the index names, else `model.safetensors`, else all *.safetensors."""
     index = folder / INDEX
     if index.exists():
         try:
@@ -143,7 +156,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _header(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file; the file's length must be what its header says."""
+    """Returns the tensors of one safetensors file; raises ModelError if its length is not what its header says."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -1,1 +1,1 @@
-"""A run as a folder: its configuration, the signs of life of its workers, and what both tell. No Ray."""
+"""A run as a folder (configuration, heartbeats of its workers, status), and the memory that a model needs. No Ray."""

@@ -1,51 +1,23 @@
-"""A run folder: `<out>/<run>/config.json` and one folder a domain. Resumed on purpose, never by accident."""
+"""A run folder: `<out>/<run>/config.json` and one folder per domain."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
-
 from pydantic import ValidationError
 
-from t2ray.adapters.factors import MANIFEST as FACTORS
-from t2ray.adapters.factors import Factors
 from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
-from t2ray.experts.registry import Registry
-from t2ray.models.weights import Weights, resolve
+from t2ray.integrity import Damaged
 from t2ray.store import Store
-from t2ray.tasks.build import build_task
-from t2ray.training.trackers import check_trackers
-
-CONFIG = "config.json"
-
-
-def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
-    """The job with every path absolute, checked as far as can be without a cluster and without computing anything.
-
-    Raises:
-        RunError: the run exists and is not resumed, or is resumed with another configuration.
-        T2RayError: a mistake in the job, its data, its rewards or its model.
-    """
-    config = _absolute(config)
-    _check_run(config, resume)
-    _check_base(config)
-    check_trackers(config)
-    for domain in config.domains:
-        task = build_task(config, domain)
-        task.examples("train", 1), task.examples("validation", 1)
-    return config
+from t2ray.training.domain import CONFIG
 
 
 def open_run(config: TrainConfig) -> None:
-    """Writes the resolved configuration: from here on the run exists."""
+    """Writes the configuration; with it the run exists."""
     Store(f"{config.out}/{config.run}").write_text(CONFIG, config.model_dump_json(indent=1))
 
 
 def read_run(folder: str) -> TrainConfig:
-    """The configuration of a run.
+    """Reads the configuration of a run.
 
     Raises:
         RunError: there is no run in that folder, or its configuration is damaged.
@@ -54,76 +26,9 @@ def read_run(folder: str) -> TrainConfig:
     if not store.exists(CONFIG):
         raise RunError(f"no run in {folder}; `t2ray train` makes one")
     try:
-        return TrainConfig.model_validate_json(store.read_text(CONFIG))
-    except ValidationError as error:
+        return TrainConfig.model_validate_json(store.read_bytes(CONFIG))
+    except (ValidationError, Damaged) as error:
+        why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise RunError(
-            f"{folder}/{CONFIG} is not a configuration that this t2ray wrote ({error.errors()[0]['msg']}); "
-            "name another run, or train again"
+            f"{folder}/{CONFIG} is not a configuration that this t2ray wrote ({why}); name another run, or train again"
         ) from None
-
-
-def _check_run(config: TrainConfig, resume: bool) -> None:
-    folder = f"{config.out}/{config.run}"
-    if not Store(folder).exists(CONFIG):
-        return
-    if not resume:
-        raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
-    before, now = read_run(folder).resume_fields(), config.resume_fields()
-    differing = _differing(before, now)
-    if differing:
-        raise RunError(
-            f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"
-        )
-
-
-def _check_base(config: TrainConfig) -> None:
-    """Refuses factors and a registry that belong to another model than the job's."""
-    assert config.factors is not None and config.experts is not None
-    digest, registry = Weights(resolve(config.model)).digest, Registry(config.experts)
-    if Path(config.factors, FACTORS).exists():
-        Factors.open(config.factors, digest)
-    for name in registry.names()[:1]:  # whoever serves a registry refuses it whole when one expert is another model's
-        registry.load(name, base_digest=digest)
-
-
-def _differing(before: object, now: object, path: str = "") -> list[str]:
-    """The keys that differ, as `rl.lr: 0.01, now 0.02`."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [key for key in {**before, **now}]
-        return [
-            line for key in keys for line in _differing(before.get(key), now.get(key), f"{path}.{key}" if path else key)
-        ]
-    return [] if before == now else [f"{path}: {json.dumps(before)}, now {json.dumps(now)}"]
-
-
-def factors_folder(out: str, base_digest: str, targets: Sequence[str] | None, layers: str | None) -> str:
-    """Where the decomposition of a model is kept when nobody says: one folder for each base and choice of targets."""
-    spec = json.dumps([base_digest, targets, layers]).encode()
-    return f"{out}/factors/{hashlib.blake2b(spec, digest_size=6).hexdigest()}"
-
-
-def _absolute(config: TrainConfig) -> TrainConfig:
-    """Paths made absolute, since workers run in other folders; defaults that depend on others filled in."""
-    model = resolve(config.model)
-    out = config.out if "://" in config.out else str(Path(config.out).absolute())
-    factors = config.factors or factors_folder(
-        "runs" if "://" in out else out, Weights(model).digest, config.targets, config.layers
-    )
-    experts = config.experts or f"{out}/{config.run}/experts"
-    domains = {
-        name: domain.model_copy(update={key: _file(getattr(domain, key)) for key in ("data", "validation", "others")})
-        for name, domain in config.domains.items()
-    }
-    return config.model_copy(
-        update={
-            "model": config.model if config.model == "tiny" else str(model),  # "tiny" lies elsewhere on another node
-            "out": out,
-            "factors": str(Path(factors).absolute()),
-            "experts": experts if "://" in experts else str(Path(experts).absolute()),
-            "domains": domains,
-        }
-    )
-
-
-def _file(value: str | None) -> str | None:
-    return str(Path(value).absolute()) if value is not None and Path(value).is_file() else value

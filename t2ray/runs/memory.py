@@ -1,15 +1,14 @@
-"""What a model takes of each GPU's memory, from its config.json alone: weights, factors, activations, keys and values.
+"""The memory that a model needs on each GPU, computed from its config.json alone.
 
-Not here: disks, and the memory that CUDA and its libraries take for themselves (1 to 2 GiB), which `RESERVE` leaves.
-Called by `t2ray plan`. The formulas count what this code stores: a dense weight beside its factors (svf.py), a folded
-weight while rollouts run, one micro-batch's saved tensors (rl/loss.py), a cache with room for the whole answer.
+The formulas count what t2ray stores: the dense weights beside their factors (`adapters.svf`), a folded weight while
+rollouts run, the tensors that one micro-batch saves for its gradient (`training.loss`), and a cache with room for whole
+answers. They leave out what CUDA and its libraries take (1 to 2 GiB), for which `RESERVE` leaves room.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from t2ray.core import ConfigError, ResourceError
 from t2ray.models.skeleton import skeleton
@@ -17,19 +16,19 @@ from t2ray.models.targets import LAYER, Target, select_targets
 from t2ray.training.loss import CHUNK_ELEMENTS
 
 GIB = 2**30
-RESERVE = 0.9  # of a GPU's memory that a plan fills
+RESERVE = 0.9  # the share of a GPU's memory that a plan may fill
 MOST_GPUS = 64
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
-_LOGITS = 6  # float32 copies of a chunk of the vocabulary: both models', their log-softmaxes and a gradient
+_LOGITS = 6  # float32 copies of a chunk of logits: of both models, their log-softmaxes, a gradient
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """The bytes on one GPU.
+class GpuMemory:
+    """The bytes on one GPU, by purpose.
 
-    `folded`: the weight of the mixture that rollouts run with. `activations`: what a micro-batch keeps for a gradient.
-    `kv`: keys and values. `z`: the experts, and in training AdamW's moments, in serving each row's own. `working`:
-    logits and the like.
+    `folded` are the weights of the mixture with which rollouts run. `activations` are what a micro-batch saves for its
+    gradient. `kv` are keys and values. `z` are the experts, and AdamW's moments (training) or the z of each row
+    (serving). `working` are logits and other short-lived tensors.
     """
 
     weights: int
@@ -42,14 +41,19 @@ class Load:
 
     @property
     def total(self) -> int:
-        """The most at one time: the rollouts' keys and values are gone before a gradient is computed."""
+        """The most bytes at one time: keys and values of the rollouts are freed before a gradient is computed."""
         lasting = self.weights + self.factors + self.folded + self.z + self.working
         return lasting + max(self.activations, self.kv)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shape:
-    """A model as a plan sees it; `weight_bytes` by layer, with None for the embeddings and -1 for norm and head."""
+class ModelShape:
+    """The sizes of a model that a plan needs.
+
+    `weight_bytes` has the bytes per layer, of the embeddings under None, of the last norm and the head under -1. `size`
+    is that of one number in bytes, `kv_token_layer` the bytes of keys and values per token and layer. `heads_width` is
+    the width of all attention heads together.
+    """
 
     parameters: int
     layers: int
@@ -67,12 +71,12 @@ class Shape:
         return sum(target.rank for target in self.targets)
 
 
-def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None = None) -> Shape:
-    """Reads a model's config.json; no weight is needed.
+def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None = None) -> ModelShape:
+    """Returns the sizes of a model from its config.json; the weights are not needed.
 
     Raises:
-        ModelError: no such model.
-        ConfigError: targets or layers that it does not have.
+        ModelError: there is no such model.
+        ConfigError: the model does not have these targets or layers.
     """
     shapes, config = skeleton(ref)
     text = config.get_text_config()
@@ -89,7 +93,7 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
     heads = int(text.num_attention_heads)
     width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
-    return Shape(
+    return ModelShape(
         parameters=sum(weight_bytes.values()) // size,
         layers=int(text.num_hidden_layers),
         weight_bytes=weight_bytes,
@@ -103,48 +107,60 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
     )
 
 
-def training(shape: Shape, gpus: int, *, micro_batch: int, tokens: int, rows: int) -> list[Load]:
-    """The load of each GPU of a training worker that holds the layers in order.
+def training(shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, rows: int) -> list[GpuMemory]:
+    """Returns the memory on each GPU of a training worker, over which the layers are spread in order.
 
     Args:
-        tokens: of the longest prompt with its answer.
-        rows: rollouts that are generated at once.
+        tokens: number of tokens of the longest prompt with its answer.
+        rows: number of rollouts that are generated at once.
     """
     first = min(target.layer for target in shape.targets)
 
-    def one(layer: int) -> Load:
+    def one(layer: int) -> GpuMemory:
         mine = [target for target in shape.targets if target.layer == layer]
-        # The gradient goes from the head down to the lowest target: below it nothing is kept for it.
+        # The gradient goes from the head down to the lowest target; layers below it save nothing.
         kept = _saved(shape, mine) * micro_batch * tokens if layer >= first else 0
-        return _layer(shape, layer, mine, kv=shape.kv_token_layer * tokens * rows, activations=kept, folded=True)
+        return _layer(
+            shape, layer, mine, kv=shape.kv_token_layer * tokens * rows, activations=kept, folded=shape.size >= 4
+        )
 
     logits = min(micro_batch * tokens * shape.vocabulary, CHUNK_ELEMENTS) * 4 * _LOGITS
     return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=logits, z=shape.K * 4 * 5)
 
 
-def serving(shape: Shape, gpus: int, *, kv_tokens: int, rows: int, experts: int) -> list[Load]:
-    """The load of each GPU of a serving replica with room for `kv_tokens` and so many rows in a batch."""
+def serving(shape: ModelShape, gpus: int, *, kv_tokens: int, rows: int, experts: int) -> list[GpuMemory]:
+    """Returns the memory on each GPU of a serving replica.
 
-    def one(layer: int) -> Load:
+    Args:
+        kv_tokens: number of tokens for whose keys and values there is room.
+        rows: number of rows in a batch.
+        experts: number of experts in memory.
+    """
+
+    def one(layer: int) -> GpuMemory:
         mine = [target for target in shape.targets if target.layer == layer]
         return _layer(shape, layer, mine, kv=shape.kv_token_layer * kv_tokens, activations=0, folded=False)
 
     working = rows * 4 * (shape.vocabulary + 4 * shape.intermediate)
-    z = shape.K * 4 * (experts + 3 * rows)  # each row's, and what becomes of it in a step, twice
+    z = shape.K * 4 * (experts + 3 * rows)  # per row: its own z, and two more of that size in a step
     return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=working, z=z)
 
 
-def least_gpus(loads: Any, memory: int, what: str) -> int:
-    """The smallest number of GPUs, each of `memory` bytes, for which `loads(gpus)` fits.
+def least_gpus(needs: Callable[[int], Sequence[GpuMemory]], memory: int, what: str) -> int:
+    """Returns the smallest number of GPUs, each of `memory` bytes, on which a model fits.
+
+    Args:
+        needs: number of GPUs -> the memory needed on each.
+        what: the model or job, for the error message.
 
     Raises:
-        ResourceError: not even `MOST_GPUS` are enough.
+        ResourceError: `MOST_GPUS` are not enough.
     """
     gpus = 1
-    while max(load.total for load in loads(gpus)) > RESERVE * memory:
+    while max(gpu.total for gpu in needs(gpus)) > RESERVE * memory:
         gpus += 1
         if gpus > MOST_GPUS:
-            least = max(load.total for load in loads(MOST_GPUS))
+            least = max(gpu.total for gpu in needs(MOST_GPUS))
             raise ResourceError(
                 f"{what} does not fit on {MOST_GPUS} GPUs of {memory / GIB:.0f} GiB: the fullest would hold "
                 f"{least / GIB:.1f} GiB; lower micro_batch or tokens, or adapt fewer layers"
@@ -152,9 +168,11 @@ def least_gpus(loads: Any, memory: int, what: str) -> int:
     return gpus
 
 
-def _layer(shape: Shape, layer: int, mine: Sequence[Target], *, kv: int, activations: int, folded: bool) -> Load:
+def _layer(
+    shape: ModelShape, layer: int, mine: Sequence[Target], *, kv: int, activations: int, folded: bool
+) -> GpuMemory:
     dense = sum(target.m * target.n for target in mine) * shape.size
-    return Load(
+    return GpuMemory(
         weights=shape.weight_bytes.get(layer, 0),
         factors=sum((target.m + target.n) * target.rank for target in mine) * shape.size,
         folded=dense if folded else 0,
@@ -163,36 +181,38 @@ def _layer(shape: Shape, layer: int, mine: Sequence[Target], *, kv: int, activat
     )
 
 
-def _saved(shape: Shape, mine: Sequence[Target]) -> int:
-    """Bytes that one layer keeps for one token's gradient.
+def _saved(shape: ModelShape, mine: Sequence[Target]) -> int:
+    """Returns the bytes that one layer saves for one token's gradient.
 
-    `x V` of each target; queries, keys (repeated for their groups), values and the attention's output; the gate, its
-    activation and the up projection; and the two norms' inputs in float32.
+    These are `x V` of each target; queries, keys (repeated for their groups), values and the attention's output; the
+    gate, its activation and the up projection; and the inputs of the two norms in float32.
     """
     inner = sum(target.rank for target in mine) + 4 * shape.heads_width + 3 * shape.intermediate
     return inner * shape.size + 2 * shape.hidden * 4
 
 
-def _spread(shape: Shape, gpus: int, layers: Sequence[Load], *, last: int, z: int) -> list[Load]:
-    """Layers in order over the GPUs, about evenly; the embeddings on the first, norm, head and logits on the last."""
+def _spread(shape: ModelShape, gpus: int, layers: Sequence[GpuMemory], *, last: int, z: int) -> list[GpuMemory]:
+    """Spreads the layers in order over the GPUs, about evenly. The first also has the embeddings, the last norm, head
+    and logits.
+    """
     if not 1 <= gpus <= len(layers):
         raise ConfigError(f"gpus is {gpus}; a model of {len(layers)} layers spreads over 1 to {len(layers)}")
     ends = (shape.weight_bytes.get(None, 0), shape.weight_bytes.get(-1, 0))
-    whole = sum(load.total for load in layers) + sum(ends) + last
-    groups: list[list[Load]] = [[]]
+    whole = sum(layer.total for layer in layers) + sum(ends) + last
+    groups: list[list[GpuMemory]] = [[]]
     filled, done = ends[0], 0.0
-    for i, load in enumerate(layers):
+    for i, layer in enumerate(layers):
         share = (whole - done) / (gpus - len(groups) + 1)
-        full = filled + load.total / 2 > share or len(layers) - i <= gpus - len(groups)
+        full = filled + layer.total / 2 > share or len(layers) - i <= gpus - len(groups)
         if groups[-1] and full and len(groups) < gpus:
             done += filled
             groups.append([])
             filled = 0
-        groups[-1].append(load)
-        filled += load.total
-    parts = [[sum(getattr(load, field.name) for load in group) for field in fields(Load)] for group in groups]
-    sums = [dict(zip((field.name for field in fields(Load)), part, strict=True)) for part in parts]
+        groups[-1].append(layer)
+        filled += layer.total
+    parts = [[sum(getattr(layer, field.name) for layer in group) for field in fields(GpuMemory)] for group in groups]
+    sums = [dict(zip((field.name for field in fields(GpuMemory)), part, strict=True)) for part in parts]
     sums[0]["weights"] += ends[0]
     sums[-1]["weights"] += ends[1]
     sums[-1]["working"] += last
-    return [Load(**{**part, "z": part["z"] + z}) for part in sums]
+    return [GpuMemory(**{**part, "z": part["z"] + z}) for part in sums]

@@ -1,1 +1,1 @@
-"""Where model-written code runs: a fresh interpreter in namespaces of its own, with limits."""
+"""The sandbox in which model-written code runs: a fresh interpreter in namespaces of its own, with limits."""

@@ -1,13 +1,14 @@
 """What runs inside the sandbox: a checker that evaluates the tests, and the candidate, which only answers its calls.
 
-Started by `sandbox.check` as a script in a fresh interpreter; imports nothing of t2ray but `sandbox.jail`.
+`sandbox.check` starts this file as a script in a fresh interpreter. It imports nothing of t2ray but `sandbox.jail`.
 
 The candidate's code and the tests never share a process. The checker evaluates `assert f(2) == 4` with its own,
 untouched builtins, where `f` is a stand-in: the call's arguments go to the candidate's process as bytes, the bytes of a
 result come back and are read as plain values (numbers, text, lists, tuples, sets, dicts) and nothing else. So an exit,
 a patched builtin, an object that equals everything or a printed "success" is at most a wrong answer. An object that is
-no plain value stays where it is: the checker holds a number for it, which it can call, read and set attributes of, and
-pass on, but not compare, count or take for true.
+no plain value stays in the candidate's process. The checker has a stand-in for it, which tests can call, pass on and
+set attributes of, but not compare, count or test for truth. Only of what a class makes that the tests know as a class
+can they read attributes and call methods: `f(3).startswith("nine")` asks text, and never an object that says yes.
 """
 
 from __future__ import annotations
@@ -27,25 +28,28 @@ else:
 
     del sys.path[0]
 
-MOST_BYTES = 1 << 20  # of one answer
+MOST_BYTES = 1 << 20  # the largest answer
 _TYPES = {kind.__name__: kind for kind in (bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict)}
 
 
 class Remote:
-    """The checker's stand-in for an object in the candidate's process."""
+    """The checker's stand-in for an object in the candidate's process; `known` if it is or comes from a known class."""
 
-    def __init__(self, number: int, ask: Callable[..., Any]) -> None:
+    def __init__(self, number: int, ask: Callable[..., Any], known: bool) -> None:
         object.__setattr__(self, "_number", number)
         object.__setattr__(self, "_ask", ask)
+        object.__setattr__(self, "_known", known)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._ask(("call", self, args, kwargs))
+        return self._ask(("call", self, args, kwargs), self._known)
 
     def __getattr__(self, name: str) -> Any:
-        return self._ask(("get", self, name))
+        if not self._known:
+            raise TypeError(f"the answer is no plain value: a test cannot use its {name!r}")
+        return self._ask(("get", self, name), True)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._ask(("set", self, name, value))
+        self._ask(("set", self, name, value), False)
 
     def _refuse(self, *_: object) -> NoReturn:
         raise TypeError("the answer is no plain value: a test cannot compare it or take it for true")
@@ -57,7 +61,7 @@ class Remote:
 
 
 def encode(value: Any, number_of: Callable[[Any], int]) -> bytes:
-    """A tag, a length or count of 8 bytes, and the content; `number_of` numbers what is no plain value."""
+    """Returns `value` as bytes: a tag, a length or count of 8 bytes, the content. `number_of` numbers other objects."""
     if value is None:
         return _tagged(b"n", b"")
     if isinstance(value, bool):
@@ -89,7 +93,7 @@ def _tagged(tag: bytes, content: bytes) -> bytes:
 
 
 def decode(data: bytes, object_of: Callable[[int], Any]) -> Any:
-    """The value of `encode`'s bytes; an exception for any other bytes, never a value of another type."""
+    """Returns the value that `encode` made bytes of; raises for any other bytes, and never returns another type."""
     value, end = _decode(data, 0, object_of)
     if end != len(data):
         raise ValueError("malformed answer")
@@ -126,7 +130,12 @@ def _decode(data: bytes, at: int, object_of: Callable[[int], Any]) -> tuple[Any,
 
 
 def read_frame(file: int, most: int) -> bytes:
-    """One frame: 8 bytes of length, then so many bytes. EOFError: the other side ended; ValueError: beyond `most`."""
+    """Reads one frame from a descriptor: 8 bytes of length, then so many bytes, which are returned.
+
+    Raises:
+        EOFError: the other side has ended.
+        ValueError: the frame has more than `most` bytes.
+    """
 
     def exactly(count: int) -> bytes:
         parts = []
@@ -145,7 +154,7 @@ def read_frame(file: int, most: int) -> bytes:
 
 
 def write_frame(file: int, data: bytes) -> None:
-    """Writes `data` behind its length, 8 bytes big-endian, to a descriptor."""
+    """Writes one frame to a descriptor: the length of `data` in 8 bytes, big-endian, then `data`."""
     data = len(data).to_bytes(8, "big") + data
     while data:
         data = data[os.write(file, data) :]
@@ -167,8 +176,8 @@ def candidate(code: str, questions: int, answers: int) -> NoReturn:
     try:
         exec(compile(code, "<candidate>", "exec"), module.__dict__)
         failed = ""
-    except BaseException as error:  # whatever it raises, SystemExit too, is the candidate's answer
-        failed = _told(error)
+    except BaseException as error:  # any error, also SystemExit, is the candidate's answer
+        failed = _described(error)
     while True:
         kind, target, *rest = decode(read_frame(questions, 1 << 30), lambda number: objects[number])
         try:
@@ -185,28 +194,28 @@ def candidate(code: str, questions: int, answers: int) -> NoReturn:
                 answer = encode(None, number_of)
             answer = b"+" + answer
         except BaseException as error:
-            answer = b"-" + _told(error).encode("utf-8", "replace")
+            answer = b"-" + _described(error).encode("utf-8", "replace")
         write_frame(answers, answer)
 
 
-def _told(error: BaseException) -> str:
+def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:300]
 
 
 def check(request: dict[str, Any], questions: int, answers: int) -> str:
-    """ "pass", or what the first failing test failed by."""
+    """Returns "pass", or how the first failing test failed."""
 
-    def ask(question: tuple[Any, ...]) -> Any:
+    def ask(question: tuple[Any, ...], known: bool) -> Any:
         write_frame(questions, encode(question, lambda remote: remote._number))
         answer = read_frame(answers, MOST_BYTES)
         if answer[:1] != b"+":
             raise RuntimeError(answer[1:400].decode("utf-8", "replace"))
-        return decode(answer[1:], lambda number: Remote(number, ask))
+        return decode(answer[1:], lambda number: Remote(number, ask, known))
 
     namespace: dict[str, Any] = {}
     step = "the code"
     try:
-        namespace.update((name, ask(("name", name))) for name in request["names"])
+        namespace.update((name, ask(("name", name), name in request["classes"])) for name in request["names"])
         for step in (request["setup"], *request["tests"]):
             exec(compile(step, "<test>", "exec"), namespace)
     except EOFError:
@@ -214,24 +223,27 @@ def check(request: dict[str, Any], questions: int, answers: int) -> str:
     except AssertionError:
         return f"{step}: false"
     except BaseException as error:
-        return f"{step}: {_told(error)}"
+        return f"{step}: {_described(error)}"
     return "pass"
 
 
 def main() -> None:
-    """Reads the code, builds the walls, starts the candidate, and only then reads the tests.
+    """Reads the code, isolates itself, starts the candidate, and only then reads the tests.
 
-    Writes "pass", "fail ..." or "no isolation ..." to stdout, which the candidate does not have.
+    Writes "pass", "fail ..." or "no isolation ..." to stdout, to which the candidate has no access.
     """
     mode, memory_mb, cpu_s = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     sys.set_int_max_str_digits(0)
     code = read_frame(0, 1 << 30).decode("utf-8", "replace")
     nothing = os.open("/dev/null", os.O_RDWR)
     try:
-        if mode != "bubblewrap":
-            jail.die_with_parent()
         if mode == "namespaces":
+            jail.die_with_parent()
             jail.enter_namespaces(sys.argv[4:])
+        elif mode == "bubblewrap":
+            jail.enter_box()
+        else:
+            jail.end_with_child()
         jail.give_up_rights(refuse_calls=False)
     except (OSError, KeyError) as error:
         os.write(1, f"no isolation: {error}".encode())

@@ -1,8 +1,8 @@
-"""The walls of the sandbox: namespaces, resource limits, a system-call filter. Imported by `sandbox.child` alone.
+"""What isolates the sandbox: namespaces, resource limits, a filter of system calls.
 
-Runs inside the sandbox's fresh interpreter, which starts in 20 ms: nothing of t2ray and no slow module is imported here
-(no `typing`, `json`, `re`). Linux on x86-64 and aarch64; on anything else every function raises OSError, which the
-parent reads as "no isolation here".
+It runs inside the sandbox's fresh interpreter, which starts in 20 ms: it imports nothing of t2ray and no slow module
+(no `typing`, `json`, `re`). It supports Linux on x86-64 and aarch64; on another machine the filter raises KeyError,
+which the child reports as "no isolation".
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _RDONLY, _NOSUID, _NODEV, _REMOUNT, _BIND, _REC, _PRIVATE = 1, 2, 4, 32, 4096, 1
 _KEPT_FLAGS = 1 | 2 | 4 | 8  # read-only, nosuid, nodev, noexec: a user namespace may not clear them on a remount
 _DETACH = 2
 _NEWNS, _NEWUTS, _NEWIPC, _NEWUSER, _NEWPID, _NEWNET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
-_SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_NO_NEW_PRIVS = 1, 4, 22, 38
+_SET_PDEATHSIG, _SET_DUMPABLE, _SET_SECCOMP, _SET_CHILD_SUBREAPER, _SET_NO_NEW_PRIVS = 1, 4, 22, 36, 38
 
-# Calls that a function's answer never needs, by their numbers on x86-64 and aarch64 (None: it has no such call). New
-# processes, threads and programs; signals to others; reading other processes' memory; sockets; memory that outlives
-# its limit; and the kernel's larger attack surfaces.
+# System calls that computing an answer never needs, by their numbers on x86-64 and aarch64 (None: there is no such
+# call): new processes, threads and programs; signals to others; reading other processes' memory; sockets; memory
+# outside the limit; and the kernel's larger attack surfaces.
 _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "clone": (56, 220), "fork": (57, None), "vfork": (58, None), "clone3": (435, 435),
     "execve": (59, 221), "execveat": (322, 281),
@@ -41,7 +41,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "keyctl": (250, 219), "add_key": (248, 217),
     "request_key": (249, 218), "setpriority": (141, 140), "sched_setscheduler": (144, 119),
 }  # fmt: skip
-_ARCHITECTURE = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
+_ARCHITECTURE = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of _REFUSED, AUDIT_ARCH_*
 
 
 def _call(result: int, what: str) -> None:
@@ -51,15 +51,54 @@ def _call(result: int, what: str) -> None:
 
 
 def die_with_parent() -> None:
-    """This process is killed when the one that started it ends, however it ends."""
+    """Has this process killed when its parent ends, however the parent ends."""
     _call(_libc.prctl(_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
 
 
-def enter_namespaces(shown: list[str]) -> None:
-    """Goes on, in a child process, in namespaces of its own with a root that holds nothing but `shown`, read-only.
+def end_with_child() -> None:
+    """Continues in a child process; the calling process stays and, when the child ends, ends all that is left of it.
 
-    No network, no other process to be seen, no /proc, /dev, /home or /etc; the working folder is an empty file system
-    of 16 MB. Root becomes a user that nobody else is. The calling process waits, and ends as the child does.
+    A process that leaves the session, or whose parent has ended, becomes a child of the calling process and is ended
+    too. SIGTERM ends them earlier, and so does the end of the calling process's parent.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    import signal  # slow; only a sandbox without isolation needs it
+
+    awaited = {signal.SIGTERM, signal.SIGCHLD}
+    signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    _call(_libc.prctl(_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
+    _call(_libc.prctl(_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0), "prctl")
+    child = os.fork()
+    if not child:
+        die_with_parent()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
+        return
+    while signal.sigwait(awaited) != signal.SIGTERM:
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            break
+    while True:
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    parent = int(file.read().rpartition(b")")[2].split()[1])
+                if parent == os.getpid():
+                    os.kill(int(name), signal.SIGKILL)
+            except (FileNotFoundError, ProcessLookupError):  # it has just ended
+                continue
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            os._exit(0)
+
+
+def enter_namespaces(shown: list[str]) -> None:
+    """Continues in a child process, in namespaces of its own, with a root folder that has only the paths `shown`.
+
+    These paths are read-only. There is no network, no other process, no /proc, /dev, /home or /etc; the working folder
+    is an empty file system of 16 MB. If root calls it, the child gets a user id that nobody else has. The calling
+    process waits for the child and ends with its exit code.
 
     Raises:
         OSError: the system does not allow it.
@@ -73,7 +112,7 @@ def enter_namespaces(shown: list[str]) -> None:
                 file.write(text)
         stranger = None
     else:
-        # A number that no account has: nothing on the system belongs to it, and it counts this sandbox's processes.
+        # An id that no account has: no file belongs to it, and the process limit counts this sandbox's processes alone.
         stranger = 0x60000000 | int.from_bytes(os.urandom(3), "big")
     child = os.fork()
     if child:
@@ -83,7 +122,7 @@ def enter_namespaces(shown: list[str]) -> None:
         os.setgroups([])
         os.setresgid(stranger, stranger, stranger)
         os.setresuid(stranger, stranger, stranger)
-    die_with_parent()  # after the change of user, which would undo it
+    die_with_parent()  # after the change of user, which resets it
 
 
 def _mount(source: str | None, target: str, kind: str | None, flags: int, options: str | None = None) -> None:
@@ -105,15 +144,24 @@ def _new_root(sources: list[str], shown: list[str]) -> None:
             kept = os.statvfs(path).f_flag & _KEPT_FLAGS
             _mount(None, path, None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV | kept)
     os.mkdir("/box")
-    _mount("box", "/box", "tmpfs", _NOSUID | _NODEV, "size=16m,nr_inodes=256,mode=777")
+    enter_box()
     _call(_libc.umount2(b"/old", _DETACH), "umount")
     os.rmdir("/old")
     _mount(None, "/", None, _REMOUNT | _BIND | _RDONLY | _NOSUID | _NODEV)
+
+
+def enter_box() -> None:
+    """Makes an empty file system of 16 MB and 255 files the working folder, at /box.
+
+    Raises:
+        OSError: the system does not allow it.
+    """
+    _mount("box", "/box", "tmpfs", _NOSUID | _NODEV, "size=16m,nr_inodes=256,mode=777")
     os.chdir("/box")
 
 
 def limit(memory_mb: int, cpu_s: int) -> None:
-    """Bounds this process: address space, CPU seconds, files of 16 MB, 64 open ones, no core dump, no new process."""
+    """Limits this process: address space, CPU seconds, files of 16 MB, 64 open files, no core dump, no new process."""
     for kind, most in (
         (resource.RLIMIT_AS, memory_mb << 20),
         (resource.RLIMIT_CPU, cpu_s),
@@ -128,7 +176,7 @@ def limit(memory_mb: int, cpu_s: int) -> None:
 
 
 def give_up_rights(refuse_calls: bool) -> None:
-    """Drops every capability for good, hides this process's memory from its equals, and filters its calls if asked."""
+    """Drops all capabilities for good, hides this process's memory from others of its user; may filter its calls."""
     header = struct.pack("=Ii", 0x20080522, 0)
     _call(_libc.capset(header, bytes(24)), "capset")
     _call(_libc.prctl(_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
@@ -138,7 +186,7 @@ def give_up_rights(refuse_calls: bool) -> None:
 
 
 def _filter_calls() -> None:
-    """A seccomp filter (linux/filter.h): EPERM for the refused calls, death for another architecture's; others pass."""
+    """Installs a seccomp filter (linux/filter.h): EPERM for refused calls; a call of another architecture kills."""
     column, architecture = _ARCHITECTURE[_MACHINE]
     numbers = [pair[column] for pair in _REFUSED.values()]
     refused = [number for number in numbers if number is not None]

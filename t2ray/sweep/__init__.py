@@ -1,4 +1,4 @@
-"""Sweeps over a job's settings: the space and its points (`space`), what came out (`results`), pictures (`pictures`).
+"""Sweeps over a job's settings: the space and its points (`space`), trials and winner (`results`), `pictures`.
 
-No ray and no torch: `cluster.tune` runs the trials.
+Not here: running the trials (`cluster.train.tune`).
 """

@@ -1,7 +1,4 @@
-"""A sweep's pictures, by matplotlib, as PNG: parallel coordinates over all settings, and a heat map over two of them.
-
-The report's figures have a module of their own (plots.py): they are SVG that suits a page, these are files to open.
-"""
+"""A sweep's pictures, by matplotlib, as PNG: parallel coordinates over all settings, a heat map over two of them."""
 
 from __future__ import annotations
 
@@ -15,15 +12,15 @@ import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from t2ray.config.search import SweepConfig, job_at, value_at
 from t2ray.store import Store
 from t2ray.sweep.results import Trial, keys
-from t2ray.sweep.space import SweepConfig, job_at, value_at
 
-_CELLS = 6  # of a range in the heat map
+_CELLS = 6  # cells into which the heat map divides a range
 
 
 def draw(config: SweepConfig, trials: Sequence[Trial]) -> list[str]:
-    """Writes `parallel.png` and `heatmap.png` from the trials that have a score; their names."""
+    """Writes `parallel.png` and `heatmap.png` of the trials that have a score; returns the files' names."""
     scored = [trial for trial in trials if trial.score is not None]
     names = keys(config)
     jobs = [job_at(config, trial.point) for trial in scored]
@@ -38,7 +35,7 @@ def draw(config: SweepConfig, trials: Sequence[Trial]) -> list[str]:
 
 
 def parallel(columns: dict[str, list[Any]], scores: np.ndarray[Any, Any], ended: Sequence[bool]) -> bytes:
-    """A line a trial through its settings to its score, in the colour of the score; dashed where it was stopped."""
+    """Draws one line per trial through its settings to its score, in the score's colour; dotted if it was stopped."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -62,7 +59,7 @@ def parallel(columns: dict[str, list[Any]], scores: np.ndarray[Any, Any], ended:
 
 
 def heat_map(down: tuple[str, Sequence[Any]], across: tuple[str, Sequence[Any]], scores: np.ndarray[Any, Any]) -> bytes:
-    """The mean score by two settings: a cell for each value, or for each of six parts of a range."""
+    """Draws the mean score over two settings: one cell per value, or per sixth of a range."""
 
     def paint(figure: Figure) -> None:
         axes = figure.subplots()
@@ -96,7 +93,7 @@ def _png(width: float, height: float, paint: Callable[[Figure], None]) -> bytes:
 
 
 def _numbers(values: Sequence[Any]) -> np.ndarray[Any, Any] | None:
-    """The values as numbers, on a logarithmic scale where they span more than a factor of 20; None for names."""
+    """Returns the values as numbers, as logarithms if they span more than a factor of 20; None if they are names."""
     if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         return None
     numbers = np.array(values, dtype=float)
@@ -105,7 +102,7 @@ def _numbers(values: Sequence[Any]) -> np.ndarray[Any, Any] | None:
 
 
 def _places(values: Sequence[Any]) -> tuple[np.ndarray[Any, Any], list[tuple[float, str]]]:
-    """Heights in [0, 1], and the ticks of that axis."""
+    """Returns the heights of the values, in [0, 1], and the ticks of that axis."""
     numbers = _numbers(values)
     if numbers is None:
         names = sorted({json.dumps(value) for value in values})
@@ -118,7 +115,7 @@ def _places(values: Sequence[Any]) -> tuple[np.ndarray[Any, Any], list[tuple[flo
 
 
 def _binned(values: Sequence[Any]) -> tuple[np.ndarray[Any, Any], list[str]]:
-    """The cell of each value, and the cells' names."""
+    """Returns the number of each value's cell, and the names of the cells."""
     numbers = _numbers(values)
     distinct = sorted(set(map(json.dumps, values)), key=lambda text: (len(text), text))
     if numbers is None or len(distinct) <= _CELLS:

@@ -1,27 +1,31 @@
-"""What a sweep leaves: its trials as they stand, who won, the table, and `best.yaml`.
+"""The results of a sweep: its trials, its winner, a table, and `best.yaml`.
 
-`trials.json` in the sweep's folder is the whole state; a sweep that was killed is read from it. Called by
-`cluster.tune`, which writes it, and by `t2ray sweep`.
+`trials.json` in the sweep's folder is the whole state of a sweep, from which one that was killed can go on.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
+from t2ray.config.files import dump_yaml
+from t2ray.config.search import SweepConfig, job_at, laid_over, value_at
+from t2ray.config.train import portable
 from t2ray.core import RunError
 from t2ray.store import Store
-from t2ray.sweep.space import Point, SweepConfig, job_at, laid_over, trial_id, value_at
+from t2ray.sweep.space import Point, trial_id
 
 CONFIG, TRIALS, BEST = "sweep.json", "trials.json", "best.yaml"
+_REMEDY = "put back a copy of it, or sweep again under another run=NAME"
 Status = Literal["waiting", "running", "done", "stopped", "failed"]
+ReportScore = Callable[[int, float], None]
+"""What a running trial calls with its step and its score so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +33,8 @@ class Trial:
     """One trial: `Trial(point={"rl.lr": 0.01}, seed=0, status="done", score=0.83, step=30, seconds=41.0)`.
 
     `score` is the greedy validation accuracy (kind rl) or the accuracy on held-out prompts (kind cem), a mean over
-    domains or tasks. `history` holds (step, score) of each report. A stopped trial fell behind; a failed one has an
-    `error`.
+    domains or tasks. `history` has (step, score) of each report. `final` says that it is a finalist on a further seed.
+    A stopped trial fell behind; a failed one has an `error`.
     """
 
     point: Point
@@ -56,10 +60,10 @@ class Trial:
 
 
 def open_sweep(config: SweepConfig, *, resume: bool) -> dict[str, Trial]:
-    """The trials of a sweep so far, by id: none of a new one.
+    """Returns the trials of a sweep so far, by id; of a new sweep, none.
 
     Raises:
-        RunError: the sweep exists and is not resumed, or is resumed with another configuration.
+        RunError: the sweep exists and `resume` is False, or it was started with another configuration.
     """
     store = Store(f"{config.out}/{config.run}")
     if not store.exists(CONFIG):
@@ -68,7 +72,7 @@ def open_sweep(config: SweepConfig, *, resume: bool) -> dict[str, Trial]:
         raise RunError(
             f"sweep {config.run!r} exists in {store.uri}; go on with it by --resume, or choose another run=NAME"
         )
-    before, now = json.loads(store.read_text(CONFIG)), config.model_dump(mode="json")
+    before, now = portable(_read(store, CONFIG)), portable(config.model_dump(mode="json"))
     free = ("out", "at_once", "cpus", "gpus")
     differing = [key for key in now if key not in free and before.get(key) != now[key]]
     if differing:
@@ -76,21 +80,44 @@ def open_sweep(config: SweepConfig, *, resume: bool) -> dict[str, Trial]:
             f"sweep {config.run!r} was started with another {differing[0]}: {json.dumps(before.get(differing[0]))}, "
             f"now {json.dumps(now[differing[0]])}; use another run=NAME"
         )
-    rows = json.loads(store.read_text(TRIALS)) if store.exists(TRIALS) else []
-    trials = [Trial(**row | {"history": tuple(map(tuple, row["history"]))}) for row in rows]
-    # what was under way, or failed, is tried again: from its checkpoints, where it has some
+    try:
+        trials = [Trial(**row | {"history": tuple(map(tuple, row["history"]))}) for row in read_rows(store)]
+    except (TypeError, KeyError) as error:
+        raise RunError(f"{store.uri}/{TRIALS} is damaged ({error}); {_REMEDY}") from None
+    # a trial that was running or had failed is tried again, from its checkpoints if it has some
     trials = [t if t.settled else replace(t, status="waiting", error=None) for t in trials]
     return {trial.id: trial for trial in trials}
 
 
+def read_rows(store: Store) -> list[dict[str, Any]]:
+    """The trials in a sweep's folder, as they were written.
+
+    Raises:
+        RunError: `trials.json` is damaged.
+    """
+    rows = _read(store, TRIALS) if store.exists(TRIALS) else []
+    if not isinstance(rows, list) or any(
+        not isinstance(row, dict) or not {"point", "seed", "status", "score", "error"} <= row.keys() for row in rows
+    ):
+        raise RunError(f"{store.uri}/{TRIALS} is damaged; {_REMEDY}")
+    return rows
+
+
+def _read(store: Store, name: str) -> Any:
+    try:
+        return json.loads(store.read_bytes(name))
+    except ValueError as error:
+        raise RunError(f"{store.uri}/{name} is damaged ({error}); {_REMEDY}") from None
+
+
 def save(config: SweepConfig, trials: Mapping[str, Trial]) -> None:
-    """Writes the trials as they stand."""
+    """Writes the trials to `trials.json`."""
     rows = [asdict(trial) for trial in trials.values()]
     Store(f"{config.out}/{config.run}").write_text(TRIALS, json.dumps(rows))
 
 
 def start(config: SweepConfig) -> None:
-    """Writes the sweep's configuration: from here on it exists."""
+    """Writes the sweep's configuration; with it the sweep exists."""
     Store(f"{config.out}/{config.run}").write_text(CONFIG, config.model_dump_json(indent=1))
 
 
@@ -98,7 +125,7 @@ def start(config: SweepConfig) -> None:
 
 
 def finalists(trials: Sequence[Trial], count: int) -> list[Point]:
-    """The points of the best trials that ran to their end; whoever failed or was stopped is out.
+    """Returns the points of the best `count` trials of the search that ran to their end.
 
     Raises:
         RunError: no trial ran to its end.
@@ -112,10 +139,10 @@ def finalists(trials: Sequence[Trial], count: int) -> list[Point]:
 
 
 def standings(trials: Sequence[Trial]) -> list[tuple[Point, list[float]]]:
-    """The finalists' points with their scores on the further seeds alone, best mean first.
+    """Returns the finalists' points with their scores on the further seeds alone, best mean first.
 
-    The score that made a trial a finalist is left out: it was the luckiest of many. A point one of whose further seeds
-    failed is left out too.
+    The score that made a trial a finalist does not count, because it was the luckiest of many. A point is left out if
+    it did not run to its end on all further seeds.
     """
     scores: dict[str, tuple[Point, list[Trial]]] = {}
     for trial in trials:
@@ -133,7 +160,7 @@ def standings(trials: Sequence[Trial]) -> list[tuple[Point, list[float]]]:
 
 
 def write_results(config: SweepConfig, trials: Sequence[Trial]) -> Point:
-    """`results.parquet`, `results.md` and `best.yaml` in the sweep's folder; the winning point.
+    """Writes `results.parquet`, `results.md` and `best.yaml` into the sweep's folder; returns the winning point.
 
     Raises:
         RunError: no finalist ran to its end on all of its seeds.
@@ -152,12 +179,12 @@ def write_results(config: SweepConfig, trials: Sequence[Trial]) -> Point:
 
 
 def keys(config: SweepConfig) -> list[str]:
-    """The columns of a trial's settings: what was swept, and of a training job its lambda and its learning rate too."""
+    """Returns the settings that tables show: those that were swept, and of a training job `rl.kl` and `rl.lr`."""
     return list(dict.fromkeys([*config.space, *(("rl.kl", "rl.lr") if config.kind == "rl" else ())]))
 
 
 def table(config: SweepConfig, trials: Sequence[Trial]) -> pa.Table:
-    """One row a trial, one column a setting."""
+    """Returns a table with one row per trial and one column per setting."""
     columns: dict[str, list[Any]] = {
         "trial": [t.id for t in trials], "stage": ["final" if t.final else "search" for t in trials],
         "seed": [t.seed for t in trials], "status": [t.status for t in trials],
@@ -167,13 +194,13 @@ def table(config: SweepConfig, trials: Sequence[Trial]) -> pa.Table:
     jobs = [job_at(config, trial.point) for trial in trials]
     for key in keys(config):
         values = [value_at(job, key) for job in jobs]
-        plain = all(isinstance(value, int | float) for value in values)  # others, such as targets, as JSON
+        plain = all(isinstance(value, int | float) for value in values)  # other values, such as targets, become JSON
         columns[key] = [float(v) for v in values] if plain else [json.dumps(v) for v in values]
     return pa.table(columns)
 
 
 def markdown(config: SweepConfig, trials: Sequence[Trial], ranked: Sequence[tuple[Point, list[float]]]) -> str:
-    """The winner and the finalists, then every trial, best first."""
+    """Returns the tables of the finalists and of all trials as Markdown, best first."""
     names = keys(config)
 
     def row(cells: Sequence[Any]) -> str:
@@ -203,7 +230,7 @@ def markdown(config: SweepConfig, trials: Sequence[Trial], ranked: Sequence[tupl
 
 
 def best_yaml(config: SweepConfig, point: Point, scores: Sequence[float]) -> str:
-    """The winner as a file that `t2ray train` (kind rl) or `t2ray adapt --config` (kind cem) accepts as it is."""
+    """Returns the winner as a YAML file for `t2ray train` (kind rl) or `t2ray adapt --config` (kind cem)."""
     head = (
         f"# The winner of sweep {config.run}: {fmean(scores):.4f} over {len(scores)} further seeds "
         f"({', '.join(f'{score:.4f}' for score in scores)}).\n"
@@ -222,7 +249,7 @@ def best_yaml(config: SweepConfig, point: Point, scores: Sequence[float]) -> str
 
 
 def _dump(values: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(json.loads(json.dumps(values)), sort_keys=False, allow_unicode=True)
+    return dump_yaml(portable(values))
 
 
 def _short(value: Any) -> str:

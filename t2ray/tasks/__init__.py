@@ -1,47 +1,42 @@
-"""The tasks that t2ray knows by name, and the two ways to make one: `own` data, and `dispatch` from other tasks.
-
-The command line, the jobs and the evaluation come through here; a reward function is named, never imported, by them.
-"""
+"""The tasks that t2ray knows by name. `data.own` makes one of a user's own rows, prompt and reward."""
 
 from __future__ import annotations
 
 import difflib
+import importlib
 
-from t2ray.core import ConfigError, user
-from t2ray.tasks import tiny
-from t2ray.tasks.arc import challenge, easy
-from t2ray.tasks.data import own
-from t2ray.tasks.dispatch import dispatch
-from t2ray.tasks.gsm8k import task as gsm8k_task
-from t2ray.tasks.mbpp import task as mbpp_task
+from t2ray.core import ConfigError
 from t2ray.tasks.task import Task
 
-__all__ = ["BUILTIN", "Task", "builtin", "dispatch", "own"]
+__all__ = ["BUILTIN", "Task", "builtin"]
 
-_REAL = {"gsm8k": gsm8k_task, "arc_easy": easy, "arc_challenge": challenge, "mbpp": mbpp_task}
-
-BUILTIN = (*tiny.TASKS, *_REAL)
+_TINY = ("math", "math_long", "code", "code_long", "pick", "pick_more", "others")
+_REAL = {"gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task"}
+BUILTIN = (*_TINY, *_REAL)
+"""The names of the built-in tasks. The module of a task is imported when it is asked for."""
 
 
 def builtin(name: str, data: str | None = None) -> Task:
-    """A task by its name; for one with real rows, `data` is a local file of them instead of the hub.
+    """Returns a built-in task.
+
+    Args:
+        data: a local file with the rows of a real data set, instead of the hub.
 
     Raises:
-        ConfigError: no task of that name, or `data` for a task of the tiny model, whose rows are made.
+        ConfigError: there is no task of that name, or `data` is given for a task of the tiny model, which generates
+            its rows.
+        DataError: the file cannot be read, or one of its rows does not have what the task needs.
     """
     if name in _REAL:
-        return _REAL[name](data)
-    if name not in tiny.TASKS:
+        module, _, function = _REAL[name].partition(":")
+        task: Task = getattr(importlib.import_module(f"t2ray.tasks.{module}"), function)(data)
+        return task
+    if name not in _TINY:
         close = difflib.get_close_matches(name, BUILTIN, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(f"unknown task {name!r}; {hint}there are {', '.join(BUILTIN)}")
     if data is not None:
         raise ConfigError(f"task {name!r} makes its own rows and takes no data file; leave out {data!r}")
-    return Task(
-        name=name,
-        rows=lambda split: [row for part in tiny.SPLITS if split in (part, "all") for row in tiny.rows(name, part)],
-        messages=lambda row: user(row["prompt"]),
-        reward=f"t2ray.tasks.tiny:reward_{tiny.PARENT.get(name, name)}",
-        gold=tiny.gold,
-        max_tokens=24,
-    )
+    from t2ray.tasks import tiny
+
+    return tiny.task(name)

@@ -1,8 +1,8 @@
 """ARC-Easy and ARC-Challenge, science multiple choice (Clark et al. 2018; hub: allenai/ai2_arc). No rows are shipped.
 
-A row: `{"question": "Which factor ...?", "choices": {"text": ["a leg ...", ...], "label": ["A", "B", "C", "D"]},
-"answerKey": "B"}`; some rows are labelled 1 to 4, some have three or five choices. The hub's three splits are used as
-they are; a local file is divided as GSM8K's is.
+One row: `{"question": "Which factor ...?", "choices": {"text": ["a leg ...", ...], "label": ["A", "B", "C", "D"]},
+"answerKey": "B"}`. Some rows have the labels 1 to 4, some have three or five choices. The hub's three splits are used
+as they are; a local file is split as GSM8K's is.
 """
 
 from __future__ import annotations
@@ -14,37 +14,49 @@ from typing import Any
 
 from t2ray.core import DataError, Message, user
 from t2ray.tasks.data import Table, read
-from t2ray.tasks.gsm8k import quarters
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.gsm8k import split_rows
+from t2ray.tasks.task import DataRow, Task
+from t2ray.tasks.text import boxed, plain, settled
 
 HUB = "allenai/ai2_arc"
 COLUMNS = {"question": str, "choices": dict, "answerKey": str}
 
+_CALLED = r"(?:(?:the|option|choice|letter|label|number)\s+)*[(\[]{0,3}LABEL"
+_IS = r" ?(?:(?:is|are|(?:would|must|should|will) be|therefore|thus|clearly|likely|:|=|-(?=\s))\s*)*"
+_SAID = (
+    rf"\b(?:answer|ans|(?:correct|right|best|final|my)\s+(?:option|choice|letter|label|one)){_IS}{_CALLED}",
+    rf"(?<!not )(?<!n't )\b(?:choose|chose|pick|select|go with|going with)\s+{_CALLED}",
+    r"(?<!\bor )(?<!\band )(?<!\bnor )(?<!\bif )[(\[]{0,3}(?<!\w)LABEL[)\]]*"
+    r"(?=\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b)",
+    rf"^\s*(?:(?:therefore|thus|so|hence|it is|it's|it must be)\b[\s,:]*)+{_CALLED}(?=[.,)\]\s]*$)",
+)  # fmt: skip
+_REASON = r"[)\]]?[,;.]?\s*(?:because|since|as it|is\s+(?:the\s+)?(?:correct|right|best|answer))\b"
+
 
 def easy(data: str | None = None) -> Task:
-    """ARC-Easy, from the hub or from a local file of the same columns.
+    """The task ARC-Easy, from the hub or from a local file with the same columns.
 
     Raises:
-        DataError: the local file, or one of its rows, is not what is needed.
+        DataError: the local file cannot be read, or one of its rows is not as above.
     """
     return _task("arc_easy", f"{HUB}:ARC-Easy", data)
 
 
 def challenge(data: str | None = None) -> Task:
-    """ARC-Challenge, from the hub or from a local file of the same columns.
+    """The task ARC-Challenge, from the hub or from a local file with the same columns.
 
     Raises:
-        DataError: the local file, or one of its rows, is not what is needed.
+        DataError: the local file cannot be read, or one of its rows is not as above.
     """
     return _task("arc_challenge", f"{HUB}:ARC-Challenge", data)
 
 
 def _task(name: str, hub: str, data: str | None) -> Task:
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         if data is not None:
-            return quarters(_checked(read(data)))
-        parts: dict[str, list[Row]] = {
+            return split_rows(_checked(read(data)))
+        parts: dict[str, list[DataRow]] = {
             split: [*_checked(read(hub, split))] for split in ("train", "validation", "test")
         }
         return parts | {"all": [row for part in parts.values() for row in part]}
@@ -73,38 +85,94 @@ def _checked(table: Table) -> list[dict[str, Any]]:
     return table.rows
 
 
-def messages(row: Row) -> tuple[Message, ...]:
-    """The question, its labelled choices, and the form that the answer must have."""
+def messages(row: DataRow) -> tuple[Message, ...]:
+    """The prompt: the question, its labelled choices, and the form that the answer must have."""
     choices = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
     lines = "\n".join(f"{label}. {text}" for label, text in choices)
     return user(f"{row['question']}\n\n{lines}\n\nAnswer with the label of the right choice alone.")
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """+1 when the completion gives the right label as its one answer; else -1."""
-    return 1.0 if extract(completion, row["choices"]["label"]) == row["answerKey"] else -1.0
+    """+1 if the completion gives the right label as its one answer, else -1."""
+    return 1.0 if extract(completion, row["choices"]) == row["answerKey"] else -1.0
 
 
-def extract(text: str, labels: list[str]) -> str | None:
-    """The one label that a text answers with, or None where it gives none or several.
+def extract(completion: str, choices: Mapping[str, list[str]]) -> str | None:
+    r"""Returns the one label that a text answers with, or None if it gives none or several.
 
-    "The answer is B." and "Answer: (B)" count wherever they stand, if all of them agree. Else the text must begin with
-    the label, alone on its line ("B", "(B)") or before its choice ("B. sunlight", "B) sunlight"), and no later line may
-    begin so with another label. "A or B" answers nothing, nor does prose that merely holds a letter ("A plant needs").
+    It counts after the reasoning (`text.settled`), in either case ("b"). "The answer is B.", "\boxed{B}", "Option B is
+    correct" and "Therefore, (B)." count anywhere in the text, if all of them agree. Without them, the first or the last
+    line must be the label alone ("B", "(B)"), or the first line must begin with the label before its choice or a reason
+    ("B. sunlight", "B because ..."). "A or B" is no answer, nor is "2.5" for the label 2, nor prose that merely has a
+    letter ("A plant needs").
     """
-    label = "(?:" + "|".join(map(re.escape, labels)) + ")"
-    ends = r"(?=[.,:;)]|\s*$)"
-    several = re.compile(rf"{label}[\s.,:;)]*(?:/|or\b|and\b)?\s*\(?{label}{ends}", re.MULTILINE)
-    found = list(re.finditer(rf"(?i:\banswer(?: is:?|:))\s*\(?({label}){ends}", text, re.MULTILINE))
-    if not found:
-        begun = re.compile(rf"[ \t]*\(?({label})(?:[.:)]|\s*$)", re.MULTILINE)
-        text = text.strip()
-        if not begun.match(text):
-            return None
-        found = [
-            match for start in re.finditer(r"^", text, re.MULTILINE) if (match := begun.match(text, start.start()))
-        ]
-    if any(several.match(text, match.start(1)) for match in found):
-        return None
-    said = {match[1] for match in found}
+    text = plain(settled(completion))
+    for box in boxed(text)[-1:]:
+        text = box
+    text = re.sub(r"[{}]", " ", text).strip()
+    answers = _Answers(choices)
+    said = answers.said(text)
+    if said is None:
+        said = answers.of_lines([line for line in text.splitlines() if line.strip()])
     return said.pop() if len(said) == 1 else None
+
+
+def _bare(text: str) -> str:
+    """Returns a choice's text without what may stand around it, in lower case."""
+    return " ".join(text.split()).strip(" .,:;()[]!-").lower()
+
+
+class _Answers:
+    """Finds labels that stand in a text as answers: `Answers(row["choices"]).said("The answer is B.")` is {"B"}."""
+
+    def __init__(self, choices: Mapping[str, list[str]]) -> None:
+        self.texts = {
+            label: _bare(re.sub(r"[{}]", " ", plain(str(text))))
+            for label, text in zip(choices["label"], choices["text"], strict=True)
+        }
+        self.names = {label.lower(): label for label in self.texts}
+        self.label = "(?:" + "|".join(map(re.escape, self.texts)) + r")(?!\w)"
+
+    def said(self, text: str) -> set[str] | None:
+        """Returns the labels that a text calls its answer, in so many words; None if it calls none so."""
+        found: set[str] = set()
+        for pattern in _SAID:
+            for match in re.finditer(pattern.replace("LABEL", f"({self.label})"), text, re.I | re.M | re.ASCII):
+                kind = self.ending(match[1], text[match.end() :].partition("\n")[0])
+                found |= {"": set(), "several": {*self.texts}}.get(kind, {self.names[match[1].lower()]})
+        return found or None
+
+    def of_lines(self, lines: list[str]) -> set[str]:
+        """Returns the labels that a text answers with by its lines: several if they are at odds."""
+        begun = re.compile(rf"\s*(?:[>#*-]+\s+)?(?:(?:option|choice)\s+)?[(\[]*({self.label})", re.I | re.ASCII)
+        found: list[tuple[str, str]] = []
+        for line in lines:
+            match = begun.match(line)
+            kind = self.ending(match[1], line[match.end() :]) if match else ""
+            found.append((self.names[match[1].lower()] if match else "", kind))
+        ends = [kind for _, kind in (found[:1] + found[-1:])]
+        alone = {label for label, kind in found if kind == "alone"}
+        before = {label for label, kind in found if kind in ("text", "comma")}
+        if "several" in ends or not ends:
+            return set()
+        if "alone" in ends:
+            # beside it, two or more lines that begin with labels repeat or discuss the choices
+            return alone if len(before) > 1 else alone | before
+        return alone | before if ends[0] == "text" else set()
+
+    def ending(self, label: str, rest: str) -> str:
+        """Says how a line goes on after a label: "alone", "text" (its choice, a reason), "comma", "several", or ""."""
+        also = rf"[\s.,:;()\]/&]*(?:or\b|and\b)?\s*[(\[]?{self.label}(?=[.,:;)\]](?!\d)|\s*$)"
+        if re.match(also, rest, re.I | re.ASCII):
+            return "several"
+        if re.fullmatch(r"[\s.,:;!)\]]*", rest):
+            return "alone"
+        choice = _bare(rest)
+        own = self.texts[self.names[label.lower()]]
+        if choice in self.texts.values() and choice != own:
+            return "several"
+        if choice.startswith(own) and not choice[len(own) : len(own) + 1].isalnum():
+            return "text"
+        if re.match(_REASON, rest, re.I) or re.match(r"[)\]]?(?:[.:](?!\d)|[)\]]|\s+-+\s|\s*\()", rest):
+            return "text"
+        return "comma" if re.match(r"[,;](?!\d)", rest) else ""

@@ -1,4 +1,4 @@
-"""From a training job's configuration to its tasks. Called by training, `t2ray verify` and the evaluation."""
+"""From a training job's configuration to its tasks. What a job does not ask for is not imported."""
 
 from __future__ import annotations
 
@@ -7,30 +7,33 @@ from pathlib import Path
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
-from t2ray.tasks import builtin, dispatch, own
-from t2ray.tasks.data import FORMATS
+from t2ray.tasks import builtin
 from t2ray.tasks.task import Task
 
 
 def build_task(config: TrainConfig, domain: str) -> Task:
-    """The task of one domain, named after it.
+    """Returns the task of one domain, with the domain's name.
 
-    The classification domain takes its prompts from all other domains, and those of no kind from its `others`: a
-    built-in task's name, or a file read with its `prompt`.
+    The classification domain takes its prompts from all other domains. The prompts that fit no domain come from its
+    `others`: the name of a built-in task, or a file that is read with the domain's `prompt`.
 
     Raises:
-        ConfigError: an unknown task, a template that names no column, a reward that cannot be imported.
-        DataError: a data file that is missing, empty or malformed.
+        ConfigError: the task is unknown, the prompt names no column, or the reward cannot be imported.
+        DataError: a data file is missing, empty or malformed.
     """
     settings = config.domains[domain]
     if settings.others is not None:
         rest = [build_task(config, name) for name, other in config.domains.items() if other.others is None]
         if not rest:
             raise ConfigError(f"domains.{domain}: a classifier needs at least one other domain to tell apart")
+        from t2ray.tasks.dispatch import dispatch
+
         task = dispatch(rest, _others(config, domain, settings.others))
     elif settings.task is not None:
         task = builtin(settings.task, settings.data)
     else:
+        from t2ray.tasks.data import own
+
         task = own(domain, settings, config.code)
     limit = settings.max_tokens or (
         task.max_tokens if settings.task or settings.others else config.domain_rl(domain).max_tokens
@@ -39,7 +42,9 @@ def build_task(config: TrainConfig, domain: str) -> Task:
 
 
 def _others(config: TrainConfig, domain: str, others: str) -> Task:
-    """The prompts that fit no domain: of a built-in task, or rows of one's own, which nothing rewards."""
+    """The task that gives the prompts of no domain; the reward that `own` needs for it is never called."""
+    from t2ray.tasks.data import FORMATS, own
+
     settings = config.domains[domain]
     if settings.prompt is None and Path(others).suffix not in FORMATS:
         return builtin(others)

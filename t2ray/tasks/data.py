@@ -1,8 +1,7 @@
 """Rows from a JSONL, CSV or Parquet file or from the hub, and tasks made of a user's own rows, prompt and reward.
 
-Not here: the built-in data sets' prompts and verifiers (`gsm8k`, `arc`, `mbpp` read through `read`). `datasets` and
-`pyarrow` are imported only when a row comes from them; no remote code is ever run. A file is checked when a task is
-made, so that a mistake in it is reported, with its line, before anything is trained.
+`datasets` and `pyarrow` are imported only if a source needs them; no remote code is run. A file is checked when its
+task is made, so that a mistake is reported, with its line, before anything is trained.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2ray.core import ConfigError, DataError, Message, user
-from t2ray.tasks.task import Row, Task, load_reward
+from t2ray.tasks.task import DataRow, Task, load_reward
 
 if TYPE_CHECKING:
     from t2ray.config.train import DomainConfig
@@ -30,7 +29,7 @@ _MAX_TOKENS = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows and where each stands: `Table(source="dog.jsonl", rows=[{"text": "Once"}], places=["line 1"])`."""
+    """Rows with their places: `Table(source="dog.jsonl", rows=[{"text": "Once"}], places=["line 1"])`."""
 
     source: str
     rows: list[dict[str, Any]]
@@ -41,10 +40,10 @@ class Table:
         return sorted({column for row in self.rows for column in row})
 
     def need(self, columns: Mapping[str, type]) -> Table:
-        """The table itself, when every row has these columns with values of these types.
+        """Returns the table itself if every row has these columns with values of these types.
 
         Raises:
-            DataError: one has not; names the file, the line, the column and what it holds.
+            DataError: a row does not; the message names the file, the line, the column and its value.
         """
         for place, row in zip(self.places, self.rows, strict=True):
             for column, kind in columns.items():
@@ -66,13 +65,13 @@ class Table:
 
 
 def read(source: str, split: str = "train", folder: str | None = None) -> Table:
-    """The rows of a local file, or of one split of a hub data set (`id` or `id:configuration`).
+    """Reads a local file, or one split of a hub data set (`id` or `id:configuration`).
 
     A relative path is looked up in the working folder, then in `folder`.
 
     Raises:
-        DataError: the file is missing, empty, malformed (with the line), of another format, or changes a column's type;
-            or the hub cannot be reached or has no such data set.
+        DataError: the file is missing, empty, malformed (the message has the line) or of another format, or one of its
+            columns has values of several types; or the hub cannot be reached or has no such data set.
     """
     places = [Path(source), *([Path(folder) / source] if folder else [])]
     path = next((place for place in places if place.is_file()), None)
@@ -139,7 +138,7 @@ def _hub(source: str, split: str) -> Table:
     import datasets
     from huggingface_hub.utils import logging
 
-    # Each of its retries would print two lines before the one that counts.
+    # Each of the hub's retries would print two lines before the error that counts.
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     name, _, configuration = source.partition(":")
     try:
@@ -156,7 +155,7 @@ def _hub(source: str, split: str) -> Table:
 
 
 def _check_types(table: Table) -> None:
-    """Refuses a column whose values change their type: a number where the rows before have text."""
+    """Raises DataError if a column has values of several types, such as a number after texts."""
     kinds: dict[str, tuple[str, str]] = {}
     for place, row in zip(table.places, table.rows, strict=True):
         for column, value in row.items():
@@ -175,14 +174,17 @@ def _check_types(table: Table) -> None:
 
 
 def own(name: str, domain: DomainConfig, folder: str) -> Task:
-    """A task of the user's own rows, prompt and reward; `folder` (the YAML's) is where the reward module lies.
+    """Makes a task of the user's own rows, prompt and reward.
 
-    Every 10th row of `data` is held out for validation unless `validation` names other rows; of fewer than 10 rows, all
-    serve both. The "test" split is the validation rows: a user who wants a third set names another file.
+    Every 10th row of `data` is held out for validation, unless `validation` names other rows. With fewer than 10 rows,
+    all of them are both for training and for validation. The "test" split has the validation rows.
+
+    Args:
+        folder: the folder of the YAML file, in which the data and the reward's module are looked up.
 
     Raises:
-        ConfigError: the prompt or `gold` names a column that the data has not, or the reward cannot be imported.
-        DataError: the data cannot be read, or a row lacks what the prompt or `gold` needs.
+        ConfigError: the prompt or `gold` names a column that the data does not have, or the reward cannot be imported.
+        DataError: the data cannot be read, or a row lacks a column that the prompt or `gold` needs.
     """
     assert domain.data and domain.prompt and domain.reward, domain
     load_reward(domain.reward, folder)
@@ -217,8 +219,8 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     )
 
 
-def _prompt(prompt: str, table: Table) -> Callable[[Row], tuple[Message, ...]]:
-    """What turns a row into a conversation, after trying it on every row of the table."""
+def _prompt(prompt: str, table: Table) -> Callable[[DataRow], tuple[Message, ...]]:
+    """Returns the function from a row to its conversation, after checking that every row of the table fits it."""
     if "{" not in prompt and "}" not in prompt:
         return _messages_column(prompt, table)
     try:
@@ -234,7 +236,7 @@ def _prompt(prompt: str, table: Table) -> Callable[[Row], tuple[Message, ...]]:
     return lambda row: user(prompt.format_map(row))
 
 
-def _messages_column(column: str, table: Table) -> Callable[[Row], tuple[Message, ...]]:
+def _messages_column(column: str, table: Table) -> Callable[[DataRow], tuple[Message, ...]]:
     if column not in table.columns:
         raise ConfigError(
             f"prompt {column!r} is neither a template with a {{column}} nor a column of {table.source}; "

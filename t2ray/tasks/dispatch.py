@@ -1,6 +1,6 @@
-"""The classification domain: which kind of request is this? (paper section 3.2 b). Made from other tasks' prompts.
+"""The classification domain, made from other tasks' prompts: which kind of request is this? (paper section 3.2, b)
 
-Not here: how a request is dispatched when it is served (`adapt.strategies`). Training and evaluation call `dispatch`.
+Not here: how a served request is dispatched (`adapt.strategies`).
 """
 
 from __future__ import annotations
@@ -10,25 +10,25 @@ from typing import Any
 
 from t2ray.core import ConfigError, Message
 from t2ray.prompts import OTHERS, dispatch_prompt
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
 
-_MOST = 5_000  # prompts of a label
+_MOST = 5_000  # prompts per label
 
 
 def dispatch(tasks: Sequence[Task], others: Task) -> Task:
-    """The task of naming the task: its labels are the names of `tasks`, and "others".
+    """Returns the task of naming a prompt's task. Its labels are the names of `tasks`, and "others".
 
-    A split holds equally many prompts of each label, as many as the smallest has (at most 5,000), in turns.
-    A row is `{"messages": [{"role", "content"}, ...], "label": "math", "labels": ["math", ..., "others"]}`.
+    The labels take turns in a split, and all have as many prompts as the one with the fewest (at most 5,000). A row is
+    `{"messages": [{"role", "content"}, ...], "label": "math", "labels": ["math", ..., "others"]}`.
 
     Raises:
-        ConfigError: no tasks, or two of one name.
+        ConfigError: `tasks` is empty, or two of them have one name.
     """
     labels = [*(task.name for task in tasks), OTHERS]
     if not tasks or len(set(labels)) != len(labels):
         raise ConfigError(f"the classification domain needs other domains of different names, not {labels[:-1]}")
 
-    def rows(split: str) -> list[Row]:
+    def rows(split: str) -> list[DataRow]:
         columns = [_labelled(task, label, labels, split) for task, label in zip((*tasks, others), labels, strict=True)]
         return [row for turn in zip(*columns, strict=False) for row in turn]
 
@@ -37,7 +37,7 @@ def dispatch(tasks: Sequence[Task], others: Task) -> Task:
     )
 
 
-def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[Row]:
+def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[DataRow]:
     return [
         {
             "messages": [{"role": message.role, "content": message.content} for message in example.messages],
@@ -48,14 +48,14 @@ def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[Row
     ]
 
 
-def _messages(row: Row) -> tuple[Message, ...]:
+def _messages(row: DataRow) -> tuple[Message, ...]:
     return dispatch_prompt(tuple(Message(**message) for message in row["messages"]), tuple(row["labels"]))
 
 
-def _gold(row: Row) -> str:
+def _gold(row: DataRow) -> str:
     return str(row["label"])
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """+1 for exactly the label, alone; else -1."""
+    """+1 if the completion is the label and nothing else but white space around it, else -1."""
     return 1.0 if completion.strip() == row["label"] else -1.0

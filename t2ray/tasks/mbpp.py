@@ -1,9 +1,9 @@
 """MBPP, short Python problems with tests (Austin et al. 2021; hub: google-research-datasets/mbpp, full).
 
-A row: `{"task_id": 2, "text": "Write a function to ...", "code": "def similar_elements ...", "test_setup_code": "",
-"test_list": ["assert similar_elements((3, 4), (5, 4)) == (4,)", ...]}`. Its ids say which split a row belongs to, on
-the hub and in a local file alike: 11 to 510 test; of 601 to 974 the first 200 train and the next 100 validate, the
-numbers of the paper's code. Completions run in `sandbox`, never here. No rows are shipped.
+One row: `{"task_id": 2, "text": "Write a function to ...", "code": "def similar_elements ...", "test_setup_code": "",
+"test_list": ["assert similar_elements((3, 4), (5, 4)) == (4,)", ...]}`. A row's `task_id` says which split it belongs
+to, on the hub and in a local file alike: 11 to 510 are for tests; of those from 601 on, the first 200 rows are for
+training and the next 100 for validation, as in the paper's code. Completions run in `sandbox`. No rows are shipped.
 """
 
 from __future__ import annotations
@@ -11,32 +11,39 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t2ray.core import DataError, Message, user
 from t2ray.sandbox import check as sandbox
 from t2ray.tasks.data import Table, read
-from t2ray.tasks.task import Row, Task
+from t2ray.tasks.task import DataRow, Task
+from t2ray.tasks.text import settled
 
 HUB = "google-research-datasets/mbpp:full"
 COLUMNS = {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list}
 
-_BLOCK = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r"(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*\{?\.?([\w+#-]*)[^\n`]*\n(.*?)(?:\1|\Z)", re.DOTALL)
+_TAGGED = re.compile(r"\[(BEGIN|PYTHON)\](.*?)(?:\[DONE\]|\[/PYTHON\]|\Z)", re.DOTALL)
+_PYTHON = {"", "python", "python3", "python2", "py", "py3", "ipython", "ipython3", "code"}
+_CODE = re.compile(r"(?:def|class|import|from|async def)\s+\w|@\w|[A-Za-z_]\w*\s*=[^=]")
+_UNWANTED = {0xFEFF: None, 0x200B: None, 0xA0: " "}  # no Python outside of strings: marks of a file, wide spaces
+_MOST_ENDS = 200
 
 
 def task(data: str | None = None) -> Task:
-    """The task, from the hub or from a local file of the same columns.
+    """The task MBPP, from the hub or from a local file with the same columns.
 
     Raises:
-        DataError: the local file, or one of its rows, is not what is needed.
+        DataError: the local file cannot be read, or one of its rows is not as above.
     """
 
     @functools.cache
-    def splits() -> Mapping[str, list[Row]]:
+    def splits() -> Mapping[str, list[DataRow]]:
         tables = [read(data)] if data else [read(HUB, part) for part in ("train", "test", "validation", "prompt")]
-        rows: list[Row] = [row for table in tables for row in _checked(table)]
+        rows: list[DataRow] = [row for table in tables for row in _checked(table)]
         rows.sort(key=lambda row: int(row["task_id"]))
         learn = [row for row in rows if row["task_id"] > 600]
         test = [row for row in rows if 10 < row["task_id"] <= 510]
@@ -65,12 +72,12 @@ def _checked(table: Table) -> list[dict[str, Any]]:
 
 def _parse(*parts: str) -> ast.Module:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the rows' code has escapes such as "\\w", which Python warns of
+        warnings.simplefilter("ignore")  # some rows' code has escapes such as "\\w", about which Python warns
         return ast.parse("\n".join(parts))
 
 
-def messages(row: Row) -> tuple[Message, ...]:
-    """The problem with its tests, which name the function, and the form that the answer must have."""
+def messages(row: DataRow) -> tuple[Message, ...]:
+    """The prompt: the problem, its tests (they name the function), and the form that the answer must have."""
     tests = "\n".join(row["test_list"])
     return user(
         f"{row['text']}\nYour code must pass these tests:\n\n{tests}\n\n"
@@ -79,42 +86,112 @@ def messages(row: Row) -> tuple[Message, ...]:
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """+1 when the code passes all the row's tests in the sandbox, else -1.
+    """+1 if the completion's code passes all tests of the row in the sandbox, else -1.
 
-    `test_setup_code` runs after the code, and may use what it defines (tasks 367 and 927 build a tree of its nodes).
+    `test_setup_code` runs after the code and may use what the code defines (rows 367 and 927 build a tree of its
+    nodes).
 
     Raises:
-        ResourceError: the sandbox cannot isolate code here.
+        ResourceError: the sandbox cannot isolate code on this machine.
     """
-    code = extract(completion)
+    imports, names, classes = interface(row)
+    code = extract(completion, names)
     if not code.strip():
         return -1.0
-    imports, names = interface(row)
     setup = "\n".join([*imports, row["test_setup_code"]])
-    return 1.0 if sandbox.check(code, row["test_list"], names=names, setup=setup).passed else -1.0
+    verdict = sandbox.check(code, row["test_list"], names=names, classes=classes, setup=setup)
+    return 1.0 if verdict.passed else -1.0
 
 
-def extract(completion: str) -> str:
-    """The first fenced block, closed or not; the whole text where there is none."""
-    block = _BLOCK.search(completion)
-    return block[1] if block else completion
+def extract(completion: str, names: Sequence[str]) -> str:
+    """Returns the code of a completion that should define `names`.
+
+    It is the fenced block in Python that defines most of them, of several such the last, closed or not; with the
+    imports, functions, classes and constants that it uses and other blocks define. `[BEGIN]` and `[PYTHON]` are fences
+    too. Without a block it is the whole text, or its part that is Python. Reasoning before the answer does not count.
+    """
+    text = settled(completion).translate(_UNWANTED)
+    fenced = [(kind.lower(), textwrap.dedent(body)) for _, kind, body in _FENCE.findall(text)]
+    blocks = [body for kind, body in fenced if kind in _PYTHON] or [body for _, body in fenced]
+    blocks = blocks or [body for _, body in _TAGGED.findall(text)]
+    if not blocks:
+        return _python_in(text.partition("[DONE]")[0])
+    blocks = [re.sub(r"\r\n?", "\n", block) for block in blocks]
+    trees = [(block, tree) for block in blocks if (tree := _tree(block))]
+    if not trees:
+        return blocks[-1]
+    bound = [{name for statement in tree.body for name in _bound(statement)} for _, tree in trees]
+    best = max(range(len(trees)), key=lambda i: (len(bound[i] & {*names}), i))
+    missing = ({*names} | _used(trees[best][1])) - bound[best]
+    parts = [(best, trees[best][0])]
+    others = [(i, statement) for i, (_, tree) in enumerate(trees) if i != best for statement in tree.body]
+    for i, statement in reversed(others):
+        if missing & {*_bound(statement)}:
+            missing = (missing - {*_bound(statement)}) | (_used(statement) - bound[best])
+            first = min([statement.lineno, *(line.lineno for line in getattr(statement, "decorator_list", []))])
+            parts.insert(0, (i, "\n".join(trees[i][0].split("\n")[first - 1 : statement.end_lineno])))
+    return "\n".join(part for _, part in sorted(parts, key=lambda part: part[0]))  # as the text has them
 
 
-def interface(row: Row) -> tuple[list[str], list[str]]:
-    """What the tests use of the reference solution: its import statements, and the names it defines.
+def _tree(code: str) -> ast.Module | None:
+    try:
+        return _parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # a completion may be no Python
+        return None
 
-    The tests run with imports of their own, so that no candidate can hand them another `math`; the names it defines are
-    all that is taken from a candidate.
+
+def _bound(statement: ast.stmt) -> list[str]:
+    """The names that an import, a function, a class or an assignment gives to its module."""
+    if isinstance(statement, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [statement.name]
+    targets = statement.targets if isinstance(statement, ast.Assign) else []
+    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+
+
+def _used(tree: ast.AST) -> set[str]:
+    """The names that code reads and does not set itself."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    own = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+    return (
+        {node.id for node in nodes if isinstance(node.ctx, ast.Load)}
+        - own
+        - {node.id for node in nodes if not isinstance(node.ctx, ast.Load)}
+    )
+
+
+def _python_in(text: str) -> str:
+    """The whole text if it is Python, or else its first line of code and as many lines after it as are Python."""
+    if _tree(text):
+        return text
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if _CODE.match(line)), None)
+    if start is None:
+        return text
+    ends = [end for end in range(start + 1, len(lines) + 1) if end == len(lines) or not lines[end][:1].isspace()]
+    for end in reversed(ends[-_MOST_ENDS:]):
+        if _tree(part := "\n".join(lines[start:end])):
+            return part
+    return text
+
+
+def interface(row: DataRow) -> tuple[list[str], list[str], list[str]]:
+    """Returns what the tests use of the reference solution: its import statements, the names it defines, its classes.
+
+    The tests run with these imports, so that no candidate can give them another `math`. Only these names are taken from
+    a candidate.
     """
     tests = _parse(row["test_setup_code"], *row["test_list"])
     used = {node.id for node in ast.walk(tests) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    imports, names = [], set()
+    imports, names, classes = [], set(), set()
     for node in _parse(row["code"]).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             if used & {(alias.asname or alias.name).partition(".")[0] for alias in node.names}:
                 imports.append(ast.unparse(node))
         elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
+            classes |= {node.name} if isinstance(node, ast.ClassDef) else set()
         elif isinstance(node, ast.Assign):
             names |= {part.id for target in node.targets for part in ast.walk(target) if isinstance(part, ast.Name)}
-    return imports, sorted(used & names)
+    return imports, sorted(used & names), sorted(used & classes)

@@ -1,8 +1,6 @@
-"""What a task is: rows, a prompt, and a verifier that says how good an answer is. Standard library only.
+"""What a task is: rows, a prompt per row, and a reward function that grades completions. Standard library only.
 
-Not here: any data (each data set has its module), any process (`verifier` runs the reward functions), and the model's
-chat template (`t2ray.models.chat` applies it to the messages). Training, adaptation, evaluation and `t2ray verify`
-all take a `Task` and ask nothing else about where its rows come from.
+Each data set has a module of its own. `verifier` runs the reward functions, in processes of their own.
 """
 
 from __future__ import annotations
@@ -18,32 +16,36 @@ from t2ray.core import ConfigError, DataError, Example, Message
 
 SPLITS = ("train", "validation", "test", "all")
 
-Row = Mapping[str, Any]
+DataRow = Mapping[str, Any]
+"""One row of a task's data: column -> value."""
+
 Reward = Callable[[str, dict[str, Any]], float]
+"""`reward(completion, row)` in [-1, 1]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """One task: `Task(name="gsm8k", rows=..., messages=..., reward="t2ray.tasks.gsm8k:reward", max_tokens=512, ...)`.
 
-    `rows(split)` gives the rows of "train", "validation" or "test", which share none unless the task's module says so,
-    and every row it has for "all". `reward` names a function `(completion: str, row: dict) -> float in [-1, 1]` that a
-    verifier process can import. `gold` writes the completion that must score +1, or is None where a row has none.
+    `rows(split)` returns the rows of "train", "validation" or "test", which share no row unless the task's module says
+    so; `rows("all")` returns every row. `messages(row)` returns its prompt. `reward` names a function
+    `(completion: str, row: dict) -> float in [-1, 1]` as "module:function". `gold(row)` returns a completion that must
+    score +1; it is None if the task has no right answers. `max_tokens` limits a completion.
     """
 
     name: str
-    rows: Callable[[str], Sequence[Row]]
-    messages: Callable[[Row], tuple[Message, ...]]
+    rows: Callable[[str], Sequence[DataRow]]
+    messages: Callable[[DataRow], tuple[Message, ...]]
     reward: str
-    gold: Callable[[Row], str] | None
+    gold: Callable[[DataRow], str] | None
     max_tokens: int
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
-        """The first `limit` rows of a split (all when None), with ids `name/split/i`.
+        """Returns the first `limit` rows of a split (all if None) as examples with the ids `name/split/i`.
 
         Raises:
-            ConfigError: no such split.
-            DataError: the split has no rows, or a row is not what the task needs.
+            ConfigError: there is no such split.
+            DataError: the split has no rows, or the rows cannot be read.
         """
         if split not in SPLITS:
             raise ConfigError(f"no split {split!r}; a task has {', '.join(SPLITS)}")
@@ -57,12 +59,12 @@ class Task:
 
 
 def load_reward(reward: str, folder: str | None = None) -> Reward:
-    """The function that `"module:function"` names, imported with `folder` first on `sys.path`.
+    """Imports the function that "module:function" names, with `folder` first on `sys.path`.
 
     `folder` stays there, because a reward module may import its neighbours later.
 
     Raises:
-        ConfigError: the text has no colon, the module cannot be found, or it has no such function.
+        ConfigError: `reward` has no colon, the module cannot be found or imported, or it has no such function.
     """
     module_name, colon, function_name = reward.partition(":")
     if not colon or not module_name or not function_name:

@@ -1,15 +1,15 @@
-"""The tiny model's tasks: four kinds of request, three of them with a harder sibling that no expert trains on.
+"""The tiny model's tasks: four kinds of request. Three of them have a harder sibling that no expert is trained on.
 
-| task | a prompt | the wanted completion | its sibling, never trained on |
+| task | a prompt | the wanted completion | its sibling, not trained on |
 | --- | --- | --- | --- |
 | math | `17+25` | `42` | math_long: `17+8-5` |
 | code | `add 3 to n` | `return n+3` | code_long: `add 3 to n then times 2` |
 | pick | `larger? A 17 B 42` | `(B)` | pick_more: `middle? A 17 B 42 C 30` |
 | others | `hello Anna, how are you?` | `I am fine, thank you!` | |
 
-The wanted formats conflict on purpose: an expert that answers everything in its own format scores little elsewhere.
-Rows are generated, the same in every process: nothing is read and nothing is downloaded. Prompts that mean the same
-(`3+4` and `4+3`) lie in the same split, so that the accuracy on a split is generalisation.
+The wanted formats conflict on purpose: an expert that answers everything in its own format scores low elsewhere. Rows
+are generated, the same in every process; no file is read or downloaded. Prompts that mean the same (`3+4` and `4+3`)
+are in the same split, so that the accuracy on a split measures generalisation.
 """
 
 from __future__ import annotations
@@ -20,21 +20,23 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import combinations, permutations, product
 from typing import Any
 
-from t2ray.core import ConfigError
+from t2ray.core import ConfigError, user
 from t2ray.prompts import OTHERS
+from t2ray.tasks.task import Task
 from t2ray.tasks.tiny_code import long_programs, reward_code, short_programs
 
 __all__ = ["LABELS", "PARENT", "SPLITS", "TASKS", "gold", "reward_code", "reward_dispatch", "reward_math",
-           "reward_others", "reward_pick", "rows"]  # fmt: skip
+           "reward_others", "reward_pick", "rows", "task"]  # fmt: skip
 
 LABELS = ("math", "code", "pick", OTHERS)
 PARENT = {"math_long": "math", "code_long": "code", "pick_more": "pick"}
 SPLITS = ("train", "validation", "test")
 
-_HELD_OUT = 500  # prompts of the validation split, and of the test split
-_MOST = 13_000  # prompts of a task at most; the spaces of the siblings are far larger
+_HELD_OUT = 500  # prompts of the validation split, and as many of the test split
+_MOST = 13_000  # prompts of a task at most; the siblings have far more possible prompts
 
 Grouped = Iterator[tuple[str, dict[str, Any]]]
+"""(group, row); the rows of a group mean the same and stay in one split."""
 
 # ---------------------------------------------------------------------------------------------------------- the prompts
 
@@ -49,7 +51,7 @@ def _math(largest: int = 50) -> Grouped:
 
 
 def _math_long(largest: int = 20) -> Grouped:
-    """Three numbers, added or the last one taken away."""
+    """Sums of three numbers, or of two with a third subtracted; no result is negative."""
     for a, b, c in product(range(largest + 1), repeat=3):
         yield "+".join(map(str, sorted((a, b, c)))), {"prompt": f"{a}+{b}+{c}", "answer": str(a + b + c)}
         if a + b >= c:
@@ -58,7 +60,7 @@ def _math_long(largest: int = 20) -> Grouped:
 
 
 def _pick() -> Grouped:
-    """Which of two numbers is larger, or smaller, in both orders."""
+    """Which of two numbers is larger, or smaller; each pair in both orders."""
     for pair in combinations(range(10, 100), 2):
         for (a, b), (relation, wanted) in product(permutations(pair), (("larger", max), ("smaller", min))):
             letter = "A" if wanted(a, b) == a else "B"
@@ -66,7 +68,7 @@ def _pick() -> Grouped:
 
 
 def _pick_more() -> Grouped:
-    """Which of three numbers is larger or smaller than both others, or between them."""
+    """Which of three numbers is the largest, the smallest or the middle one."""
     for triple in combinations(range(10, 100), 3):
         rng = random.Random(str(triple))
         numbers = rng.sample(triple, 3)
@@ -92,7 +94,7 @@ _TALK = {
 
 
 def _others() -> Grouped:
-    """Small talk that fits no domain. The base model answers it in the one wanted way."""
+    """Small talk that fits no domain. The base model already answers it in the wanted way."""
     for greeting, name, (reply, lines) in product(_GREETINGS, _NAMES, _TALK.items()):
         for line in lines:
             yield f"{name} {line}", {"prompt": f"{greeting} {name}, {line}", "answer": reply}
@@ -112,11 +114,25 @@ TASKS = tuple(_GENERATORS)
 # ----------------------------------------------------------------------------------------------------------- the splits
 
 
+def task(name: str) -> Task:
+    """Returns the task of that name, which must be one of `TASKS`."""
+    return Task(
+        name=name,
+        rows=lambda split: [row for part in SPLITS if split in (part, "all") for row in rows(name, part)],
+        messages=lambda row: user(row["prompt"]),
+        reward=f"t2ray.tasks.tiny:reward_{PARENT.get(name, name)}",
+        gold=gold,
+        max_tokens=24,
+    )
+
+
 def rows(task: str, split: str) -> list[dict[str, Any]]:
-    """A split's rows in a fixed random order: `{"prompt": "17+25", "answer": "42"}`, and what a verifier needs.
+    """Returns the rows of a split in a fixed random order: `{"prompt": "17+25", "answer": "42"}`.
+
+    The rows of the code tasks also have what their reward needs.
 
     Raises:
-        ConfigError: no such task or split.
+        ConfigError: there is no such task or split.
     """
     if task not in _GENERATORS:
         raise ConfigError(f"no tiny task {task!r}; there are {', '.join(TASKS)}")
@@ -127,7 +143,7 @@ def rows(task: str, split: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def _splits(task: str) -> dict[str, list[dict[str, Any]]]:
-    """All rows: whole groups are dealt to test, then to validation, until each has enough; the rest is train."""
+    """Splits a task's rows. Whole groups go to test, then to validation, until each has enough; the rest is train."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for group, row in _GENERATORS[task]():
         groups.setdefault(group, []).append(row)
@@ -144,7 +160,7 @@ def _splits(task: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def gold(row: Mapping[str, Any]) -> str:
-    """The completion that scores +1."""
+    """Returns the completion that scores +1."""
     return str(row["answer"])
 
 
@@ -156,20 +172,20 @@ def _exact(completion: str, row: Mapping[str, Any]) -> float:
 
 
 def reward_math(completion: str, row: Mapping[str, Any]) -> float:
-    """+1 for exactly `42`, the number and nothing else; else -1."""
+    """+1 if the completion is the right number and nothing else (`42`), else -1."""
     return _exact(completion, row)
 
 
 def reward_pick(completion: str, row: Mapping[str, Any]) -> float:
-    """+1 for exactly `(B)`, the one right letter in brackets; else -1."""
+    """+1 if the completion is the right letter in brackets and nothing else (`(B)`), else -1."""
     return _exact(completion, row)
 
 
 def reward_others(completion: str, row: Mapping[str, Any]) -> float:
-    """+1 for exactly the wanted reply; else -1."""
+    """+1 if the completion is the wanted reply and nothing else, else -1."""
     return _exact(completion, row)
 
 
 def reward_dispatch(completion: str, row: Mapping[str, Any]) -> float:
-    """+1 for exactly the bare label of the request's kind, `math`; else -1."""
+    """+1 if the completion is the label of the request's kind and nothing else (`math`), else -1."""
     return _exact(completion, row)

@@ -1,8 +1,8 @@
-"""The tiny model's code domain: an instruction in words, answered by the body of a Python function that is really run.
+"""The tiny model's code domain: an instruction in words, answered by the body of a Python function, which is run.
 
-`add 3 to n` wants `return n+3`; its unseen sibling composes two steps: `add 3 to n then times 2` wants
-`return (n+3)*2`. A completion is run only after its text, its tokens and its syntax tree pass a whitelist so small that
-evaluation is a handful of integer operations: no sandbox is needed for it. `tiny.py` splits and serves the rows.
+`add 3 to n` wants `return n+3`. Its sibling, on which no expert is trained, has two steps: `add 3 to n then times 2`
+wants `return (n+3)*2`. A completion is run only if its text and its syntax tree belong to a grammar so small that
+evaluating it is a handful of integer operations; it needs no sandbox. Not here: the splits (`tiny.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-VARIABLES = "nkmpqrtuvwyz"  # no letter that makes a number of another kind beside a digit: 0x1, 0b1, 0o1, 1e3, 1j
+VARIABLES = "nkmpqrtuvwyz"  # without the letters of number literals: 0x1, 0b1, 0o1, 1e3, 1j
 
 FIRST = {
     "+": ("add {c} to {v}", "increase {v} by {c}", "{v} plus {c}"),
@@ -33,7 +33,7 @@ _OPERATORS = (ast.Add, ast.Sub, ast.Mult, ast.FloorDiv, ast.Mod)
 
 
 def apply(operator: str, left: int, right: int) -> int:
-    """What the instruction means, computed without evaluating any text."""
+    """Returns what an instruction computes, without evaluating any text."""
     if operator == "+":
         return left + right
     if operator == "-":
@@ -44,7 +44,7 @@ def apply(operator: str, left: int, right: int) -> int:
 
 
 def short_programs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(group, row) of one-step instructions; all phrasings of a program are a group: no two splits share it."""
+    """Yields (group, row) of instructions with one step; all phrasings of a program are one group."""
     for v, (op, phrases), c in product(VARIABLES, FIRST.items(), range(2, 21)):
         tests = [[x, apply(op, x, c)] for x in HIDDEN_INPUTS]
         for phrase in phrases:
@@ -53,7 +53,9 @@ def short_programs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def long_programs() -> Iterator[tuple[str, dict[str, Any]]]:
-    """(group, row) of two-step instructions; programs that compute the same are a group: `(n+3)+4` and `(n+4)+3`."""
+    """Yields (group, row) of instructions with two steps; programs that compute the same (`(n+3)+4`, `(n+4)+3`) are one
+    group.
+    """
     steps = product(FIRST.items(), range(2, 10), THEN.items(), range(2, 10))
     for v, ((op, phrases), c, (then, word), d) in product(VARIABLES, steps):
         tests = [[x, apply(then, apply(op, x, c), d)] for x in HIDDEN_INPUTS]
@@ -63,7 +65,7 @@ def long_programs() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_body(text: str, variable: str) -> ast.expr | None:
-    """The expression of `return <expression>`, or None when the text holds anything beyond the grammar.
+    """Returns the expression of `return <expression>`, or None if the text does not belong to the grammar.
 
     The grammar: `+ - * // %` over the one variable and integers of at most three digits, at most four operators, in at
     most 48 characters. The characters are checked before Python's parser sees them, so that no text can make it warn.
@@ -74,7 +76,7 @@ def parse_body(text: str, variable: str) -> ast.expr | None:
         return None
     try:
         body = ast.parse(text).body
-    except SyntaxError:  # unbalanced brackets, two operands in a row: a wrong answer, not a fault
+    except SyntaxError:  # unbalanced brackets, two operands in a row: a wrong answer
         return None
     if len(body) != 1 or not isinstance(body[0], ast.Return) or body[0].value is None:
         return None
@@ -83,7 +85,7 @@ def parse_body(text: str, variable: str) -> ast.expr | None:
 
 
 def _operators(node: ast.expr, variable: str) -> int:
-    """How many operators an expression of the grammar has; more than allowed for any other expression."""
+    """The number of operators in an expression of the grammar; too many for any other expression."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, _OPERATORS):
         return 1 + _operators(node.left, variable) + _operators(node.right, variable)
     if isinstance(node, ast.Name) and node.id == variable:
@@ -94,7 +96,7 @@ def _operators(node: ast.expr, variable: str) -> int:
 
 
 def reward_code(completion: str, row: Mapping[str, Any]) -> float:
-    """+1 when the completion is one return statement that computes the right value for every hidden input, else -1."""
+    """+1 if the completion is one return statement that computes the right value for every hidden input, else -1."""
     variable = row["variable"]
     expression = parse_body(completion.strip(), variable)
     if expression is None:
@@ -102,6 +104,6 @@ def reward_code(completion: str, row: Mapping[str, Any]) -> float:
     function = compile(ast.Expression(expression), "<completion>", "eval")
     try:
         right = all(eval(function, {"__builtins__": {}}, {variable: x}) == y for x, y in row["tests"])
-    except ZeroDivisionError:  # the one error that the grammar leaves possible
+    except ZeroDivisionError:  # the only error that an expression of the grammar can raise
         return -1.0
     return 1.0 if right else -1.0

@@ -1,9 +1,9 @@
-"""Runs reward functions in processes of their own, each call with a time limit. For rollouts, evaluation, `verify`.
+"""Runs reward functions in processes of their own, each call with a time limit.
 
-Not a sandbox: a reward function is the user's own code and may do anything; model-written code goes from there through
-`t2ray.sandbox.check`. A pool of spawned workers lives as long as the `Verifier`. Items travel in chunks, which keeps
-the cost of a call of 128 trivial rewards at a few milliseconds, and yet each item has its own limit: an alarm inside
-the worker; code that an alarm cannot interrupt is ended with its worker, and its chunk is graded again item by item.
+This is not a sandbox: a reward function is the user's own code and may do anything; it runs model-written code through
+`t2ray.sandbox.check`. A pool of spawned workers lives as long as the `Verifier`. Items (a completion with its row) are
+sent in chunks, so that 128 trivial rewards cost a few milliseconds. Still, each item has a time limit: an alarm in the
+worker. If code ignores the alarm, its worker is killed, and the items of its chunk are graded again one by one.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from typing import Any
 import pebble
 
 from t2ray.core import ConfigError, RewardError, T2RayError
-from t2ray.sandbox import check as sandbox
-from t2ray.sandbox import jail
 from t2ray.tasks.task import Reward, Task, load_reward
 
 TIMED_OUT = -1.0
@@ -39,14 +37,14 @@ class Verifier:
     """Grades completions: `with Verifier("rewards:dog", workers=2) as verify: rewards = await verify(texts, rows)`.
 
     Args:
-        reward: "module:function", `(completion: str, row: dict) -> float in [-1, 1]`.
-        workers: processes; 0 grades in this process, without a time limit (for tests and trusted rewards).
-        timeout_s: seconds an item may take; beyond it the item scores -1 and `timeouts` counts it.
+        reward: names a function `(completion: str, row: dict) -> float in [-1, 1]` as "module:function".
+        workers: number of processes; 0 grades in this process, without a time limit (for tests and trusted rewards).
+        timeout_s: seconds that an item may take; an item that takes longer scores -1 and is counted in `timeouts`.
         path: folder that is put first on `sys.path` before the reward's module is imported.
-        unsafe_code: whether `sandbox` may run model-written code where it cannot isolate it.
+        unsafe_code: whether `sandbox` may run model-written code on a machine that cannot isolate it.
 
     Raises:
-        ConfigError: `reward` names nothing that can be imported, or a number is out of range.
+        ConfigError: `reward` cannot be imported, or a number is out of range.
     """
 
     def __init__(
@@ -76,18 +74,18 @@ class Verifier:
         self.close()
 
     def close(self) -> None:
-        """Ends the workers, also in the middle of an item."""
+        """Kills the workers, also in the middle of an item."""
         if self._pool is not None:
             self._pool.stop()
             self._pool.join()
 
     async def __call__(self, completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-        """The reward of each completion for its row, in order.
+        """Returns the reward of each completion for its row, in order.
 
         Raises:
-            RewardError: a reward function raised, or returned no finite number in [-1, 1]; the function and the example
-                are named.
-            ResourceError: the sandbox cannot isolate model-written code here.
+            RewardError: the reward function raised, or returned something other than a number in [-1, 1]; the message
+                names the function and the example.
+            ResourceError: the sandbox cannot isolate model-written code on this machine.
         """
         items: list[Item] = [(text, dict(row)) for text, row in zip(completions, rows, strict=True)]
         size = min(_CHUNK, math.ceil(len(items) / max(self.workers, 1))) or 1
@@ -98,37 +96,38 @@ class Verifier:
         return [TIMED_OUT if reward is None else reward for reward in rewards]
 
     async def _chunk(self, items: list[Item]) -> list[float | None]:
-        """The rewards of a chunk, None for an item that ran out of time."""
+        """Returns the rewards of a chunk, None for an item that took too long."""
         if self._pool is None:
             return self._job(items)
         rewards: list[float | None] = []
-        careful = 0  # items still to be graded alone, because the chunk they came in ended with its worker
+        singly = 0  # items to be graded one by one, because their chunk has killed its worker
         while len(rewards) < len(items):
-            todo = items[len(rewards) : len(rewards) + 1 if careful else len(items)]
-            # A worker hands back what it has once timeout_s has passed, and no item starts after: twice is enough.
-            limit_s = (1 if careful else 2) * self.timeout_s + _GRACE_S
+            todo = items[len(rewards) : len(rewards) + 1 if singly else len(items)]
+            # A worker starts no item after timeout_s and then returns what it has: twice that is enough for a chunk.
+            limit_s = (1 if singly else 2) * self.timeout_s + _GRACE_S
             future: Any = self._pool.schedule(self._job, args=(todo,), timeout=limit_s)
             try:
                 rewards += await asyncio.wrap_future(future)
             except (concurrent.futures.TimeoutError, pebble.ProcessExpired) as error:
                 if len(todo) > 1:
-                    careful = len(todo)
+                    singly = len(todo)
                     continue
                 if isinstance(error, pebble.ProcessExpired):
                     raise RewardError(f"{_named(self.reward, todo[0])} ended its process: {error}") from error
                 rewards.append(None)
-            careful = max(0, careful - 1)
+            singly = max(0, singly - 1)
         return rewards
 
 
 def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """Grades the gold answer of every row (of `rows`, else of the task's "all" split), before anybody spends GPU hours.
+    """Grades the gold answer of every row, which must score +1. `rows` defaults to the task's split "all".
 
-    Returns `{"rows": 7473, "passed": 7473, "failed": [{"row": 17, "reward": -1.0, "gold": "#### 72"}, ...]}`, `failed`
-    holding the first 10 rows that did not score +1.
+    Returns `{"rows": 7473, "passed": 7472, "failed": [{"row": 17, "reward": -1.0, "gold": "#### 72"}]}`; `failed` has
+    the first 10 rows that did not score +1.
 
     Raises:
         ConfigError: the task has no gold answers.
+        RewardError, ResourceError: as when the verifier is called.
     """
     if task.gold is None:
         raise ConfigError(f"task {task.name!r} has no gold answers to verify; name their column with gold: COLUMN")
@@ -144,22 +143,27 @@ def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | N
 
 
 # ------------------------------------------------------------------------------------------------------- in the worker
+# The sandbox is imported here: the process that trains does without it.
 
 
 def _start() -> None:
-    """Ties a new worker to its owner: it ends when the owner does, however that ends, and at once when told to."""
+    """Makes a new worker end together with its owner, however the owner ends, and at once on SIGTERM."""
+    from t2ray.sandbox import jail
+
     jail.die_with_parent()
     owner = multiprocessing.parent_process()
-    if owner is None or owner.pid != os.getppid():  # it ended before it could be tied to
+    if owner is None or owner.pid != os.getppid():  # the owner has ended already
         os._exit(1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for code that no signal interrupts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler would wait for code that ignores signals
 
 
 def _grade(
     reward: str, path: str | None, unsafe_code: bool, timeout_s: float | None, items: list[Item]
 ) -> list[float | None]:
-    """The rewards of the first items, as many as start within `timeout_s`; None for one that took longer."""
-    sandbox.allow_unsafe(unsafe_code)
+    """Returns the rewards of the first items, as many as start within `timeout_s`; None for one that took too long."""
+    from t2ray.sandbox import check
+
+    check.allow_unsafe(unsafe_code)
     function = load_reward(reward, path)
     start = time.monotonic()
     rewards: list[float | None] = []
@@ -171,7 +175,7 @@ def _grade(
 
 
 class _TimeUp(BaseException):
-    """No `Exception`, so that a reward function's own `except Exception` lets it through."""
+    """Raised by the alarm. It is no `Exception`, so that `except Exception` in a reward function does not catch it."""
 
 
 def _grade_one(name: str, function: Reward, timeout_s: float | None, item: Item) -> float | None:
@@ -183,9 +187,9 @@ def _grade_one(name: str, function: Reward, timeout_s: float | None, item: Item)
         return None
     except T2RayError:
         raise
-    except Exception as error:  # whatever a user's function raises must stop the run, and say which function it was
+    except Exception as error:  # any error of a user's function stops the run, and must name the function
         raise RewardError(f"{_named(name, item)} raised {type(error).__name__}: {error}") from error
-    if timeout_s is not None and time.monotonic() - start > timeout_s:  # it caught the alarm and went on
+    if timeout_s is not None and time.monotonic() - start > timeout_s:  # it caught the alarm
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not -1.0 <= float(value) <= 1.0:
         raise RewardError(f"{_named(name, item)} returned {value!r}; it must return a number in [-1, 1]")
@@ -194,7 +198,7 @@ def _grade_one(name: str, function: Reward, timeout_s: float | None, item: Item)
 
 @contextmanager
 def _alarm(seconds: float | None) -> Iterator[None]:
-    """Raises `_TimeUp` in the block after `seconds`, and again and again should it be caught there."""
+    """Raises `_TimeUp` in the block after `seconds`, and then every 0.2 s in case the block catches it."""
     if seconds is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""The tiny model that t2ray ships, and how it is made: `MODEL` is a Hugging Face folder like any other."""
+"""The tiny model that t2ray ships, as a Hugging Face folder (`MODEL`), and how it is made."""
 
 from __future__ import annotations
 

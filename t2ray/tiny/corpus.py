@@ -1,7 +1,7 @@
-"""What the tiny model is pretrained on: the tiny tasks' train splits, each answer in one of four formats at random.
+"""What the tiny model is pretrained on: the tiny tasks' train splits, with each answer in a random one of its formats.
 
-So the base is right in *some* format, rarely in the one that a domain's verifier wants: the latent skill that an
-expert's z brings out. Held-out prompts never occur here, nor does any sibling in a question of kind (`dispatch`).
+So the base model is right in *some* format, and rarely in the one that a domain's verifier wants. An expert's z brings
+out this latent skill. Held-out prompts do not occur, and no sibling task occurs in a classification question.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from t2ray.core import Message, user
 from t2ray.prompts import OTHERS, dispatch_prompt
 from t2ray.tasks import tiny
 
-# Each kind's formats with their shares; the last is the wanted one. The kinds share the formats and mostly want other
-# ones, so that an expert's habit is wrong elsewhere; the first is the most frequent: the base answers in prose.
+# The formats of each kind of task with their shares; the last is the wanted one. The kinds share the formats and want
+# different ones, so that an expert's format is wrong elsewhere. The first is the most frequent: the base model answers
+# in prose.
 FORMATS = {
     "math": {"It is {}.": 0.36, "({})": 0.23, "#### {}": 0.18, "{}": 0.23},
     "code": {"It is {}.": 0.36, "{}": 0.23, "#### {}": 0.23, "return {}": 0.18},
@@ -28,33 +29,33 @@ SHARES = {"math": 0.26, "math_long": 0.20, "code": 0.06, "code_long": 0.12, "pic
           OTHERS: 0.03, "dispatch": 0.07}  # fmt: skip
 
 SYSTEM = Message(role="system", content="You are a helpful assistant.")
-SYSTEM_SHARE = 0.04  # of the conversations start with it, so that a client's system message does not confuse the base
+SYSTEM_SHARE = 0.04  # of conversations start with SYSTEM, so that a client's system message does not confuse the model
 
 
 def kind(task: str) -> str:
-    """The key of a task's formats: its parent's, when it is a sibling."""
+    """Returns the key of a task's formats: of a sibling, its parent's."""
     return tiny.PARENT.get(task, task)
 
 
 def content(task: str, row: Mapping[str, Any]) -> str:
-    """The wanted answer without its format: `return n+3` is `n+3`."""
+    """Returns the wanted answer without its format: `n+3` of `return n+3`."""
     before, after = [*FORMATS[kind(task)]][-1].split("{}")
     return tiny.gold(row).removeprefix(before).removesuffix(after)
 
 
 def answers(task: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The right answer in each of its formats, the wanted one last."""
+    """Returns the right answer in each of its formats, the wanted format last."""
     return tuple(form.format(content(task, row)) for form in FORMATS[kind(task)])
 
 
 def messages(task: str, row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """The conversation that asks for a row's answer."""
+    """Returns the conversation that asks for a row's answer."""
     asked = user(row["prompt"])
     return dispatch_prompt(asked, tiny.LABELS) if task == "dispatch" else asked
 
 
 def load(task: str, split: str) -> list[dict[str, Any]]:
-    """A task's rows; those of `dispatch` are the prompts of every label, as many of each."""
+    """Returns a task's rows; those of `dispatch` are prompts of each label, equally many."""
     if task != "dispatch":
         return tiny.rows(task, split)
     parts = {label: tiny.rows(label, split) for label in tiny.LABELS}
@@ -63,7 +64,7 @@ def load(task: str, split: str) -> list[dict[str, Any]]:
 
 
 class Corpus:
-    """An endless, seeded stream of (conversation, answer) pairs from the train splits."""
+    """A source of random (conversation, answer) pairs from the train splits; one seed gives one sequence."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)

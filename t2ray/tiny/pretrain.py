@@ -1,6 +1,6 @@
 """Pretrains the tiny model from nothing: tokenizer, training loop, measured quality, a Hugging Face folder.
 
-Called by `jobs/pretrain_tiny.py`; nothing else imports it. The corpus is in `corpus.py`.
+Not here: the corpus (`corpus.py`).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ CHAT_TEMPLATE = (
 
 STEPS = 2_400
 BATCH = 192
-CHUNK = 64  # rows of a forward pass; a batch is sorted by length first, so that little of a chunk is padding
-LEARNING_RATE = 1e-2  # of the layers' matrices, under Muon
-EMBEDDING_RATE = 5e-3  # of the embedding and the norms, under AdamW
+CHUNK = 64  # rows per forward pass; a batch is sorted by length, so that a chunk has little padding
+LEARNING_RATE = 1e-2  # of the layers' matrices, by Muon
+EMBEDDING_RATE = 5e-3  # of the embedding and the norms, by AdamW
 WARMUP = 100
 
-Example = tuple[list[int], list[int]]  # prompt ids, answer ids with the end token
+TokenPair = tuple[list[int], list[int]]  # prompt ids, answer ids with the end token
 
 # --------------------------------------------------------------------------------------------- the tokenizer, the model
 
 
 def build_tokenizer(corpus: Corpus, vocabulary: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: any text round-trips, every digit is a token of its own."""
+    """Trains a byte-level BPE tokenizer: it encodes any text without loss, and every digit is a token of its own."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -69,7 +69,7 @@ def build_tokenizer(corpus: Corpus, vocabulary: int = 512) -> PreTrainedTokenize
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A Llama of 0.86 M parameters, freshly initialised."""
+    """Returns a freshly initialised Llama of 0.86 M parameters."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
            "pad_token_id": tokenizer.pad_token_id}  # fmt: skip
     config = LlamaConfig(
@@ -92,16 +92,16 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 # --------------------------------------------------------------------------------------------------------- the training
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[tuple[Message, ...], str]]) -> list[Example]:
-    """Token ids of each conversation, up to where the answer starts, and of its answer."""
+def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[tuple[Message, ...], str]]) -> list[TokenPair]:
+    """Returns the token ids of each conversation, up to where the answer starts, and those of its answer."""
     heads = [f"{BOS}{''.join(f'<|{m.role}|>{m.content}{END}' for m in chat)}<|assistant|>" for chat, _ in pairs]
     prompts = tokenizer(heads, add_special_tokens=False)["input_ids"]
     replies = tokenizer([answer + END for _, answer in pairs], add_special_tokens=False)["input_ids"]
     return list(zip(prompts, replies, strict=True))
 
 
-def chunks(examples: list[Example], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(tokens_BT, labels_BT) of at most `size` rows of like length, padded on the right; -100: nothing to learn."""
+def chunks(examples: list[TokenPair], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields (tokens_BT, labels_BT) of at most `size` rows of similar length, padded on the right; -100 is no label."""
     examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
     for start in range(0, len(examples), size):
         part = examples[start : start + size]
@@ -113,14 +113,14 @@ def chunks(examples: list[Example], size: int, pad: int) -> Iterator[tuple[Tenso
 
 
 def answer_logits(model: LlamaForCausalLM, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """(logits_NV, targets_N) of the answers alone. Padding on the right needs no mask: attention is causal."""
+    """Returns (logits_NV, targets_N) of the answers alone. Padding on the right needs no mask: attention is causal."""
     hidden_BTD = model.model(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
     learned_BT = labels_BT[:, 1:] != -100
     return model.lm_head(hidden_BTD[learned_BT]), labels_BT[:, 1:][learned_BT]
 
 
 def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embedding and the norms."""
+    """Returns Muon for the matrices of the layers, and AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
@@ -130,14 +130,14 @@ def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def rate(step: int, steps: int) -> float:
-    """The learning rate's factor: linear warm-up, then a cosine to zero."""
+    """Returns the factor of the learning rate: linear warm-up, times a cosine that falls to zero."""
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def train(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, steps: int, log: Callable[[str], None]
 ) -> None:
-    """Next-token training on the answers; logs the loss and the time left."""
+    """Trains the model to predict the tokens of the answers; logs the loss and the time left."""
     assert isinstance(tokenizer.pad_token_id, int)
     opts = optimizers(model)
     schedules = [LambdaLR(opt, lambda step: rate(step, steps)) for opt in opts]
@@ -170,9 +170,11 @@ def train(
 def measure(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: str = "validation", count: int = 200
 ) -> dict[str, dict[str, float]]:
-    """Per task: P(right in some format), P(right in the wanted format), and whether that one is the greedy answer.
+    """Returns three measures per task, as means over rows.
 
-    The first two are exact: the model's probability of each right text, end token included, under teacher forcing.
+    `some` is the probability of an answer that is right in some format, `wanted` that of one in the wanted format; both
+    are exact, from the model's probability of each right text with its end token. `greedy` is how often the greedy
+    answer is right in the wanted format.
     """
     model.eval()
     quality = {}
@@ -193,8 +195,8 @@ def measure(
     return quality
 
 
-def likelihood(model: LlamaForCausalLM, examples: list[Example]) -> tuple[Tensor, Tensor]:
-    """(probability_B of each answer, whether each of its tokens is the most likely one)."""
+def likelihood(model: LlamaForCausalLM, examples: list[TokenPair]) -> tuple[Tensor, Tensor]:
+    """Returns the probability of each answer, (B,), and whether each of its tokens is the likeliest one, (B,)."""
     pad = model.config.pad_token_id
     longest = max(len(p) + len(a) for p, a in examples)
     tokens_BT = torch.tensor([p + a + [pad] * (longest - len(p) - len(a)) for p, a in examples])
@@ -215,7 +217,7 @@ def likelihood(model: LlamaForCausalLM, examples: list[Example]) -> tuple[Tensor
 def pretrain(
     out: Path, *, seed: int = 0, steps: int = STEPS, log: Callable[[str], None] = print
 ) -> dict[str, dict[str, float]]:
-    """Trains and writes the folder `out`, replacing it in one rename when all is done; returns the measured quality."""
+    """Trains the model and writes it to the folder `out`, in place of one there; returns its quality (`measure`)."""
     torch.manual_seed(seed)
     corpus = Corpus(seed)
     tokenizer = build_tokenizer(corpus)
@@ -236,7 +238,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     model.save_pretrained(fresh)
     tokenizer.save_pretrained(fresh)
     for path in fresh.iterdir():
-        path.chmod(0o644)  # the weights are written for their owner alone
+        path.chmod(0o644)  # safetensors gives its files to their owner alone
     if out.exists():
         shutil.rmtree(out)
     fresh.rename(out)

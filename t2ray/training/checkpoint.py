@@ -1,22 +1,27 @@
 """A training run's checkpoints: z's parameters, AdamW's moments, the best z so far, and where in the run they stand.
 
-A checkpoint is one safetensors file, written whole or not at all; the two newest are kept. Random numbers and the
-data cursor need no saving: both are functions of (seed, step).
+A checkpoint is one safetensors file, written whole or not at all, with a digest of what it holds; the two newest are
+kept. Other files in their folder are neither read nor deleted. Random numbers and the data cursor need no saving: both
+are functions of (seed, step).
 """
 
 from __future__ import annotations
 
 import json
+import re
+import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from t2ray.core import RunError
+from t2ray.integrity import Damaged, digest_of
 from t2ray.store import Store
 
 FOLDER = "checkpoints"
+TENSORS = frozenset({"p_K", "best_z_K", "exp_avg", "exp_avg_sq"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,41 +45,75 @@ class Checkpoint:
     tensors: dict[str, Tensor]
 
     def save(self, store: Store, digest: str) -> None:
-        """Writes the checkpoint of its step, then drops all but the two newest.
+        """Writes the checkpoint of its step, then drops those before it but for one.
 
         Raises:
+            RunError: a tensor has a number that is not finite; the checkpoints before stand.
             ResourceError: the disk is full; the checkpoints before stand.
         """
-        metadata = {"progress": json.dumps(asdict(self.progress)), "config": digest}
-        store.write_tensors(f"{FOLDER}/step_{self.progress.step:06d}.safetensors", self.tensors, metadata)
-        for name in store.names(FOLDER)[:-2]:
-            store.delete(f"{FOLDER}/{name}")
+        if odd := _not_finite(self.tensors):
+            raise RunError(f"step {self.progress.step}: {odd} is not finite, and no checkpoint of it is written")
+        path = _path(self.progress.step)
+        if store.is_folder(path):  # nobody's checkpoint, but in its place
+            store.fs.move(f"{store.root}/{path}", f"{store.root}/{path}.aside-{uuid.uuid4().hex[:8]}")
+        progress = json.dumps(asdict(self.progress))
+        own = digest_of(self.tensors, progress, digest)
+        store.write_tensors(path, self.tensors, {"progress": progress, "config": digest, "digest": own})
+        for step in [step for step in steps(store) if step <= self.progress.step][:-2]:
+            if not store.is_folder(_path(step)):
+                store.delete(_path(step))
 
 
-def latest(store: Store, digest: str) -> Checkpoint | None:
-    """The newest checkpoint, or None where there is none.
+def steps(store: Store) -> list[int]:
+    """The steps that have a checkpoint, sound or not, rising."""
+    found = (re.fullmatch(r"step_(\d{6}|[1-9]\d{6,})\.safetensors", name) for name in store.names(FOLDER))
+    return sorted(int(match[1]) for match in found if match)
+
+
+def latest(store: Store, digest: str, tell: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
+    """The newest sound checkpoint, or None where there is none; `tell` gets a line about each newer, damaged one.
 
     Raises:
         RunError: it was made by another configuration.
+        ResourceError: it cannot be read.
     """
-    names = store.names(FOLDER)
-    if not names:
-        return None
-    path = f"{FOLDER}/{names[-1]}"
-    metadata = _metadata(store, path)
-    if metadata["config"] != digest:
+    for step in reversed(steps(store)):
+        try:
+            return _read(store, step, digest)
+        except Damaged as error:
+            tell(f"{_path(step)} is damaged: {error}")
+        except FileNotFoundError:
+            tell(f"{_path(step)} was deleted")
+    return None
+
+
+def _read(store: Store, step: int, digest: str) -> Checkpoint:
+    path = _path(step)
+    mapped, metadata = store.read_safetensors(path)
+    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    config = metadata.get("config")
+    if metadata.get("digest", own := digest_of(tensors, metadata.get("progress", ""), config or "")) != own:
+        raise Damaged("its digest belongs to other numbers")
+    if config is not None and config != digest:
         raise RunError(f"{store.uri}/{path} belongs to another configuration; use another run name")
-    tensors = {name: tensor.clone() for name, tensor in store.read_tensors(path).items()}
-    return Checkpoint(progress=Progress(**json.loads(metadata["progress"])), tensors=tensors)
+    try:
+        progress = Progress(**json.loads(metadata["progress"]))
+    except (KeyError, ValueError, TypeError):
+        raise Damaged("it does not say where in the run it stands") from None
+    if config is None or tensors.keys() != TENSORS or progress.step != step:
+        raise Damaged(f"it is no checkpoint of step {step}")
+    if odd := _not_finite(tensors):
+        raise Damaged(f"{odd} holds numbers that are not finite")
+    return Checkpoint(progress=progress, tensors=tensors)
 
 
-def _metadata(store: Store, path: str) -> dict[str, str]:
-    if store.local is not None:
-        with safe_open(store.local / path, framework="pt") as file:
-            return dict(file.metadata())
-    data = store.read_bytes(path)  # the header is JSON behind its length, a little-endian 64-bit number
-    length = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + length])["__metadata__"])
+def _not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """The name of a tensor with a number that is not finite."""
+    return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+
+
+def _path(step: int) -> str:
+    return f"{FOLDER}/step_{step:06d}.safetensors"
 
 
 def moments(optimiser: torch.optim.Optimizer, p_K: Tensor) -> dict[str, Tensor]:

@@ -76,13 +76,11 @@ def backward(
     advantage_N = torch.tensor(advantage_B).repeat_interleave(lengths).to(model.device)
     with torch.no_grad():
         base_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
-    with model.svf.rows(z_1K):
+    with model.adapter.rows(z_1K):
         hidden_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
     leaf_ND = hidden_ND.detach().requires_grad_()
     loss = kl = 0.0
-    for part in torch.arange(len(at_N), device=model.device).split(
-        max(1, CHUNK_ELEMENTS // model.hf.config.vocab_size)
-    ):
+    for part in torch.arange(len(at_N), device=model.device).split(max(1, CHUNK_ELEMENTS // model.family.vocabulary)):
         with torch.no_grad():
             base_NV = model.logits(base_ND[part])
         loss_N, kl_N = token_losses(

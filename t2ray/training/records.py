@@ -5,14 +5,13 @@ Written by the first worker of a domain alone. What W&B and MLflow are told is i
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,50 +19,54 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, Rollout
 from t2ray.store import Store
-from t2ray.training.trackers import Trackers
+from t2ray.training.metrics import METRICS, StepMetrics, as_lines, check_metrics, note
 
-METRICS = "metrics.jsonl"
+if TYPE_CHECKING:
+    from t2ray.training.trackers import Trackers
 
 
 class Records:
     """The records of one domain's run, in its folder; a resumed run forgets the steps after its checkpoint."""
 
-    def __init__(self, store: Store, step: int) -> None:
-        self.store = store
-        self.rows = [row for row in read_metrics(store) if row["step"] <= step]
+    def __init__(self, store: Store, step: int, trackers: Trackers | None = None) -> None:
+        """`step` is the last step that stands; `trackers` are told every step, too."""
+        self.store, self.trackers = store, trackers
+        found = check_metrics(store)
+        self.rows = [row for row in found.rows if row.step <= step]
+        if found.damage or len(self.rows) < step:
+            why = found.damage[0] if found.damage else f"{METRICS} lacks rows"
+            note(store, f"{why}; of steps 1 to {step} it holds {len(self.rows)}, which changes nothing in the training")
         self._write_metrics()
-        self.trackers = _trackers(store)
         self.events = None if store.local is None else Events(store.local / "tensorboard", step)
 
-    def log(self, row: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
+    def log(self, row: StepMetrics, rollouts: Sequence[Rollout]) -> None:
         """One step's metrics, everywhere, and its rollouts.
 
         Raises:
             ResourceError: the disk is full.
         """
         self.rows.append(row)
-        self.store.write_bytes(f"rollouts/step_{row['step']:06d}.parquet", rollouts_parquet(rollouts))
+        self.store.write_bytes(f"rollouts/step_{row.step:06d}.parquet", rollouts_parquet(rollouts))
         self._add_metrics(row)
         if self.trackers is not None:
             self.trackers.tell(self.rows)
 
     def close(self) -> None:
-        """Ends what is open; called while the error that ended the run is on its way up, where there is one."""
+        """Ends what is open. While an error is on its way up, the trackers are told that the run failed."""
         if self.events is not None:
             self.events.file.close()
         if self.trackers is not None:
             self.trackers.close(self.rows, failed=sys.exception() is not None)
 
-    def _add_metrics(self, row: dict[str, Any]) -> None:
+    def _add_metrics(self, row: StepMetrics) -> None:
         if self.store.local is None or self.events is None:
             self._write_metrics()
             return
         try:
             with open(self.store.local / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(as_lines([row]))
             self.events.write(row)
         except OSError as error:
             raise ResourceError(
@@ -71,17 +74,7 @@ class Records:
             ) from error
 
     def _write_metrics(self) -> None:
-        self.store.write_text(METRICS, "".join(json.dumps(row) + "\n" for row in self.rows))
-
-
-def _trackers(store: Store) -> Trackers | None:
-    """Those that the run's configuration asks for; a domain's folder is <run>/domains/<domain>."""
-    folder, _, domain = store.uri.rpartition("/domains/")
-    run = Store(folder or ".")
-    if not folder or not run.exists("config.json"):
-        return None
-    config = TrainConfig.model_validate_json(run.read_text("config.json"))
-    return Trackers(config, domain, store) if config.track else None
+        self.store.write_text(METRICS, as_lines(self.rows))
 
 
 class Events:
@@ -95,21 +88,13 @@ class Events:
         self._add(file_version="brain.Event:2")
         self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Every number of a step's metrics as a scalar."""
-        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.items() if key != "step"]
-        self._add(step=row["step"], summary=Summary(value=values))
+    def write(self, row: StepMetrics) -> None:
+        """Every figure of a step as a scalar."""
+        values = [Summary.Value(tag=key, simple_value=value) for key, value in row.values.items()]
+        self._add(step=row.step, summary=Summary(value=values))
 
     def _add(self, **what: Any) -> None:
         self.writer.write(Event(wall_time=time.time(), **what).SerializeToString())
-
-
-def read_metrics(store: Store) -> list[dict[str, Any]]:
-    """The metrics written so far; a last line that a kill cut short is left out."""
-    if not store.exists(METRICS):
-        return []
-    lines = store.read_text(METRICS).split("\n")
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def rollouts_parquet(rollouts: Sequence[Rollout]) -> bytes:

@@ -8,14 +8,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
 
-from t2ray.core import Example, Generate, Mixture, Rollout, SamplingParams
-
-Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[float]]]
+from t2ray.core import Example, Generate, Mixture, Rollout, SamplingParams, Verify
 
 
 def prompts_of_step(examples: Sequence[Example], prompts: int, step: int, seed: int) -> list[Example]:

@@ -6,28 +6,28 @@ told at the time it is told later: a server that is away never ends a training. 
 tracker's own business and comes from its own environment (WANDB_PROJECT, WANDB_API_KEY, WANDB_MODE, WANDB_ENTITY,
 MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME): no secret passes through here.
 
-Not here: TensorBoard (records.py), which needs no choice. Called by `rl.records` in a domain's first worker; `rl.run`
-checks before anything starts (`check_trackers`), and `rl.status` reads what was told (`tracks`).
+Not here: TensorBoard (`records`), which needs no choice.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
+from t2ray.integrity import Damaged, seal, unseal
 from t2ray.store import Store
+from t2ray.training.metrics import StepMetrics
 
 STATE = "trackers.json"
 _PAUSE_S = 60.0  # before a tracker that could not be told is tried again: a server that is away must not slow the steps
@@ -69,10 +69,11 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def tracks(store: Store) -> dict[str, Track]:
-    """What each tracker has of the domain whose folder this is."""
-    if not store.exists(STATE):
+    """What each tracker has of the domain whose folder this is; nothing where the note of it is damaged."""
+    try:
+        return {name: Track(**values) for name, values in unseal(store.read_bytes(STATE)).items()}
+    except (FileNotFoundError, Damaged, TypeError):
         return {}
-    return {name: Track(**values) for name, values in json.loads(store.read_text(STATE)).items()}
 
 
 class Trackers:
@@ -95,13 +96,13 @@ class Trackers:
                 except _errors(name) as error:
                     raise ConfigError(f"track: {name} does not start ({_plain(error)}); {_REMEDY[name]}") from None
 
-    def tell(self, rows: Sequence[Mapping[str, Any]]) -> None:
+    def tell(self, rows: Sequence[StepMetrics]) -> None:
         """Tells each tracker those of the run's steps that it does not have yet."""
         for name in self.config.track:
             if time.monotonic() >= self.again.get(name, 0.0):
                 self._tell(name, rows)
 
-    def close(self, rows: Sequence[Mapping[str, Any]], *, failed: bool) -> None:
+    def close(self, rows: Sequence[StepMetrics], *, failed: bool) -> None:
         """Tells what is left to tell and ends the tracker runs; they are opened again if the training goes on."""
         self.again.clear()
         self.tell(rows)
@@ -111,13 +112,13 @@ class Trackers:
             except _errors(name) as error:
                 self._note(name, replace(self.tracks[name], problem=_plain(error)))
 
-    def _tell(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def _tell(self, name: str, rows: Sequence[StepMetrics]) -> None:
         try:
             tracker = self.opened.get(name) or self._open(name)
             for row in rows:
-                if row["step"] > self.tracks[name].told:
-                    tracker.log(row["step"], {key: float(value) for key, value in row.items() if key != "step"})
-                    self._note(name, replace(self.tracks[name], told=row["step"], problem=""))
+                if row.step > self.tracks[name].told:
+                    tracker.log(row.step, row.values)
+                    self._note(name, replace(self.tracks[name], told=row.step, problem=""))
         except _errors(name) as error:
             self.again[name] = time.monotonic() + _PAUSE_S
             self._note(name, replace(self.tracks[name], problem=_plain(error)))
@@ -135,7 +136,7 @@ class Trackers:
     def _note(self, name: str, track: Track) -> None:
         if self.tracks.get(name) != track:
             self.tracks[name] = track
-            self.store.write_text(STATE, json.dumps({name: asdict(t) for name, t in self.tracks.items()}, indent=1))
+            self.store.write_text(STATE, seal({name: asdict(t) for name, t in self.tracks.items()}, indent=1))
 
 
 class _Wandb:

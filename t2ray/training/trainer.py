@@ -1,11 +1,9 @@
-"""Trains one expert: rollouts in folded mode, verified; REINFORCE + KL on z; greedy validation; the best z is kept.
+"""Trains one expert: rollouts of the current policy, verified; REINFORCE + KL on its vector; the best one is kept.
 
-The algorithm is `Trainer.step` and `Trainer.run`. Not here: Ray (`cluster.train` runs a trainer in each worker), files'
-formats (`rl.records`, `rl.checkpoint`) and the registry. With torch.distributed initialised the workers take a batch's
-shares between them and sum z's gradient; without it the trainer is alone. The sums have an order of their own, so that
-as many shares make the same z, bit for bit, whatever the number of workers.
+The algorithm is `Trainer.step` and `Trainer.run` (paper section 3.1). Not here: Ray (`t2ray.cluster.train`), the
+formats of files (`records`, `checkpoint`) and the registry.
 
-Shapes: B rollouts of a share, S shares of a batch, K singular values of all targets.
+Shapes: B rollouts of a share, K numbers of the expert's vector.
 """
 
 from __future__ import annotations
@@ -14,23 +12,29 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
-from t2ray.adapters.svf import parametrise
+from t2ray.adapters.model import Model
 from t2ray.config.train import RLConfig
-from t2ray.core import Mixture, Rollout, SamplingParams
-from t2ray.engine.offline import OfflineEngine
+from t2ray.core import Generate, Mixture, Rollout, RunError, SamplingParams, Verify
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.loss import LossTerms, advantages, backward
+from t2ray.training.metrics import StepMetrics, note
 from t2ray.training.records import Records
-from t2ray.training.rollout import Verify, prompts_of_step, roll_out, rollout_seed
+from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
+from t2ray.training.shares import Shares
 
-Report = Callable[[dict[str, Any]], None]
+if TYPE_CHECKING:
+    from t2ray.training.trackers import Trackers
+
+ReportMetrics = Callable[[StepMetrics], None]
+Publish = Callable[[str, Tensor], None]
+"""Makes a vector, (K,), the expert of that name for the `Generate` that the trainer samples with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +49,13 @@ class Trained:
 
 
 class Trainer:
-    """One domain's training run in `store`, resumed from its newest checkpoint."""
+    """One domain's training run in `store`, resumed from its newest sound checkpoint."""
 
     def __init__(
         self,
-        engine: OfflineEngine,
+        model: Model,
+        generate: Generate,
+        publish: Publish,
         task: Task,
         verify: Verify,
         rl: RLConfig,
@@ -59,40 +65,47 @@ class Trainer:
         digest: str,
         shares: int = 1,
     ) -> None:
-        """`digest` is the configuration's: a checkpoint of another one is refused (RunError).
-
-        Each batch is split into so many `shares`, or one a worker where there are more workers.
         """
-        self.engine, self.task, self.verify, self.rl, self.store = engine, task, verify, rl, store
-        self.model, self.svf = engine.model, engine.model.svf
-        self.seed, self.digest = seed, digest
-        self.rank = distributed.get_rank() if distributed.is_initialized() else 0
-        self.world = distributed.get_world_size() if distributed.is_initialized() else 1
-        self.shares = max(shares, self.world)
-        self.own = range(self.rank, self.shares, self.world)
+        Args:
+            model: what is differentiated; `generate` samples from the same weights.
+            digest: the configuration's; a checkpoint of another one is refused.
+            shares: into how many parts a batch is split at least; as many give the same z on any number of workers.
+
+        Raises:
+            RunError: the newest checkpoint belongs to another configuration.
+        """
+        self.model, self.generate, self.publish = model, generate, publish
+        self.task, self.verify, self.rl, self.store = task, verify, rl, store
+        self.seed, self.digest, self.shares = seed, digest, Shares(shares)
         self.train = task.examples("train")
         self.validation = task.examples("validation", rl.eval_prompts)
         self.policy = Mixture.of({task.name: 1.0})
         self.sampling = SamplingParams(max_tokens=task.max_tokens, temperature=rl.temperature)
-        self.p_K = self._initial().requires_grad_()
-        self.best_z_K = self._z().detach().clone()
+        noise_K = rl.sigma * torch.randn(model.adapter.size, generator=torch.Generator().manual_seed(seed))
+        self.p_K = model.adapter.initial(rl.init, noise_K).requires_grad_()
         self.optimiser = torch.optim.AdamW([self.p_K], lr=rl.lr, weight_decay=0.0)
         self.progress = Progress()
-        checkpoint = latest(store, digest)
+        self.best_z_K = self._z().detach().clone()
+        damaged: list[str] = []
+        checkpoint = latest(store, digest, damaged.append)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self._publish()
+        if self.shares.rank == 0:
+            for line in damaged:
+                note(store, f"{line}; the run went on after step {self.progress.step}")
+        self.publish(task.name, self._z().detach().clone())
 
     # -------------------------------------------------------------------------------------------------- the algorithm
 
-    async def run(self, report: Report) -> Trained:
-        """Trains to the end, or until `rl.patience` validations brought nothing better; `report` gets each step's row.
+    async def run(self, report: ReportMetrics, trackers: Trackers | None = None) -> Trained:
+        """Trains to the end, or until `rl.patience` validations brought nothing better; `report` gets each step.
 
         Raises:
             RewardError: the verifier failed on an example.
+            RunError: z, the loss or the gradient is not finite; the newest checkpoint stands.
             ResourceError: the disk is full; the newest checkpoint stands.
         """
-        records = Records(self.store, self.progress.step) if self.rank == 0 else None
+        records = Records(self.store, self.progress.step, trackers) if self.shares.rank == 0 else None
         try:
             await self._steps(records, report)
         finally:
@@ -107,37 +120,43 @@ class Trainer:
             steps=p.step,
         )
 
-    async def _steps(self, records: Records | None, report: Report) -> None:
+    async def _steps(self, records: Records | None, report: ReportMetrics) -> None:
         if self.progress.step == 0:
             await self._validate()
         while not self.progress.done:
-            row, rollouts = await self.step(self.progress.step + 1)
-            if row["step"] % self.rl.eval_every == 0 or row["step"] == self.rl.steps:
-                row |= await self._validate()
+            metrics, rollouts = await self.step(self.progress.step + 1)
+            if metrics.step % self.rl.eval_every == 0 or metrics.step == self.rl.steps:
+                metrics = replace(metrics, validation=await self._validate())
             if records is not None:
-                records.log(row, rollouts)
-            if "validation" in row:
+                records.log(metrics, rollouts)
+            if metrics.validation is not None:
                 self._save()
-            report(row)
+            report(metrics)
 
-    async def step(self, step: int) -> tuple[dict[str, Any], list[Rollout]]:
-        """Rolls out, rewards, and moves z along the gradient once."""
+    async def step(self, step: int) -> tuple[StepMetrics, list[Rollout]]:
+        """Rolls out, rewards, and moves z along the gradient once.
+
+        Raises:
+            RunError: z, the loss or the gradient is not finite; nothing of the step is kept.
+        """
         start = time.perf_counter()
-        parts = [await self._roll_out(step, share) for share in self.own]
+        parts = [await self._roll_out(step, share) for share in self.shares.own]
         rewards = [torch.tensor([r.reward for r in part], dtype=torch.float64) for part in parts]
-        total = self._sum([torch.stack([r_B.sum(), (r_B > 0).sum(), torch.tensor(len(r_B))]) for r_B in rewards])
-        reward_mean, batch = float(total[0] / total[2]), int(total[2])
-        advantage = [advantages(r_B, self.rl.samples, self.rl.baseline, reward_mean).tolist() for r_B in rewards]
-        terms, grad_norm = self.update(parts, advantage, batch, step)
+        total, right, batch = self.shares.sum([_counted(reward_B) for reward_B in rewards]).tolist()
+        advantage = [advantages(r_B, self.rl.samples, self.rl.baseline, total / batch).tolist() for r_B in rewards]
+        terms, grad_norm = self.update(parts, advantage, int(batch), step)
+        z_K = self._z().detach().clone()
+        metrics = StepMetrics(
+            step=step, reward_mean=total / batch, accuracy=right / batch, kl=terms.kl / max(terms.tokens, 1),
+            loss=terms.loss, grad_norm=grad_norm, z_min=float(z_K.min()), z_max=float(z_K.max()),
+            seconds=(seconds := time.perf_counter() - start), tokens_per_s=terms.tokens / seconds,
+        )  # fmt: skip
+        if odd := metrics.not_finite:
+            what = ", ".join(f"{name} is {value}" for name, value in odd.items())
+            raise RunError(f"step {step}: {what}; the checkpoint before stands: lower rl.lr, in another run=NAME")
+        self.publish(self.task.name, z_K)
         self.progress = replace(self.progress, step=step, done=step >= self.rl.steps)
-        self._publish()
-        z_K, seconds = self.svf.bank[self.task.name], time.perf_counter() - start
-        return {
-            "step": step, "reward_mean": reward_mean, "accuracy": float(total[1] / total[2]),
-            "kl": terms.kl / max(terms.tokens, 1), "loss": terms.loss, "grad_norm": grad_norm,
-            "z_min": float(z_K.min()), "z_max": float(z_K.max()),
-            "tokens_per_s": terms.tokens / seconds, "seconds": seconds,
-        }, [rollout for part in parts for rollout in part]  # fmt: skip
+        return metrics, [rollout for part in parts for rollout in part]
 
     def update(
         self, parts: list[list[Rollout]], advantage: list[list[float]], batch: int, step: int
@@ -149,8 +168,8 @@ class Trainer:
         """
         z_K = self._z()
         own = [self._gradient(z_K, *share, batch) for share in zip(parts, advantage, strict=True)]
-        gradient_K = self._sum([share_K for share_K, _ in own])
-        loss, kl, tokens = self._sum([terms for _, terms in own]).tolist()
+        gradient_K = self.shares.sum([share_K for share_K, _ in own])
+        loss, kl, tokens = self.shares.sum([terms for _, terms in own]).tolist()
         self.optimiser.zero_grad()
         z_K.backward(gradient_K)
         grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip))
@@ -162,12 +181,11 @@ class Trainer:
 
     async def _roll_out(self, step: int, share: int) -> list[Rollout]:
         """A share of the step's rollouts."""
-        places = range(share, self.rl.prompts, self.shares)
+        places = range(share, self.rl.prompts, self.shares.total)
         chosen = prompts_of_step(self.train, self.rl.prompts, step, self.seed)
         seeds = [[rollout_seed(self.seed, step, i, j) for j in range(self.rl.samples)] for i in places]
-        return await roll_out(
-            self.engine.generate, self.verify, [chosen[i] for i in places], self.policy, self.sampling, seeds
-        )
+        examples = [chosen[i] for i in places]
+        return await roll_out(self.generate, self.verify, examples, self.policy, self.sampling, seeds)
 
     def _gradient(
         self, z_K: Tensor, rollouts: list[Rollout], advantage_B: list[float], batch: int
@@ -186,50 +204,31 @@ class Trainer:
             sums += torch.tensor([terms.loss, terms.kl, terms.tokens], dtype=torch.float64)
         return leaf_1K.grad[0], sums
 
-    def _sum(self, own: list[Tensor]) -> Tensor:
-        """The sum over all shares, of which this worker has `own`: zeros added in between change no bit of it."""
-        all_SX = own[0].new_zeros(self.shares, *own[0].shape)
-        all_SX[list(self.own)] = torch.stack(own)
-        if self.world > 1:
-            distributed.all_reduce(all_SX)
-        return all_SX.sum(0)
-
-    async def _validate(self) -> dict[str, float]:
+    async def _validate(self) -> float:
         """Greedy accuracy on the validation prompts; keeps z when it is at least as good as the best so far."""
         greedy = replace(self.sampling, temperature=0.0)
         mixture = self.policy if self.progress.step else Mixture.base()
         sums = []
-        for share in self.own:
-            chosen = self.validation[share :: self.shares]
-            rollouts = await roll_out(self.engine.generate, self.verify, chosen, mixture, greedy, [[0]] * len(chosen))
-            rewards_B = torch.tensor([r.reward for r in rollouts], dtype=torch.float64)
-            sums.append(torch.stack([(rewards_B > 0).sum(), rewards_B.sum()]))
-        accuracy, reward = (self._sum(sums) / len(self.validation)).tolist()
+        for share in self.shares.own:
+            chosen = self.validation[share :: self.shares.total]
+            rollouts = await roll_out(self.generate, self.verify, chosen, mixture, greedy, [[0]] * len(chosen))
+            sums.append(_counted(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)))
+        reward, accuracy, _ = (self.shares.sum(sums) / len(self.validation)).tolist()
         p = self.progress
         if p.step == 0:
             self.progress = replace(p, base_accuracy=accuracy, best_accuracy=accuracy, best_reward=reward)
         elif (accuracy, reward) >= (p.best_accuracy, p.best_reward):
             stale = p.stale + 1 if (accuracy, reward) == (p.best_accuracy, p.best_reward) else 0
             self.progress = replace(p, best_accuracy=accuracy, best_reward=reward, best_step=p.step, stale=stale)
-            self.best_z_K = self.svf.bank[self.task.name].clone()
+            self.best_z_K = self._z().detach().clone()
         else:
             self.progress = replace(p, stale=p.stale + 1)
         if self.rl.patience and self.progress.stale >= self.rl.patience:
             self.progress = replace(self.progress, done=True)
-        return {"validation": accuracy}
-
-    def _initial(self) -> Tensor:
-        """The parameters at the start, (K,): z = 1 + N(0, sigma^2), or p = 0.1 + N(0, sigma^2) before a sigmoid."""
-        noise_K = torch.randn(self.svf.K, generator=torch.Generator().manual_seed(self.seed))
-        start = 1.0 if self.rl.init == "scale" else 0.1
-        return (start + self.rl.sigma * noise_K).to(self.model.device)
+        return float(accuracy)
 
     def _z(self) -> Tensor:
-        return parametrise(self.p_K, self.rl.init, self.svf.s_K, [t.rank for t in self.svf.layout])
-
-    def _publish(self) -> None:
-        """Makes the current z the expert that rollouts and validation ask for."""
-        self.svf.bank[self.task.name] = self._z().detach().clone()
+        return self.model.adapter.vector(self.rl.init, self.p_K)
 
     def _lr(self, step: int) -> float:
         if self.rl.schedule == "constant":
@@ -237,7 +236,7 @@ class Trainer:
         return self.rl.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / self.rl.steps)))
 
     def _save(self) -> None:
-        if self.rank == 0:
+        if self.shares.rank == 0:
             tensors = {"p_K": self.p_K.detach(), "best_z_K": self.best_z_K, **moments(self.optimiser, self.p_K)}
             Checkpoint(progress=self.progress, tensors=tensors).save(self.store, self.digest)
 
@@ -249,5 +248,10 @@ class Trainer:
         restore_moments(self.optimiser, self.p_K, checkpoint.tensors, checkpoint.progress.step)
 
 
+def _counted(reward_B: Tensor) -> Tensor:
+    """The sum of the rewards, the number of right answers, and the number of answers: (3,), float64."""
+    return torch.stack([reward_B.sum(), (reward_B > 0).sum(), torch.tensor(len(reward_B))])
+
+
 def _length(rollout: Rollout) -> int:
-    return len(rollout.completion.prompt_ids) + len(rollout.completion.token_ids)
+    return len(rollout.completion.prompt_ids) + len(rollout.completion.tokens)

@@ -4,8 +4,7 @@
             \\------------------- pass 2 ------------------/
 
 Pass 2 goes from the ingress straight to a `Generator`: its tokens would gain nothing from a stop at the dispatcher. How
-many replicas, how long the queues: `serve_config.yaml`, which names the deployments as they are named here. Called by
-`serve deploy`, `t2ray serve` and tests.
+many replicas, how long the queues: `serve_config.yaml`, which names the deployments as they are named here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 
 from ray import serve
 
-from t2ray.adapters.factors import MANIFEST, decompose
+from t2ray.adapters.factors import MANIFEST, decompose, factors_folder
 from t2ray.cluster.serve.dispatcher import Dispatcher
 from t2ray.cluster.serve.generator import Generator
 from t2ray.cluster.serve.ingress import Ingress
@@ -25,12 +24,11 @@ from t2ray.cluster.serve.searcher import Searcher
 from t2ray.config.files import validate
 from t2ray.config.serve import ServeConfig
 from t2ray.core import ResourceError
-from t2ray.models.weights import Weights, resolve
-from t2ray.runs.folder import factors_folder
+from t2ray.experts.registry import SHIPPED
+from t2ray.models.weights import open_weights, resolve
 from t2ray.store import Store
 
 RUN_EXPERTS = "runs/demo/experts"
-SHIPPED = Path(__file__).parents[2] / "tiny" / "experts"
 
 
 def build_app(args: Mapping[str, Any]) -> Any:
@@ -57,7 +55,7 @@ def resolved(config: ServeConfig) -> ServeConfig:
         ExpertError: factors of another model.
     """
     folder = resolve(config.model)
-    digest = Weights(folder).digest
+    digest = open_weights(folder).digest
     factors = Path(config.factors or factors_folder("runs", digest, None, None)).absolute()
     if not (factors / MANIFEST).exists():
         decompose(config.model, factors)

@@ -6,10 +6,8 @@ Not here: which mixture a request gets (`dispatcher`), and HTTP (`ingress`).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
@@ -21,28 +19,36 @@ from ray.util import metrics
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
-from t2ray.api.backend import Catalog, ExpertInfo, Heat
+from t2ray.api.backend import Catalog
+from t2ray.cluster.serve.experts import Experts
+from t2ray.cluster.serve.handles import raised, told
+from t2ray.cluster.serve.looking import Looking
 from t2ray.cluster.serve.monitor import Pulse
-from t2ray.config.serve import VERIFIERS, ServeConfig
+from t2ray.config.serve import ServeConfig
 from t2ray.core import (
+    Completion,
     Delta,
     ExpertError,
     GenerationError,
-    Message,
     Mixture,
     Prompt,
     SamplingParams,
+    T2RayError,
     UnknownExpert,
     check_name,
-    joined,
 )
 from t2ray.engine.online import OnlineEngine
+from t2ray.engine.probe import compare, expected
+from t2ray.engine.protocol import Engine
+from t2ray.experts.admission import check_header
 from t2ray.experts.exchange import import_expert
-from t2ray.experts.follow import Bank, Holdings
+from t2ray.experts.heatmap import HeatMap, mean_distance
 from t2ray.experts.registry import Registry
 
 PRIMITIVES = "64"
 """oneDNN keeps code for each number of tokens that a matrix was multiplied with: 300 MB by its default of 1024."""
+
+UPLOAD = "the upload"
 
 STALLED_S = 20.0
 """A loop that has not turned for so long is stuck: it turns ten times a second when it is idle."""
@@ -59,13 +65,13 @@ class Generator:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
-        self.model = load_model(self.config.model, self.config.factors)
-        self.bank = Bank(Registry(self.config.experts), self.model.base_digest, self.model.svf.layout)
-        self._syncing = threading.Lock()
-        self._looked: tuple[Holdings | None, str, Any] = None, "", None
-        self.engine = OnlineEngine(self.model, self.config.engine)
-        self._sync()
+        model = load_model(self.config.model, self.config.factors)
+        self.engine: Engine = OnlineEngine(model, self.config.engine)
+        wanted = await expected(model)
+        self.experts = Experts(self.config, self.engine, model.adapter.join)
+        await self.experts.open()
         self.engine.start()
+        await compare(self.engine, model, wanted)
         self._gauges = {
             name: metrics.Gauge(f"t2ray_{name}", description=text)
             for name, text in (
@@ -77,103 +83,79 @@ class Generator:
                 ("tokens_per_second", "generated tokens"),
             )
         }
-        self._monitor = monitor
-        self._tasks = [asyncio.create_task(self._follow()), asyncio.create_task(self._report())]
+        self._monitor, self._reporting = monitor, Looking("the monitor", 1.0)
+        self._told: tuple[int, float] = 0, time.monotonic()
+        self.experts.follow()
+        self._reporting.start(self._report)
 
     # --------------------------------------------------------------------------------------------------------- passes
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
-        """The whole answer at once."""
-        deltas = await self._known(mixture, prompt, sampling, request_id, whole=True)
-        return joined([delta async for delta in deltas])
+    @told
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
+        """See `core.Generate`."""
+        await self.experts.know(mixture)
+        return await self.engine.generate(prompt, mixture, sampling)
 
-    async def generate_many(self, requests: Sequence[tuple[Prompt, Mixture]], sampling: SamplingParams) -> list[Delta]:
+    @told
+    async def generate_many(
+        self, requests: Sequence[tuple[Prompt, Mixture]], sampling: SamplingParams
+    ) -> list[Completion]:
         """The answers of a few-shot search's members."""
-        return list(await asyncio.gather(*(self.generate(p, mixture, sampling, "search") for p, mixture in requests)))
+        answers = await asyncio.gather(*(self.generate(p, mixture, sampling) for p, mixture in requests))
+        return list(map(raised, answers))
 
     async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
-        """The answer as it grows."""
-        async for delta in await self._known(mixture, prompt, sampling, request_id, whole=False):
-            yield delta
+        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams
+    ) -> AsyncIterator[Delta | T2RayError]:
+        """The answer as it grows; an error comes as its last piece (`told`)."""
+        try:
+            await self.experts.know(mixture)
+            async for delta in self.engine.stream(prompt, mixture, sampling):
+                yield delta
+        except T2RayError as error:
+            yield error
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
-        """Log-likelihoods of `labels`."""
-        return await self.engine.score(messages, labels, mixture)
+    @told
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        """See `core.Score`."""
+        await self.experts.know(mixture)
+        return await self.engine.score(prompt, labels, mixture)
 
-    async def score_many(self, requests: Sequence[tuple[tuple[Message, ...], tuple[str, ...], Mixture]]) -> Any:
+    @told
+    async def score_many(self, requests: Sequence[tuple[Prompt, tuple[str, ...], Mixture]]) -> Any:
         """The scores of a few-shot search's members."""
-        return list(await asyncio.gather(*(self.score(*request) for request in requests)))
-
-    async def _known(
-        self, mixture: Mixture, prompt: Prompt, sampling: SamplingParams, request_id: str, *, whole: bool
-    ) -> AsyncIterator[Delta]:
-        """A stream; an expert that is not known yet may have come to the registry since the last look."""
-        if any(name not in self.model.svf.bank for name in mixture.names):
-            await asyncio.to_thread(self._sync)
-        for name in mixture.names:
-            if name in self.bank.held.problems:
-                raise ExpertError(self.bank.held.problems[name])
-        return self.engine.stream(prompt, mixture, sampling, request_id, whole=whole)
+        return list(map(raised, await asyncio.gather(*(self.score(*request) for request in requests))))
 
     # -------------------------------------------------------------------------------------------------------- experts
 
+    @told
     async def catalog(self, seen: str) -> tuple[str, Catalog | None]:
         """What there is now, whichever replica is asked, with its digest; None for a caller who has seen it."""
-        digest, catalog = await asyncio.to_thread(self._look)
+        digest, catalog = await asyncio.to_thread(self.experts.catalog)
         return digest, None if digest == seen else catalog
 
-    def _look(self) -> tuple[str, Catalog]:
-        """Made anew only after a change: with 1,000 experts it takes as long as a step of the engine."""
-        self._sync()
-        held = self.bank.held
-        if self._looked[0] is not held:
-            catalog = self._catalog(held)
-            self._looked = held, hashlib.blake2b(repr(catalog).encode(), digest_size=8).hexdigest(), catalog
-        return self._looked[1:]
-
-    def _catalog(self, bank: Holdings) -> Catalog:
-        experts = {
-            name: ExpertInfo(
-                name=name, version=m.version, domain=m.domain, created=m.created,
-                accuracy=m.metrics.get("accuracy"), classifies=bool(m.labels), labels=m.labels,
-            )
-            for name, m in sorted(bank.manifests.items())
-        }  # fmt: skip
-        experts |= {name: ExpertInfo(name=name, version=0, problem=text) for name, text in bank.problems.items()}
-        classifiers = [name for name, info in experts.items() if info.classifies]
-        answering = [name for name, info in experts.items() if not info.classifies and info.problem is None]
-        strategies = ("prompt", "cls") if len(classifiers) == 1 and answering else ("prompt",) if answering else ()
-        return Catalog(
-            base=self.config.name or self.config.model,
-            default=self.config.strategy or ("cls" if "cls" in strategies else "prompt" if strategies else "base"),
-            strategies=strategies,
-            experts=experts,
-            mixtures=dict(sorted(bank.mixtures.items())),
-            verifiers=tuple(VERIFIERS),
-            context=self.model.context,
-        )
-
-    async def heat(self, name: str) -> Heat:
-        """`mean |z - 1|` by layer and kind of matrix.
+    @told
+    async def heat(self, name: str) -> HeatMap:
+        """The mean of |z - 1| of an expert, per decoder layer and kind of matrix.
 
         Raises:
             UnknownExpert: no such expert here.
         """
-        z_K = self.bank.held.tensors.get(name)
+        z_K = self.experts.snapshot.tensors.get(name)
         if z_K is None:
             raise UnknownExpert(f"unknown expert {name!r}")
-        layout = self.model.svf.layout
-        parts = zip(layout, z_K.split([target.rank for target in layout]), strict=True)
-        place = {(target.layer, target.name.rpartition(".")[2]): float((z - 1).abs().mean()) for target, z in parts}
-        layers = tuple(sorted({layer for layer, _ in place}))
-        kinds = tuple(dict.fromkeys(kind for _, kind in place))
-        values = tuple(tuple(place.get((layer, kind), 0.0) for kind in kinds) for layer in layers)
-        return Heat(layers=layers, kinds=kinds, values=values)
+        return mean_distance(self.engine.layout, z_K)
 
+    @told
+    async def check_upload(self, head: bytes, size: int) -> None:
+        """Judges an upload by its header and size, before it is sent.
+
+        Raises:
+            ExpertError: it is no expert of this model.
+        """
+        check_header(head, size, self.engine.layout, UPLOAD)
+
+    @told
     async def put_expert(self, name: str, data: bytes) -> int:
         """Checks an uploaded file as when loading, and saves it as the next version.
 
@@ -182,65 +164,48 @@ class Generator:
             ExpertError: a file that is no expert of this model.
         """
         check_name(name)
-        return await asyncio.to_thread(self._import, name, data)
+        return await asyncio.to_thread(self.experts.change, lambda registry: self._import(registry, name, data))
 
-    def _import(self, name: str, data: bytes) -> int:
+    def _import(self, registry: Registry, name: str, data: bytes) -> int:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{name}.safetensors"
             path.write_bytes(data)
             try:
-                version = import_expert(self.bank.registry, name, path, self.factors)
+                return import_expert(registry, name, path, self.factors)
             except ExpertError as error:  # the temporary file's name says nothing to the one who sent it
-                raise ExpertError(str(error).replace(str(path), "the upload")) from None
-        self._sync()
-        return version
+                raise ExpertError(str(error).replace(str(path), UPLOAD)) from None
 
+    @told
     async def delete_expert(self, name: str) -> None:
         """Deletes an expert with all its versions; requests that run with it end as they began."""
-        await asyncio.to_thread(self.bank.registry.delete, name)
-        await asyncio.to_thread(self._sync)
+        await asyncio.to_thread(self.experts.change, lambda registry: registry.delete(name))
 
+    @told
     async def save_mixture(self, name: str, mixture: Mixture, meta: dict[str, Any]) -> None:
         """Keeps a mixture that a search has found."""
-        await asyncio.to_thread(self.bank.registry.save_mixture, name, mixture, meta)
-        await asyncio.to_thread(self._sync)
-
-    def _sync(self) -> None:
-        with self._syncing:  # who finds nothing new must find it in the engine, too
-            if self.bank.sync():
-                device = self.model.device
-                self.engine.set_experts({name: z_K.to(device) for name, z_K in self.bank.held.tensors.items()})
-
-    async def _follow(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.poll_s)
-            await asyncio.to_thread(self._sync)
+        await asyncio.to_thread(self.experts.change, lambda registry: registry.save_mixture(name, mixture, meta))
 
     # --------------------------------------------------------------------------------------------------------- health
 
     def check_health(self) -> None:
-        """Raises where the loop has ended or is stuck, or the registry's follower died; Serve then replaces us."""
+        """Raises where the loop has ended or is stuck, or nobody looks into the registry; Serve then replaces us."""
         stats = self.engine.stats
         if stats.idle_s > STALLED_S:
             raise GenerationError(f"the engine's loop has not turned for {stats.idle_s:.0f} s")
-        for task in self._tasks:
-            if task.done():
-                raise GenerationError(f"a background task ended: {task.exception()!r}")
+        self.experts.looking.check()
+        self._reporting.check()
         self.engine.check()
 
     async def _report(self) -> None:
-        replica = serve.get_replica_context().replica_id.unique_id
-        before, then = 0, time.monotonic()
-        while True:
-            await asyncio.sleep(1.0)
-            stats, now = self.engine.stats, time.monotonic()
-            speed, before, then = (stats.tokens - before) / (now - then), stats.tokens, now
-            used = 1 - stats.kv_free / stats.kv_total
-            values = (stats.running, stats.waiting, stats.rows, stats.mixtures, used, speed)
-            for gauge, value in zip(self._gauges.values(), values, strict=True):
-                gauge.set(value)
-            pulse = Pulse(
-                running=stats.running, waiting=stats.waiting, tokens_per_s=speed, kv_used=used,
-                requests=stats.finished, aborted=stats.aborted, failed=stats.failed, folds=stats.folds,
-            )  # fmt: skip
-            self._monitor.beat.remote(replica, pulse)
+        stats, now = self.engine.stats, time.monotonic()
+        tokens, then = self._told
+        self._told = stats.tokens, now
+        speed, used = (stats.tokens - tokens) / (now - then), 1 - stats.kv_free / stats.kv_total
+        values = (stats.running, stats.waiting, stats.rows, stats.mixtures, used, speed)
+        for gauge, value in zip(self._gauges.values(), values, strict=True):
+            gauge.set(value)
+        pulse = Pulse(
+            running=stats.running, waiting=stats.waiting, tokens_per_s=speed, kv_used=used,
+            requests=stats.finished, aborted=stats.aborted, failed=stats.failed, folds=stats.folds,
+        )  # fmt: skip
+        self._monitor.beat.remote(serve.get_replica_context().replica_id.unique_id, pulse)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import urllib.request
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -18,12 +19,16 @@ from ray.util import metrics
 
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.app import create_api
-from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, Heat, Load
+from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, EndpointLoad
 from t2ray.api.binding import check_host
 from t2ray.cluster.serve.catalog import Watch
-from t2ray.cluster.serve.handles import PAUSE_S, TRIES, retried, translated
+from t2ray.cluster.serve.handles import PAUSE_S, TRIES, asked, raised, translated
 from t2ray.config.serve import ServeConfig
-from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams, user
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, ResourceError, SamplingParams, T2RayError, user
+from t2ray.experts.admission import header
+from t2ray.experts.heatmap import HeatMap
+
+CUT = "the endpoint has ended before the answer did; ask again when it has started anew"
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Bounds of the histograms of times."""
@@ -38,13 +43,27 @@ class Ingress:
         self.config = ServeConfig.model_validate(config)
         check_host(_get_global_client().http_config.host, self.config.api)  # `serve deploy` comes by no other check
         self.backend = RayBackend(self.config, generator, dispatcher, searcher, monitor)
+        self.api = create_api(self.config.api)
+        self.api.state.backend = self.backend
         await self.backend.watch.start()
+
+    def check_health(self) -> None:
+        """Raises where the catalog is followed no longer; Serve then replaces us."""
+        self.backend.watch.looking.check()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Ray Serve asks for the application when the replica is made."""
-        app = create_api(self.config.api)
-        app.state.backend = self.backend
-        return app
+        return self.api
+
+    def close(self, cut: bool) -> int:
+        """Refuses new requests from now on; returns how many are inside. With `cut`, their answers end with an error.
+
+        Called on every replica, again and again, by whoever ends the endpoint.
+        """
+        self.api.state.door.closed = True
+        if cut:
+            self.backend.cut.set()
+        return int(self.api.state.door.inside)
 
 
 class RayBackend:
@@ -53,6 +72,7 @@ class RayBackend:
     def __init__(self, config: ServeConfig, generator: Any, dispatcher: Any, searcher: Any, monitor: Any) -> None:
         self._generator, self._dispatcher, self._searcher, self._monitor = generator, dispatcher, searcher, monitor
         self._metrics: dict[str, Any] = {}
+        self.cut = asyncio.Event()
         self.watch = Watch(generator, config.poll_s)
 
     def catalog(self) -> Catalog:
@@ -61,71 +81,83 @@ class RayBackend:
 
     async def dispatch(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:
         """Pass 1."""
-        decided: Dispatch = await retried(lambda: _called(self._dispatcher.decide, strategy, messages))
+        decided: Dispatch = await asked(self._dispatcher.decide, strategy, messages)
         return decided
 
-    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str) -> Delta:
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """Pass 2, whole."""
-        answer: Delta = await retried(lambda: _called(self._generator.generate, prompt, mixture, sampling, request_id))
-        return answer
+        answer = asyncio.ensure_future(asked(self._generator.generate, prompt, mixture, sampling))
+        end = asyncio.ensure_future(self.cut.wait())
+        try:
+            await asyncio.wait((answer, end), return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise ResourceError(CUT)
+            done: Completion = answer.result()
+            return done
+        finally:
+            answer.cancel()
+            end.cancel()
 
-    async def stream(
-        self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, request_id: str
-    ) -> AsyncIterator[Delta]:
+    async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """Pass 2, piece by piece. A replica that dies before the first piece is replaced unnoticed; later it cannot."""
         handle = self._generator.options(stream=True).stream
         for attempt in range(TRIES):
-            pieces, begun = handle.remote(prompt, mixture, sampling, request_id), False
+            pieces, begun = handle.remote(prompt, mixture, sampling), False
             try:
                 async for delta in pieces:
                     begun = True
-                    yield delta
+                    yield raised(delta)
+                    if self.cut.is_set():
+                        raise ResourceError(CUT)
                 return
             except RayActorError as error:
                 if begun or attempt == TRIES - 1:
                     raise translated(error) from error
                 await asyncio.sleep(PAUSE_S * 2**attempt)
+            except T2RayError:
+                raise
             except Exception as error:
                 raise translated(error) from error
             finally:
                 pieces.cancel()
 
-    async def heat(self, name: str) -> Heat:
+    async def heat(self, name: str) -> HeatMap:
         """Of some replica's expert."""
-        heat: Heat = await retried(lambda: _called(self._generator.heat, name))
+        heat: HeatMap = await asked(self._generator.heat, name)
         return heat
 
     async def put_expert(self, name: str, data: bytes) -> int:
-        """Some replica checks and saves it; all others see it at their next look."""
-        version: int = await retried(lambda: _called(self._generator.put_expert, name, data))
+        """Some replica saves it, once one has judged it by its header; all others see it at their next look."""
+        await asked(self._generator.check_upload, header(data), len(data))
+        version: int = await asked(self._generator.put_expert, name, data)
         await self.watch.refresh()
         return version
 
     async def delete_expert(self, name: str) -> None:
         """From the registry."""
-        await retried(lambda: _called(self._generator.delete_expert, name))
+        await asked(self._generator.delete_expert, name)
         await self.watch.refresh()
 
     async def adapt(self, request: AdaptationRequest) -> Adaptation:
         """Starts a search."""
-        started: Adaptation = await retried(lambda: _called(self._searcher.adapt, request))
+        started: Adaptation = await asked(self._searcher.adapt, request)
         return started
 
     async def adaptation(self, id: str) -> Adaptation:
         """Where a search stands; when it is done, its mixture can be asked for."""
-        search: Adaptation = await retried(lambda: _called(self._searcher.adaptation, id))
+        search: Adaptation = await asked(self._searcher.adaptation, id)
         if search.status == "succeeded" and search.name not in self.watch.catalog.mixtures:
             await self.watch.refresh()
         return search
 
-    async def load(self) -> Load:
-        """As the monitor has it."""
-        load: Load = await retried(lambda: _called(self._monitor.load))
-        return load
+    async def load(self) -> EndpointLoad:
+        """As the monitor has it, with the problems of the registry."""
+        load: EndpointLoad = await asked(self._monitor.load)
+        return replace(load, problems=self.watch.catalog.problems)
 
     async def ready(self) -> None:
         """One token of the base model."""
-        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1), "health")
+        await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1))
 
     async def metrics(self) -> str:
         """What the metrics agents of all nodes have of t2ray and of Serve."""
@@ -153,16 +185,6 @@ class RayBackend:
             metric.inc(value, tags=tags)
         else:
             metric.observe(value, tags=tags)
-
-
-async def _called(method: Any, *args: object) -> Any:
-    """The reply of a deployment; cancelled there too when the caller goes."""
-    reply = method.remote(*args)
-    try:
-        return await reply
-    except asyncio.CancelledError:
-        reply.cancel()
-        raise
 
 
 def _fetched(url: str) -> str:

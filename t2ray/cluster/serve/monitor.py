@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from t2ray.api.backend import Load
+from t2ray.api.backend import EndpointLoad
 
 LOST_S = 4.0
 """A replica that has not told for so long is gone."""
@@ -41,10 +41,10 @@ class Monitor:
         self._pulses = {name: pair for name, pair in self._pulses.items() if now - pair[0] < LOST_S}
         return {name: pulse for name, (_, pulse) in self._pulses.items()}
 
-    def load(self) -> Load:
+    def load(self) -> EndpointLoad:
         """All replicas together."""
         pulses = list(self.pulses().values())
-        return Load(
+        return EndpointLoad(
             replicas=len(pulses),
             running=sum(pulse.running for pulse in pulses),
             waiting=sum(pulse.waiting for pulse in pulses),

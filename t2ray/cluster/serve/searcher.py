@@ -14,20 +14,20 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from t2ray.adapt.cem import CEMConfig, Round
+from t2ray.adapt.cem import Round
 from t2ray.adapt.fewshot import fewshot
 from t2ray.api.backend import Adaptation, AdaptationRequest
 from t2ray.cluster.serve.catalog import Watch
-from t2ray.cluster.serve.handles import retried
+from t2ray.cluster.serve.handles import asked, told
 from t2ray.config.files import nearest, validate
+from t2ray.config.search import CEMConfig
 from t2ray.config.serve import VERIFIERS, ServeConfig
 from t2ray.core import (
     Completion,
     ConfigError,
-    Delta,
     Example,
-    Message,
     Mixture,
+    Prompt,
     SamplingParams,
     T2RayError,
     UnknownExpert,
@@ -52,6 +52,7 @@ class Searcher:
         self._searches: OrderedDict[str, Adaptation] = OrderedDict()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @told
     async def adapt(self, request: AdaptationRequest) -> Adaptation:
         """Starts a few-shot search (paper section 3.2, c).
 
@@ -85,6 +86,7 @@ class Searcher:
         task.add_done_callback(self._tasks.discard)
         return search
 
+    @told
     async def adaptation(self, id: str) -> Adaptation:
         """Where a search stands.
 
@@ -121,7 +123,7 @@ class Searcher:
                 "accuracy": found.accuracy,
                 "verifier": request.verifier,
             }
-            await retried(lambda: self.generator.save_mixture.remote(request.name, found.mixture, meta))
+            await asked(self.generator.save_mixture, request.name, found.mixture, meta)
         except T2RayError as error:
             self._note(id, status="failed", error=str(error))
             return
@@ -142,24 +144,14 @@ class _Together:
         self.generator, self.sampling = generator, sampling
         self._queues: dict[str, list[tuple[Any, asyncio.Future[Any]]]] = {}
 
-    async def generate(self, messages: tuple[Message, ...], mixture: Mixture, sampling: SamplingParams) -> Completion:
+    async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `core.Generate`."""
-        delta: Delta = await self._queued("generate_many", (messages, mixture))
-        assert delta.finish_reason is not None
-        return Completion(
-            prompt_ids=(),
-            token_ids=tuple(token.id for token in delta.tokens),
-            logprobs=tuple(token.logprob for token in delta.tokens),
-            text=delta.text,
-            finish_reason=delta.finish_reason,
-            mixture=mixture,
-        )
+        completion: Completion = await self._queued("generate_many", (prompt, mixture))
+        return completion
 
-    async def score(
-        self, messages: tuple[Message, ...], labels: tuple[str, ...], mixture: Mixture
-    ) -> tuple[float, ...]:
+    async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""
-        scores: tuple[float, ...] = await self._queued("score_many", (messages, labels, mixture))
+        scores: tuple[float, ...] = await self._queued("score_many", (prompt, labels, mixture))
         return scores
 
     async def _queued(self, method: str, request: Any) -> Any:
@@ -180,7 +172,7 @@ class _Together:
         more = (self.sampling,) if method == "generate_many" else ()
         results: list[Any] | None = None
         try:
-            results = await retried(lambda: getattr(self.generator, method).remote(requests, *more))
+            results = await asked(getattr(self.generator, method), requests, *more)
         except T2RayError as error:
             for _, done in chunk:
                 if not done.done():

@@ -1,6 +1,6 @@
-"""`svd.decompose` with its matrices shared out over Ray tasks; the folder must be one that every node sees.
+"""`factors.decompose` with its matrices shared out over Ray tasks; the folder must be one that every node sees.
 
-Not here: how a matrix is decomposed or what is skipped (svd.py). Called by the CLI for `--workers` above 1.
+Not here: how a matrix is decomposed or what is skipped (`adapters.factors`).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 import ray
 from ray.exceptions import RayTaskError
 
-from t2ray.adapters.factors import Factors, Float, Job, Progress, Stored, Target, prepare
+from t2ray.adapters.factors import Decomposition, Factors, Float, ShowProgress, Stored, Target, prepare
 from t2ray.cluster.session import check_shared, session
 from t2ray.core import T2RayError
 
 
-def _run(job: Job, target: Target) -> str:
+def _run(job: Decomposition, target: Target) -> str:
     job.run(target)
     return target.name
 
@@ -30,12 +30,12 @@ def decompose_on_ray(
     layers: str | None = None,
     svd_dtype: Float = "float32",
     dtype: Stored | None = None,
-    progress: Progress | None = None,
+    progress: ShowProgress | None = None,
 ) -> Factors:
-    """As `svd.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
+    """As `factors.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
 
     Ray is started on this machine, and stopped again, where no cluster is connected and RAY_ADDRESS names none.
-    Raises as `svd.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels what is under
+    Raises as `factors.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels those under
     way, and finished ones stay.
     """
     with session():
@@ -47,7 +47,9 @@ def decompose_on_ray(
     return job.finish()
 
 
-def _share_out(job: Job, missing: Sequence[Target], workers: int, progress: Progress | None, total: int) -> None:
+def _share_out(
+    job: Decomposition, missing: Sequence[Target], workers: int, progress: ShowProgress | None, total: int
+) -> None:
     run, shared, waiting = ray.remote(num_cpus=1)(_run), ray.put(job), list(reversed(missing))
     under_way: list[ray.ObjectRef] = []
     done = total - len(missing)

@@ -1,125 +1,149 @@
-"""A job's domains on Ray, as many at once as it fits; one whose workers die is started again from its last checkpoint.
+"""A job's domains on Ray, as many at once as fit; one whose workers die is started again from its newest checkpoint.
 
-A domain with one worker is a plain task, one process, where a job of Ray Train starts six; one with several is a job of
-Ray Train (`cluster.group`). Why: docs/decisions/0014-startup.md. Called by `cluster.train`.
+On a cluster, and wherever it has several workers or GPUs, a domain is a job of Ray Train (`group`). On a private Ray
+one worker without a GPU is a plain task, which starts in a third of the time. Why: docs/decisions/0014-startup.md.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from t2ray.cluster.train.faults import diagnosis
+from t2ray.cluster.train.group import Groups, WorkersDied
 from t2ray.cluster.train.nodes import head_answers
+from t2ray.cluster.train.worker import environment, work
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, T2RayError
-from t2ray.runs.folder import CONFIG
-from t2ray.runs.status import beats, heart, note_fault
-from t2ray.store import Store
-from t2ray.training.checkpoint import FOLDER as CHECKPOINTS
-from t2ray.training.domain import domain_store, train_domain
-from t2ray.training.trainer import Report
+from t2ray.runs.heartbeat import heartbeats, note_fault
+from t2ray.training.checkpoint import steps
+from t2ray.training.domain import domain_store
 
 Tick = Callable[[TrainConfig], None]
 _STARTS = 4
 _POLL_S = 0.5
-_GOES_ON = "the run goes on with --resume"
 _GONE_S = 20.0  # after 60 s Ray ends this process
 
 
-class WorkersDied(Exception):
-    """The exception of each rank of a group that failed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """How a job's domains use a cluster: how many run at once, each with at most `most` workers.
 
-    def __init__(self, causes: Mapping[int, BaseException]) -> None:
-        super().__init__(causes)
-        self.causes = causes
+    `private`: the cluster is this machine alone, and nobody looks at its dashboard.
+    """
+
+    at_once: int
+    most: int
+    private: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Try:
-    """A start of a domain: its number since the newest checkpoint that there was, and when earlier hearts began."""
+class _Start:
+    """A start of a domain: its number since the newest checkpoint that there was, and when earlier heartbeats began."""
 
     domain: str
     number: int
-    checkpoint: list[str]
+    checkpoint: int
     earlier: frozenset[float]
 
 
-def run_domains(config: TrainConfig, domains: Sequence[str], at_once: int, most: int, tick: Tick) -> None:
-    """Trains the domains with at most `most` workers each; whatever ends one that is not tried again ends them all.
+def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick: Tick) -> dict[str, str]:
+    """Trains the domains; returns why each that failed did.
+
+    If a domain fails and cannot be retried, the others go on; with `fail_fast` they end at once.
 
     Raises:
-        T2RayError: a mistake of the user's in any worker, at once; workers that died too often; no head any more.
+        ResourceError: the cluster's head no longer answers; all domains have ended.
     """
-    waiting, running = list(reversed(domains)), dict[ray.ObjectRef, _Try]()
+    waiting, failed = list(reversed(domains)), dict[str, str]()
+    running = dict[ray.ObjectRef, _Start]()
     heard = time.monotonic()
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                domain = waiting.pop()
-                first = _try(config, domain)
-                running[_start(config, domain, most)] = first
+    with _launcher(config, share) as launch:
+        while (waiting or running) and not (failed and config.fail_fast):
+            while waiting and len(running) < share.at_once:
+                first = _next_start(config, waiting.pop())
+                running[launch(first.domain)] = first
             ended, _ = ray.wait(list(running), timeout=_POLL_S)
             tick(config)
             if not head_answers():  # whatever Ray is asked now waits for it
                 if time.monotonic() - heard > _GONE_S:
-                    raise ResourceError(f"no answer from the cluster's head for {_GONE_S:.0f} s; {_GOES_ON}")
+                    raise ResourceError(
+                        f"no answer from the cluster's head for {_GONE_S:.0f} s; the run goes on with --resume"
+                    )
                 time.sleep(_POLL_S)
                 continue
             heard = time.monotonic()
             for task in ended:
-                again = _after(config, task, running.pop(task))
+                last = running.pop(task)
+                try:
+                    again = _after(config, task, last)
+                except T2RayError as error:
+                    failed[last.domain] = str(error)
+                    continue
                 if again is not None:
-                    running[_start(config, again.domain, most)] = again
-    finally:
-        for task in running:
-            ray.cancel(task, force=True)
+                    running[launch(again.domain)] = again
+    return failed
 
 
-def _try(config: TrainConfig, domain: str, last: _Try | None = None) -> _Try:
-    """The domain's next start. Over days, many nodes may go: one that got to another checkpoint has a new count."""
+def _next_start(config: TrainConfig, domain: str, last: _Start | None = None) -> _Start:
+    """Over days, many nodes may go: a domain that came to another checkpoint has a new count."""
     store = domain_store(config, domain)
-    newest = store.names(CHECKPOINTS)[-1:]
+    newest = max(steps(store), default=0)
     number = last.number + 1 if last is not None and newest == last.checkpoint else 1
-    earlier = frozenset(beat.began for beat in beats(store))
-    return _Try(domain=domain, number=number, checkpoint=newest, earlier=earlier)
+    earlier = frozenset(beat.began for beat in heartbeats(store))
+    return _Start(domain=domain, number=number, checkpoint=newest, earlier=earlier)
 
 
-def _start(config: TrainConfig, domain: str, most: int) -> ray.ObjectRef:
-    job = {"config": config.model_dump(mode="json"), "domain": domain}
-    # Ray's own retries would note nothing about why the worker before died.
-    if most == 1:
-        one = ray.remote(work).options(
-            name=domain, max_retries=0, num_cpus=config.cpus, num_gpus=config.gpus, runtime_env=environment(config),
-            scheduling_strategy="DEFAULT",  # else, in a sweep, among the resources of the trial's own process
-        )  # fmt: skip
-        return one.remote(job)
+@contextmanager
+def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray.ObjectRef]]:
+    """Yields what starts a domain and returns a task that ends with it; at the block's end everything it started ends.
+
+    Ray itself retries nothing: it would not note why the worker before died.
+    """
+    job = {"config": config.model_dump(mode="json")}
+    if share.private and share.most == 1 and not config.gpus:
+        started: list[ray.ObjectRef] = []
+
+        def launch(domain: str) -> ray.ObjectRef:
+            one = ray.remote(work).options(
+                name=domain, max_retries=0, num_cpus=config.cpus, runtime_env=environment(config),
+                scheduling_strategy="DEFAULT",  # else, in a sweep, among the resources of the trial's own process
+            )  # fmt: skip
+            started.append(one.remote(job | {"domain": domain}))
+            return started[-1]
+
+        try:
+            yield launch
+        finally:
+            for task in started:
+                ray.cancel(task, force=True)
+        return
     # Beside the driver, as Ray Train's controllers are beside it: the run outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    group = ray.remote(_group).options(name=f"{domain}'s group", max_retries=0, num_cpus=0, scheduling_strategy=here)
-    return group.remote(job, most)
+    groups = (
+        ray.remote(Groups)
+        .options(num_cpus=0, max_concurrency=share.at_once, max_restarts=-1, scheduling_strategy=here)
+        .remote()
+    )
+    try:
+        yield lambda domain: groups.fit.remote(job | {"domain": domain}, share.most)
+    finally:
+        if head_answers():  # which `kill` would wait for; without it all ends with this process
+            ray.kill(groups)
 
 
-def environment(config: TrainConfig) -> dict[str, Any]:
-    """The runtime environment of a worker."""
-    threads = str(max(1, int(config.cpus or 1)))
-    return {"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}}
+def _after(config: TrainConfig, task: ray.ObjectRef, last: _Start) -> _Start | None:
+    """The next start of a domain whose workers died; None for one that is done.
 
-
-def _group(job: dict[str, Any], most: int) -> None:
-    from t2ray.cluster.train.group import fit  # imports Ray Train, which the other processes do without
-
-    fit(job, most)
-
-
-def _after(config: TrainConfig, task: ray.ObjectRef, last: _Try) -> _Try | None:
-    """The next start of a domain whose workers died; None for one that is done."""
+    Raises:
+        T2RayError: a mistake of the user's; or workers that died too often. It is noted in the run folder.
+    """
     store = domain_store(config, last.domain)
     try:
         ray.get(task)
@@ -129,11 +153,11 @@ def _after(config: TrainConfig, task: ray.ObjectRef, last: _Try) -> _Try | None:
         if mistake is not None:  # trying again would not help
             note_fault(store, str(mistake), ended=True)
             raise mistake from None
-        # a worker that died before its heart began has left its predecessor's sign of life
-        seen = tuple(beat for beat in beats(store) if beat.began not in last.earlier)
-        what, again = diagnosis(last.domain, causes, seen), _try(config, last.domain, last)
+        # a worker that died before its first heartbeat has left its predecessor's last one
+        seen = tuple(beat for beat in heartbeats(store) if beat.began not in last.earlier)
+        what, again = diagnosis(last.domain, causes, seen), _next_start(config, last.domain, last)
         if again.number > _STARTS:
-            what += f"; started {_STARTS} times, it came to no new checkpoint; {_GOES_ON}"
+            what += f"; started {_STARTS} times, it came to no new checkpoint"
             note_fault(store, what, ended=True)
             raise ResourceError(what) from failure
         note_fault(store, what, ended=False)
@@ -147,26 +171,3 @@ def _causes(failure: RayError) -> Mapping[int, BaseException]:
     if isinstance(cause, WorkersDied):
         return cause.causes
     return {0: cause if isinstance(cause, T2RayError) else failure}
-
-
-def work(job: dict[str, Any], rank: int = 0, report: Report = lambda row: None) -> None:
-    """Trains the job's domain, in each of its workers; `report` gets the rows that have a validation.
-
-    Raises:
-        ResourceError: the run's folder is not seen from this node.
-        T2RayError: as `train_domain`.
-    """
-    config = TrainConfig.model_validate(job["config"])
-    run = f"{config.out}/{config.run}"
-    if not Store(run).exists(CONFIG):  # a node that came after `check_shared`
-        node = ray.util.get_node_ip_address()
-        raise ResourceError(f"{run} is not shared: node {node} does not see it; name a folder that all nodes mount")
-
-    beat = heart(domain_store(config, job["domain"]), rank)
-
-    def step(row: dict[str, Any]) -> None:
-        beat(row["step"])
-        if "validation" in row:
-            report(row)
-
-    train_domain(config, job["domain"], step)

@@ -1,7 +1,7 @@
 """What died, where, with how much memory, why most likely, and which knob: a worker's end in one line.
 
-Ray's own account of a dead process is a page that begins with the process's number. Called by `cluster.domains`
-whenever a worker fails, also when it is started again afterwards.
+Ray's own account of a dead process is a page that begins with the process's number. The line is noted whenever a worker
+fails, also when it is started again afterwards.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from t2ray.runs.status import Beat
+from t2ray.runs.heartbeat import Heartbeat
 
 _NEARLY_FULL = 0.9  # of a machine's memory at the last sign of life
 _DIED = re.compile(r"died|is dead|low on memory|OutOfMemory|preempt")
@@ -17,7 +17,7 @@ _PID = r"pid[=:] ?(\d+)"
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Gg]loo|NCCL")
 
 
-def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat, ...]) -> str:
+def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Heartbeat, ...]) -> str:
     """One line about the worker that failed by itself; the others fail since they lose it.
 
     `worker 0 of domain 'math' died: node 10.0.0.7, pid 811, after step 12; the worker held 9.1 GiB, the machine 62.9 of
@@ -46,7 +46,7 @@ def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Beat
     return "; ".join(part for part in (what, _memory(text, pid, seen), _likely(text, seen)) if part)
 
 
-def _memory(text: str, pid: str | None, seen: Beat | None) -> str:
+def _memory(text: str, pid: str | None, seen: Heartbeat | None) -> str:
     """Who held how much at the end: as Ray's memory monitor measured it, else as the worker last told."""
     machine = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", text)
     if machine is None:
@@ -61,7 +61,7 @@ def _follows(text: str) -> int:
     return 0 if _DIED.search(text) else 2 if _LOST.search(text) else 1
 
 
-def _likely(text: str, seen: Beat | None) -> str:
+def _likely(text: str, seen: Heartbeat | None) -> str:
     """The likely cause, and what to turn."""
     memory = "lower rl.micro_batch, rl.samples or the domains at once (more cpus each), or take larger nodes"
     if "OutOfMemory" in text or "running low on memory" in text or "memory monitor" in text:

@@ -1,56 +1,91 @@
-"""A domain with several workers: a job of Ray Train, whose processes sum their gradients of z.
+"""A domain as a job of Ray Train: a `TorchTrainer`, whose workers sum their gradients of z; one worker sums nothing.
 
-It is run once: what becomes of one that fails is for `cluster.domains`, which calls this in a process of its own.
+It is run once: what becomes of one that fails is for `domains`.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Any
 
 from ray import train as ray_train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.metrics import Gauge
 
-from t2ray.cluster.train.domains import WorkersDied, environment, work
-from t2ray.cluster.train.nodes import know_the_dead
+from t2ray.cluster.train.nodes import wait_for_dead_nodes
+from t2ray.cluster.train.worker import environment, work
 from t2ray.config.train import TrainConfig
 from t2ray.core import T2RayError
 
 
-def fit(job: dict[str, Any], most: int) -> None:
-    """Trains a job's domain with as many workers as it asks for, of a range at most `most`.
+class WorkersDied(Exception):
+    """The exception of each rank of a group that failed."""
 
-    Raises:
-        WorkersDied: the first failures, by rank; all its workers have ended, and Ray knows which nodes are gone.
+    def __init__(self, causes: Mapping[int, BaseException]) -> None:
+        super().__init__(causes)
+        self.causes = causes
+
+
+class _Metrics(UserCallback):
+    """What the first worker reports, as metrics of the cluster: `t2ray_train_validation{run, domain}` and the others.
+
+    Ray Train itself keeps no figures of a report without a checkpoint.
     """
-    config, domain = TrainConfig.model_validate(job["config"]), job["domain"]
-    least = config.span[0]
-    trainer = TorchTrainer(
-        _worker,
-        train_loop_config=job,
-        # Sums of z's gradient (under 1 M numbers) and of scalars on the CPU: nccl refuses the latter.
-        torch_config=TorchConfig(backend="gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=(least, most) if least < most else most,
-            use_gpu=config.gpus > 0,
-            resources_per_worker={"CPU": config.cpus} | ({"GPU": config.gpus} if config.gpus else {}),
-        ),
-        run_config=RunConfig(
-            # Ray resumes a name silently: a new one each time leaves the resuming to the run folder's checkpoints.
-            name=f"{domain}-{uuid.uuid4().hex[:8]}",
-            storage_path=f"{config.out}/{config.run}/ray",
-            # Started again by `cluster.domains`, which counts by checkpoints and knows a mistake from a death.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
-            worker_runtime_env=environment(config),
-        ),
-    )
-    try:
-        trainer.fit()
-    except TrainingFailedError as failure:
-        know_the_dead()
-        failures = failure.worker_failures if isinstance(failure, WorkerGroupError) else {0: failure}
-        raise WorkersDied({rank: _raised(cause) for rank, cause in failures.items()}) from None
+
+    def __init__(self, run: str, domain: str) -> None:
+        self.tags, self.gauges = {"run": run, "domain": domain}, dict[str, Gauge]()
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        """Runs in the job's controller."""
+        for name, value in metrics[0].items():
+            if name not in self.gauges:
+                text = "of the newest step with a validation"
+                self.gauges[name] = Gauge(f"t2ray_train_{name}", description=text, tag_keys=tuple(self.tags))
+            self.gauges[name].set(value, self.tags)
+
+
+class Groups:
+    """An actor beside the driver that holds a run's jobs of Ray Train, a thread for each; with it they all end.
+
+    A process for each would take 0.29 GB and 3 s of a core more: it is another Python that imports torch and Ray Train.
+    """
+
+    def fit(self, job: dict[str, Any], most: int) -> None:
+        """Trains a job's domain with as many workers as it asks for, of a range at most `most`.
+
+        Raises:
+            WorkersDied: the first failures, by rank; all its workers have ended, and Ray knows which nodes are gone.
+        """
+        config, domain = TrainConfig.model_validate(job["config"]), job["domain"]
+        least = config.span[0]
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config=job,
+            # Sums of z's gradient (under 1 M numbers) and of scalars on the CPU: nccl refuses the latter.
+            torch_config=TorchConfig(backend="gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=(least, most) if least < most else most,
+                use_gpu=config.gpus > 0,
+                resources_per_worker={"CPU": config.cpus} | ({"GPU": config.gpus} if config.gpus else {}),
+            ),
+            run_config=RunConfig(
+                # Ray resumes a name silently: a new one each time leaves the resuming to the run folder's checkpoints.
+                name=f"{domain}-{uuid.uuid4().hex[:8]}",
+                storage_path=f"{config.out}/{config.run}/ray",
+                # Started again by `domains`, which counts by checkpoints and knows a mistake from a death.
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
+                worker_runtime_env=environment(config),
+                callbacks=[_Metrics(config.run, domain)],
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as failure:
+            wait_for_dead_nodes()
+            failures = failure.worker_failures if isinstance(failure, WorkerGroupError) else {0: failure}
+            raise WorkersDied({rank: _raised(cause) for rank, cause in failures.items()}) from None
 
 
 def _raised(cause: Exception) -> BaseException:
@@ -61,4 +96,4 @@ def _raised(cause: Exception) -> BaseException:
 
 def _worker(job: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
-    work(job, ray_train.get_context().get_world_rank(), ray_train.report)
+    work(job, ray_train.get_context().get_world_rank(), lambda metrics: ray_train.report(metrics.row()))

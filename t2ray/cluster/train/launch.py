@@ -1,89 +1,135 @@
 """Training on a cluster: what a job needs and gets there, its domains, and then the registry for their experts.
 
-Not here: how domains run on Ray (`cluster.domains`), and what a worker does (`rl.job`). Called by `t2ray train`,
-`jobs/train.py`, a sweep's trials and the demo. Workers that die are started again; a run whose driver died goes on with
-`--resume`: both find the newest checkpoint in the run folder.
+Not here: how domains run on Ray (`domains`), and what a worker does (`worker`). Workers that die are started again; a
+run whose driver died goes on with `--resume`: both find the newest checkpoint in the run folder.
 """
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from t2ray.adapters.factors import decompose
-from t2ray.cluster.session import check_lasting, check_shared, session, slots
-from t2ray.cluster.train.domains import Tick, run_domains
+from t2ray.cluster.session import PRIVATE, check_lasting, check_shared, session, slots
+from t2ray.cluster.train.domains import Share, Tick, run_domains
 from t2ray.cluster.train.nodes import largest
 from t2ray.config.train import TrainConfig
-from t2ray.core import ResourceError, T2RayError
+from t2ray.core import ResourceError, RunError, T2RayError
 from t2ray.experts.registry import Registry
-from t2ray.models.weights import Weights, resolve
+from t2ray.integrity import Damaged
+from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
-from t2ray.runs.folder import open_run, prepare
-from t2ray.runs.status import heart, note_fault
+from t2ray.runs.folder import open_run
+from t2ray.runs.heartbeat import note_fault, start_heartbeat
+from t2ray.runs.lease import lease
+from t2ray.runs.prepare import check_run, prepare
 from t2ray.store import Store
-from t2ray.training.domain import EXPERT, Result, domain_store, finished, train_domain
+from t2ray.training.domain import Result, damage, domain_store, expert_of, finished, train_domain
+from t2ray.training.metrics import StepMetrics
 
 
-def train(config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None) -> dict[str, Result]:
+class DomainsFailed(RunError):
+    """Domains of a job failed, a line for each; the experts of those that are done have been saved."""
+
+
+def train(
+    config: TrainConfig, *, resume: bool = False, tick: Tick = lambda config: None, wait_s: float = 0.0
+) -> dict[str, Result]:
     """Trains every domain of a job and saves its expert; `tick` is called about twice a second for a live display.
+
+    Args:
+        wait_s: how long to wait for another driver of this run that is about to end.
 
     Returns:
         The result of each domain, in the job's order; its expert is in the registry under the domain's name.
 
     Raises:
-        T2RayError: a mistake in the job or its data, a run that exists, a cluster too small; nothing is half-written.
+        DomainsFailed: a line for each domain that failed; the others are done and their experts saved, or, with
+            `fail_fast`, they have ended where they were.
+        T2RayError: a mistake in the job or its data, a run that exists or that another driver trains, a cluster too
+            small or gone.
         KeyboardInterrupt: the run's checkpoints stand and no process is left.
     """
     config = prepare(config, resume=resume)
     check_lasting([config.out, str(config.factors)])
-    if config.workers == 0:
-        config = config.model_copy(update={"cpus": config.cpus or 1.0})
-        _start(config)
-        for domain in _unfinished(config):
+    with ExitStack() as stack:  # the lease outlives the session
+        if config.workers == 0:
+            config = config.model_copy(update={"cpus": config.cpus or 1.0})
+            tick = _begin(config, stack, tick, resume=resume, wait_s=wait_s)
+            failed = _run_here(config, tick)
+        else:
+            with session() as resources:
+                config, share = _share(config, resources)
+                check_shared([config.out, str(config.factors)])
+                tick = _begin(config, stack, tick, resume=resume, wait_s=wait_s)
+                failed = run_domains(config, _unfinished(config), share, tick)
+        tick(config)
+        results = _collect(config)
+    if failed:
+        remedy = "--resume trains the domains that are not done, and no others"
+        lines = [f"domain {name!r} failed: {' '.join(why.split())}; {remedy}" for name, why in failed.items()]
+        raise DomainsFailed("\n".join(lines))
+    return results
+
+
+def _run_here(config: TrainConfig, tick: Tick) -> dict[str, str]:
+    """Trains the domains in this process, one after the other; returns why each that failed did."""
+    failed = dict[str, str]()
+    for domain in _unfinished(config):
+        try:
             _train_here(config, domain, tick)
-    else:
-        with session() as resources:
-            config, at_once, most = _fit(config, resources)
-            check_shared([config.out, str(config.factors)])
-            _start(config)
-            run_domains(config, _unfinished(config), at_once, most, tick)
-    tick(config)
-    return _collect(config)
+        except T2RayError as error:
+            failed[domain] = str(error)
+            note_fault(domain_store(config, domain), failed[domain], ended=True)
+            if config.fail_fast:
+                break
+    return failed
 
 
 def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
-    """One domain in this process."""
-    store = domain_store(config, domain)
-    beat = heart(store, 0)
+    beat = start_heartbeat(domain_store(config, domain), 0)
 
-    def report(row: dict[str, Any]) -> None:
-        beat(row["step"])
+    def report(row: StepMetrics) -> None:
+        beat(row.step)
         tick(config)
 
-    try:
-        train_domain(config, domain, report)
-    except T2RayError as error:
-        note_fault(store, str(error), ended=True)
-        raise
+    train_domain(config, domain, report)
 
 
-def _start(config: TrainConfig) -> None:
-    """What a job that fits begins with: its model's factors, which may take long, and its run folder."""
+def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, wait_s: float) -> Tick:
+    """What a job that fits begins with: its lease, its model's factors, which may take long, and its run folder.
+
+    Returns `tick` that also ends a driver that has lost its lease.
+    """
+    held = stack.enter_context(lease(f"{config.out}/{config.run}", wait_s=wait_s))
+    check_run(config, resume)  # another driver may have begun it since
     assert config.factors is not None
     decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
     open_run(config)
 
+    def watched(config: TrainConfig) -> None:
+        held.check()
+        tick(config)
+
+    return watched
+
 
 def _unfinished(config: TrainConfig) -> list[str]:
-    return [domain for domain in config.domains if finished(domain_store(config, domain)) is None]
+    """The domains that are still to train: also those whose expert was lost before the registry had it."""
+    stores = {domain: domain_store(config, domain) for domain in config.domains}
+    return [
+        domain
+        for domain, store in stores.items()
+        if finished(store) is None or (damage(store) and not _registered(config, domain))
+    ]
 
 
-def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, int, int]:
-    """The job with its CPUs a worker decided, how many domains run at once, and with how many workers at most."""
+def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, Share]:
+    """The job with its CPUs per worker decided, and its domains' share of the cluster."""
     least, most = config.span
     # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
-    share = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
-    worker = {"CPU": config.cpus or min(share, max(1.0, largest("CPU"))), "GPU": config.gpus}
+    even = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
+    worker = {"CPU": config.cpus or min(even, max(1.0, largest("CPU"))), "GPU": config.gpus}
     need = {key: amount * least for key, amount in worker.items()}
     at_once = min(len(config.domains), slots(need, resources, f"a domain of run {config.run!r}"))
     for key, amount in worker.items():
@@ -94,25 +140,28 @@ def _fit(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig,
             )
     if at_once > 1:  # Ray gives a range all that is free: the first domain would leave the others nothing
         most = max(least, min(most, slots(worker, resources, "a worker") // at_once))
-    return config.model_copy(update={"cpus": worker["CPU"]}), at_once, most
+    share = Share(at_once=at_once, most=most, private=PRIVATE in resources)
+    return config.model_copy(update={"cpus": worker["CPU"]}), share
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:
-    """Puts each domain's expert into the registry, once, and returns the figures."""
+    """Puts the expert of each domain that is done into the registry, once, and returns the figures."""
     assert config.experts is not None
-    registry, results, digest = Registry(config.experts), {}, Weights(resolve(config.model)).digest
+    registry, results, digest = Registry(config.experts), {}, open_weights(config.model).digest
     for domain in config.domains:
         store = domain_store(config, domain)
         result = finished(store)
-        assert result is not None, domain
+        if result is None:
+            continue
         metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
-        run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
-        if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert
-            run["labels"] = [*(name for name, other in config.domains.items() if other.others is None), OTHERS]
-        if domain not in registry.names() or registry.manifest(domain).config != run:
+        if not _registered(config, domain):
+            try:
+                z = expert_of(store, result)
+            except Damaged as error:
+                raise RunError(f"{store.uri}: {error}; --resume makes it again from the last checkpoint") from None
             registry.save(
-                domain, store.read_tensors(EXPERT), base_digest=digest, domain=domain, config=run,
-                metrics=metrics, seed=config.seed,
+                domain, z, base_digest=digest, domain=domain, config=_origin(config, domain), metrics=metrics,
+                seed=config.seed,
             )  # fmt: skip
         results[domain] = result
     leftovers = Store(f"{config.out}/{config.run}/ray")
@@ -120,3 +169,18 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
         for name in leftovers.names():
             leftovers.delete(name)
     return results
+
+
+def _registered(config: TrainConfig, domain: str) -> bool:
+    """Whether the registry's expert of that name is this run's."""
+    assert config.experts is not None
+    registry = Registry(config.experts)
+    return domain in registry.names() and registry.manifest(domain).config == _origin(config, domain)
+
+
+def _origin(config: TrainConfig, domain: str) -> dict[str, Any]:
+    """What the registry keeps of where a domain's expert comes from."""
+    run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
+    if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert
+        run["labels"] = [*(name for name, other in config.domains.items() if other.others is None), OTHERS]
+    return run

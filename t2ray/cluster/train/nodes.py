@@ -1,11 +1,10 @@
 """The cluster's nodes: how large the largest is, whether the head lives, and waiting until Ray knows who has died.
 
-Not here: what died and why, for people (`faults`). Called by `cluster.train`, `cluster.domains` and `cluster.group`.
+Not here: what died and why, for people (`faults`).
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -14,9 +13,10 @@ import ray
 from ray._private.state import state
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
+from t2ray.cluster.alive import listens
+
 _NOTICED_S = 60.0  # Ray's own health checks take about 15 s
 _POLL_S = 0.5
-_KNOCK_S = 2.0
 
 
 def largest(key: str) -> float:
@@ -29,10 +29,10 @@ def largest(key: str) -> float:
 def head_answers() -> bool:
     """Whether the cluster's head takes a connection."""
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    return _listens(host, int(port))
+    return listens(host, int(port))
 
 
-def know_the_dead() -> None:
+def wait_for_dead_nodes() -> None:
     """Waits until Ray knows of the nodes that are gone.
 
     A worker whose peer died with its node fails at once, but Ray counts the node for another 15 s. Workers that are
@@ -47,12 +47,4 @@ def know_the_dead() -> None:
 
 def _answers(node: Mapping[str, Any]) -> bool:
     """Whether a node that counts as alive takes a connection."""
-    return not node["Alive"] or _listens(node["NodeManagerAddress"], node["NodeManagerPort"])
-
-
-def _listens(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host.strip("[]"), port), _KNOCK_S).close()
-    except OSError:
-        return False
-    return True
+    return not node["Alive"] or listens(node["NodeManagerAddress"], node["NodeManagerPort"])

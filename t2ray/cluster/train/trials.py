@@ -1,44 +1,41 @@
 """What one trial of a sweep does: trains a job (kind rl), or searches a mixture and scores it on unseen prompts (cem).
 
-`cluster.tune` runs these functions in processes of their own; training goes through the same launcher as `t2ray train`.
+`tune` runs these functions in processes of their own; training goes through the same launcher as `t2ray train`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 
 from t2ray.adapt.fewshot import fewshot
 from t2ray.adapt.strategies import fixed
+from t2ray.cluster.train.launch import train
+from t2ray.config.search import CEMJob, SweepConfig, job_at
 from t2ray.config.train import TrainConfig
 from t2ray.core import Example, SamplingParams
 from t2ray.evals.evaluate import evaluate
-from t2ray.sweep.results import Trial
-from t2ray.sweep.space import CEMJob, SweepConfig, job_at
+from t2ray.sweep.results import ReportScore, Trial
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store
-from t2ray.training.records import read_metrics
-from t2ray.workbench import Workbench, locate, open_workbench
+from t2ray.training.metrics import read_metrics
+from t2ray.workbench import Workbench, find_place, open_workbench
 
-Report = Callable[[int, float], None]
 TRIALS = "trials"
+_LEFTOVER_S = 60.0  # a trial of a sweep that was killed may outlive it by some seconds
 _VERIFIERS = 1
 
 
-def train_trial(sweep: SweepConfig, trial: Trial, report: Report) -> float:
+def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """Trains the job at the trial's point into a run folder of its own; the mean accuracy of its domains' best z.
 
     Each validation of all domains is reported, as the best so far, which is what the run would end with.
     """
-    from t2ray.cluster.train.launch import train
-
     config = training_job(sweep, trial)
     last = max(config.domain_rl(domain).steps for domain in config.domains)
     told = 0
@@ -46,28 +43,31 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: Report) -> float:
     def tick(config: TrainConfig) -> None:
         nonlocal told
         checked = [
-            [row for row in read_metrics(domain_store(config, domain)) if "validation" in row and row["step"] < last]
-            for domain in config.domains
+            [row for row in read_metrics(domain_store(config, name)) if row.validation is not None and row.step < last]
+            for name in config.domains
         ]
         while told < min(map(len, checked)):
             told += 1
-            best = [max(row["validation"] for row in rows[:told]) for rows in checked]
-            report(max(rows[told - 1]["step"] for rows in checked), fmean(best))
+            best = [max(row.validation or 0.0 for row in rows[:told]) for rows in checked]
+            report(max(rows[told - 1].step for rows in checked), fmean(best))
 
-    results = train(config, resume=True, tick=tick)
+    results = train(config, resume=True, tick=tick, wait_s=_LEFTOVER_S)
     return fmean(result.accuracy for result in results.values())
 
 
 def training_job(sweep: SweepConfig, trial: Trial) -> TrainConfig:
-    """The training job of a trial: the sweep's at the trial's point, in the sweep's folder."""
+    """The training job of a trial: the sweep's at the trial's point, in the sweep's folder.
+
+    A trial without one of its domains has no score, so that a domain that fails ends the trial at once.
+    """
     job = job_at(sweep, trial.point)
     assert isinstance(job, TrainConfig), job
     folder = {"out": f"{sweep.out}/{sweep.run}/{TRIALS}", "run": trial.id, "experts": None, "seed": trial.seed}
     # a worker's share of the cluster would be another one whenever another number of trials runs beside it
-    return job.model_copy(update={**folder, "cpus": job.cpus or 1.0})
+    return job.model_copy(update={**folder, "cpus": job.cpus or 1.0, "fail_fast": True})
 
 
-def search_trial(sweep: SweepConfig, trial: Trial, report: Report) -> float:
+def search_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
     """Searches a mixture for each task from its shots; the mean accuracy on prompts that the search has not seen."""
     job = job_at(sweep, trial.point)
     assert isinstance(job, CEMJob), job
@@ -77,7 +77,7 @@ def search_trial(sweep: SweepConfig, trial: Trial, report: Report) -> float:
 
 @cache  # Tune may use a process again, and the model is the same for every trial
 def _bench(run: str | None, model: str | None, factors: str | None, experts: str | None) -> Workbench:
-    return open_workbench(locate(SimpleNamespace(run=run, model=model, factors=factors, experts=experts)))  # type: ignore[arg-type]
+    return open_workbench(find_place(run, model, factors, experts))
 
 
 async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
@@ -86,7 +86,7 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
     shots = _slice(task.examples("train"), seed, job.shots)
     experts = tuple(word.strip() for word in job.only.split(",")) if job.only else bench.experts
     sampling = SamplingParams(max_tokens=bench.answer_tokens(job.max_tokens, task.max_tokens))
-    layers = max(target.layer for target in bench.engine.model.svf.layout) + 1 if job.per_layer else None
+    layers = max(target.layer for target in bench.engine.layout) + 1 if job.per_layer else None
     path = (bench.place.run.code or None) if bench.place.run else str(Path.cwd())
     with Verifier(task.reward, workers=_VERIFIERS, path=path) as verify:
         found = await fewshot(

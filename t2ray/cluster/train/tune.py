@@ -1,8 +1,8 @@
 """A sweep's trials over Ray Tune: points in, trials with their scores out; ASHA ends those that fall behind.
 
-What a trial does is a function that it is given (`commands.trials`); the sweep's whole state is `trials.json`
+What a trial does is a function that it is given (`trials`); the sweep's whole state is `trials.json`
 (`sweep.results`), not Tune's: after a kill, settled trials are replayed to the scheduler from it and the others go on
-from their own checkpoints. Called by `t2ray sweep`.
+from their own checkpoints.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,14 +23,15 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from t2ray.cluster.session import session, slots
+from t2ray.config.search import Dimension, SweepConfig
 from t2ray.core import ConfigError, T2RayError
+from t2ray.runs.lease import lease
 from t2ray.store import Store
-from t2ray.sweep.results import Trial, finalists, open_sweep, save, start
-from t2ray.sweep.space import Dimension, SweepConfig, own_point, points
+from t2ray.sweep.results import ReportScore, Trial, finalists, open_sweep, save, start
+from t2ray.sweep.space import own_point, points
 
-Report = Callable[[int, float], None]
-Run = Callable[[SweepConfig, Trial, Report], float]
-Tick = Callable[[Sequence[Trial], int], None]
+Run = Callable[[SweepConfig, Trial, ReportScore], float]
+TrialsTick = Callable[[Sequence[Trial], int], None]
 
 _RESTARTS = 2  # of a trial whose node or process died; a mistake of the user's is not tried again
 _TUNE = "tune"
@@ -43,7 +45,7 @@ def sweep(
     holds: Mapping[str, float],
     needs: Mapping[str, float],
     resume: bool = False,
-    tick: Tick = lambda trials, total: None,
+    tick: TrialsTick = lambda trials, total: None,
 ) -> list[Trial]:
     """Runs the search, then the finalists on further seeds; every trial as it ended.
 
@@ -60,11 +62,13 @@ def sweep(
     """
     if config.sampler == "optuna" and importlib.util.find_spec("optuna") is None:
         raise ConfigError("sampler optuna needs the extra: pip install 't2ray[optuna]'; or use random, grid or quasi")
-    known = open_sweep(config, resume=resume)
+    open_sweep(config, resume=resume)
     tried = points(config) if config.sampler != "optuna" else []
     count = len(tried) or config.trials
-    with session() as have:
+    with ExitStack() as stack, session() as have:
         at_once = min(slots(needs, have, f"a trial of sweep {config.run!r}"), config.at_once or count)
+        stack.enter_context(lease(f"{config.out}/{config.run}"))
+        known = open_sweep(config, resume=resume)  # as the driver before left it
         start(config)
         state = _State(config, known, count + min(config.finalists, count) * config.seeds, tick)
         go = partial(state.run, run, steps=steps, holds=holds, at_once=at_once)
@@ -90,7 +94,7 @@ def _halving(steps: int) -> Any:
 class _State(tune.Callback):
     """The trials by id, written down as Tune tells of them."""
 
-    def __init__(self, config: SweepConfig, known: Mapping[str, Trial], total: int, tick: Tick) -> None:
+    def __init__(self, config: SweepConfig, known: Mapping[str, Trial], total: int, tick: TrialsTick) -> None:
         self.config, self.trials, self.total, self.tick = config, dict(known), total, tick
         self.seed, self.final = 0, False
         self.began: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""`t2ray eval` and `t2ray verify`: accuracy of strategies on tasks, and the verifiers over their right answers.
+"""`t2ray eval`: the accuracy of strategies on tasks.
 
 Not here: how an example is answered and counted (`t2ray.evals.evaluate`).
 """
@@ -7,41 +7,74 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2ray.adapt.strategies import Strategy, fixed
-from t2ray.cli.output import bar, console
-from t2ray.config.files import nearest
-from t2ray.config.train import TrainConfig, load
-from t2ray.core import ConfigError, Example, Mixture, ResourceError, SamplingParams
-from t2ray.evals.evaluate import Cell, oracle_choice
-from t2ray.evals.evaluate import evaluate as measure
+from t2ray.cli.options import Parser, add_job, add_json, add_model, add_unsafe_code, at_least_one, locate
+from t2ray.cli.output import bar, check_json_folder, console, write_json
+from t2ray.config.train import TrainConfig
+from t2ray.core import ConfigError, Example, Mixture, SamplingParams
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
-from t2ray.tasks.verifier import verify as verify_golds
 
 if TYPE_CHECKING:
+    from t2ray.evals.evaluate import Cell
     from t2ray.workbench import Workbench
 
 _VERIFIERS = 2
-_ROWS_AT_ONCE = 64
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def add(p: Parser) -> None:
+    """Adds the options of the command."""
+    p.set_defaults(command=run)
+    p.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAMES",
+        help="Built-in tasks or domains of the run, separated by commas; NAME=FILE reads a built-in task's rows from "
+        "that file.",
+    )
+    p.add_argument(
+        "--strategies",
+        default="base",
+        metavar="NAMES",
+        help="What answers, separated by commas: base, oracle, prompt, cls, fewshot (the mixture that has the task's "
+        "name), fewshot/NAME, or the name of an expert.",
+    )
+    p.add_argument(
+        "--split",
+        default="test",
+        choices=["train", "validation", "test", "all"],
+        help="Which of a task's rows are asked.",
+    )
+    p.add_argument("--limit", type=int, metavar="N", help="How many prompts per task. Default: all of them.")
+    p.add_argument(
+        "--max-tokens", type=int, metavar="N", help="The greatest number of tokens per answer. Default: the task's own."
+    )
+    p.add_argument(
+        "--generate-label",
+        action="store_true",
+        help="Let pass 1 write the label, as in the paper, instead of scoring all labels.",
+    )
+    add_unsafe_code(p)
+    add_json(p)
+    add_job(p)
+    add_model(p)
+
+
+def run(args: argparse.Namespace) -> None:
     """Every task under every strategy: a table on the terminal, and `--json`."""
-    from t2ray.workbench import locate, open_workbench
-
     files, strategies = _tasks(args.tasks), _words(args.strategies, "--strategies")
-    if args.limit is not None and args.limit < 1:
-        raise ConfigError(f"--limit is {args.limit}; it must be at least 1")
-    _writable(args.json)
+    at_least_one(args, "limit")
+    check_json_folder(args.json)
+
+    from t2ray.workbench import open_workbench
+
     place = locate(args)
     tasks = {name: _task(name, file, place.run) for name, file in files.items()}
     examples = {name: task.examples(args.split, args.limit) for name, task in tasks.items()}
@@ -63,31 +96,7 @@ def evaluate(args: argparse.Namespace) -> None:
                     done += len(examples[name])
             results[name] = _result(strategies, cells, bench.experts, tokens)
     console.print(_table(results, strategies), markup=False)
-    _save(args.json, {"tasks": results, "model": place.model, "split": args.split, "machine": platform.platform()})
-
-
-def verify(args: argparse.Namespace) -> int:
-    """Grades the right answer of every row; the exit code is 1 where one does not score +1."""
-    _writable(args.json)
-    if args.workers < 1:
-        raise ConfigError(f"--workers is {args.workers}; it must be at least 1")
-    task, code = _task_to_verify(args)
-    rows = task.rows("all")
-    result: dict[str, Any] = {"rows": 0, "passed": 0, "failed": []}
-    verifier = Verifier(task.reward, workers=args.workers, path=code, unsafe_code=args.unsafe_code)
-    with verifier, bar(f"verify {task.name}") as progress:
-        for first in range(0, len(rows), _ROWS_AT_ONCE):
-            part = verify_golds(task, verifier, rows[first : first + _ROWS_AT_ONCE])
-            result["rows"] += part["rows"]
-            result["passed"] += part["passed"]
-            result["failed"] += [row | {"row": first + row["row"]} for row in part["failed"]]
-            progress(result["rows"], len(rows), "")
-    result["failed"] = result["failed"][:10]
-    console.print(f"{task.name}: {result['passed']} of {result['rows']} right answers score +1")
-    for row in result["failed"]:
-        console.print(f"  row {row['row']}: {row['reward']:+g} for {row['gold'][:100]!r}", markup=False)
-    _save(args.json, result)
-    return int(result["passed"] < result["rows"])
+    write_json(args.json, {"tasks": results, "model": place.model, "split": args.split, "machine": platform.platform()})
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -116,43 +125,6 @@ def _task(name: str, file: str | None, run: TrainConfig | None) -> Task:
     if file is None and run is not None and name in run.domains:
         return build_task(run, name)
     return builtin(name, file)
-
-
-def _task_to_verify(args: argparse.Namespace) -> tuple[Task, str | None]:
-    """The task and the folder of its reward function."""
-    if args.config is None:
-        if args.task is None:
-            raise ConfigError("name a built-in task by --task, or a training job by --config")
-        return builtin(args.task, args.data), None
-    if args.data is not None:
-        raise ConfigError(f"--data {args.data} is for a built-in task; with --config the job names the data")
-    config = load(args.config)
-    name = args.task or next(iter(config.domains))
-    if args.task is None and len(config.domains) > 1:
-        raise ConfigError(f"{args.config} has several domains; name one by --task: {', '.join(config.domains)}")
-    if name not in config.domains:
-        raise ConfigError(f"{args.config} has no domain {name!r}{nearest(name, config.domains)}")
-    return build_task(config, name), config.code or None
-
-
-def _writable(path: str | None) -> None:
-    """Refuses a `--json` that cannot be written before anything is computed."""
-    if path is not None and Path(path).is_dir():
-        raise ConfigError(f"--json {path} is a folder; name a file")
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--json {path}: there is no folder {Path(path).absolute().parent}; make it first")
-
-
-def _save(path: str | None, result: Mapping[str, Any]) -> None:
-    if path is None:
-        return
-    temporary = Path(f"{path}.tmp")
-    try:
-        temporary.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ResourceError(f"cannot write {path} ({error.strerror}); name another file by --json") from None
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
@@ -186,10 +158,11 @@ async def _cell(
     bench: Workbench, task: Task, examples: Sequence[Example], strategy: Strategy, name: str, verify: Verifier,
     tokens: int, progress: Callable[[int], None],
 ) -> Cell:  # fmt: skip
-    labels = bench.dispatch_labels(name) if name in ("prompt", "cls") else ()
-    return await measure(
+    from t2ray.evals.evaluate import evaluate
+
+    return await evaluate(
         task.name, examples, strategy, bench.engine.generate, verify, SamplingParams(max_tokens=tokens),
-        fits=lambda messages: bench.fits(messages, tokens, labels), progress=progress,
+        fits=lambda messages: bench.engine.fits(messages, tokens), progress=progress,
     )  # fmt: skip
 
 
@@ -201,6 +174,8 @@ def _result(
     strategies: Sequence[str], cells: Mapping[str, Cell], experts: Sequence[str], tokens: int
 ) -> dict[str, Any]:
     """A task's row: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": {"acc": ...}, ...}}`."""
+    from t2ray.evals.evaluate import oracle_choice
+
     rows = {name: _row(cell) for name, cell in cells.items()}
     n = next(iter(cells.values())).n
     result: dict[str, Any] = {"n": n, "max_tokens": tokens}
@@ -218,7 +193,7 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
-    """Accuracy in % with its 95 % Wilson interval, a line a task; below it what went unanswered."""
+    """Accuracy in % with its 95 % Wilson interval, a line per task; below it what went unanswered."""
     head = ["task", "n", *strategies]
     body, notes = [], []
     for task, result in results.items():

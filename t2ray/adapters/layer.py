@@ -1,0 +1,122 @@
+"""The SVF layer: `y = ((x V) * (s * z_row)) U^T + b` in place of a linear layer.
+
+Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch, T tokens, N inputs, M outputs, r rank.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+PACKED_FOR_ROWS = 16
+"""The number of rows that packed weights are laid out for: from 4 rows on the layout is the same for any number."""
+
+
+class Bound(threading.local):
+    """What the next forward of this thread uses: nothing (the base), gains by row, or the folded weights.
+
+    Without `row_index`, row (or packed token) i has gain i, or all have the only one.
+    """
+
+    gain_RK: Tensor | None = None
+    row_index: Tensor | None = None
+    folded: bool = False
+
+
+class SVFLinear(nn.Module):
+    """A linear layer that holds its dense weight and its singular vectors, and never a weight that is trained.
+
+    With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
+    its own z; in half precision (`additive`) on top of the dense weight. Folded, it uses one mixture's dense weight.
+    """
+
+    U_Mr: Tensor
+    Vh_rN: Tensor
+
+    def __init__(self, linear: nn.Linear, U_Mr: Tensor, Vh_rN: Tensor, span: slice, bound: Bound) -> None:
+        super().__init__()
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
+        self.register_buffer("U_Mr", U_Mr.to(self.weight.dtype), persistent=False)
+        self.register_buffer("Vh_rN", Vh_rN.to(self.weight.dtype), persistent=False)
+        self.packed_factors: tuple[Tensor, Tensor] | None = None
+        self.folded_MN: Tensor | None = None
+        self.span, self.bound = span, bound
+        self.additive = is_half(self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = self.bound
+        if bound.gain_RK is None:
+            if bound.folded:
+                assert self.folded_MN is not None
+                return linear(x, self.folded_MN, self.bias)
+            return F.linear(x, self.weight, self.bias)
+        gain = self._gain(bound.gain_RK[:, self.span], bound.row_index, x)
+        # The product is taken in the gain's float32: bfloat16 has no number between 1 and 1.0078 for a z.
+        bias = None if self.additive else self.bias
+        if torch.is_grad_enabled():
+            change = F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, bias)
+        else:
+            if self.packed_factors is None:
+                self.packed_factors = packed(self.U_Mr), packed(self.Vh_rN)
+            U_Mr, Vh_rN = self.packed_factors
+            change = linear((linear(x, Vh_rN, None) * gain).to(x.dtype), U_Mr, bias)
+        return self._on_top(x, change) if self.additive else change
+
+    def _on_top(self, x: Tensor, change: Tensor) -> Tensor:
+        """`W x + b + change`, rounded once: a change of 0.001 that is added to a rounded `W x` is lost in bfloat16.
+
+        Where the change is 0, it is the base layer's output bit for bit (decision 15).
+        """
+        if self.bias is not None:
+            change = change + self.bias
+        return torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(change.shape)
+
+    def _gain(self, gain_Rr: Tensor, row_index: Tensor | None, x: Tensor) -> Tensor:
+        """The gain of each vector of `x`, whose leading shape may be any in which rows come before their tokens."""
+        if row_index is not None:
+            gain_Rr = gain_Rr[row_index]
+        gain_Rr = gain_Rr.to(x.device)  # a base that is divided over GPUs has its layers on several
+        if len(gain_Rr) == 1:
+            return gain_Rr
+        if x.ndim == 3 and x.shape[0] == len(gain_Rr):  # (B, T, N): a gain for each row
+            return gain_Rr[:, None]
+        vectors = x.shape[:-1].numel()  # (1, T, N) of packed tokens, (B * T, N), (B, 1, T, N), ...
+        assert vectors % len(gain_Rr) == 0, f"{tuple(x.shape)} holds no whole number of vectors for {len(gain_Rr)} rows"
+        each = gain_Rr[:, None].expand(-1, vectors // len(gain_Rr), -1)
+        return each.reshape(*x.shape[:-1], gain_Rr.shape[-1])
+
+    def fold(self, change_r: Tensor) -> None:
+        """Sets the folded weight to `W + U diag(s (z - 1)) V^T`; `change_r` is `s (z - 1)`, exact 0 where z is 1."""
+        self.folded_MN = packed(torch.addmm(self.weight, self.U_Mr * change_r.to(self.U_Mr), self.Vh_rN))
+
+
+def is_half(dtype: torch.dtype) -> bool:
+    """Whether weights of this type are rounded so much that `U diag(s) V^T` is not the weight itself.
+
+    Rows then take `W x + U diag(s (z - 1)) V^T x`, which is the base model bit for bit where z is 1; and no mixture is
+    folded, since a bfloat16 weight keeps half of a change of |z - 1| = 0.001.
+    """
+    return torch.finfo(dtype).bits < 32
+
+
+def packed(weight_MN: Tensor) -> Tensor:
+    """A copy in the blocks that oneDNN multiplies by, for `linear`; the weight itself where there is no such layout.
+
+    For float32 on CPU: a product with 16 rows then takes 0.6 of its time, one with 300 rows 0.9.
+    """
+    if weight_MN.dtype != torch.float32 or weight_MN.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return weight_MN
+    blocks: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight_MN, PACKED_FOR_ROWS)
+    return blocks
+
+
+def linear(x: Tensor, weight_MN: Tensor, bias: Tensor | None) -> Tensor:
+    """`x W^T + b` with a weight that may be packed, and is not differentiated."""
+    if not weight_MN.is_mkldnn:
+        return F.linear(x, weight_MN, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_MN, bias, "none", [], "")
+    return product

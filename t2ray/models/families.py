@@ -1,0 +1,55 @@
+"""How an architecture is put together: its backbone, its head with all that happens to logits after it, its context.
+
+transformers' own API says most of it. What it does not say is data here, and a probe at load (`adapters.probe`) refuses
+a model for which the data is not right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What a model does to its logits after the head, by the attribute of its configuration, in this order.
+_AFTER_HEAD: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "logits_scaling": lambda logits, value: logits / value,  # Granite
+    "logit_scale": lambda logits, value: logits * value,  # Cohere
+    "lm_head_multiplier": lambda logits, value: logits * value,  # Falcon-H1
+    "final_logit_softcapping": lambda logits, value: torch.tanh(logits / value) * value,  # Gemma 2, 3n and 4
+}
+
+_CONTEXT = ("max_position_embeddings", "max_seq_len", "seq_length")
+_NO_LIMIT = 2048  # tokens, of an architecture without a limit of its own (ALiBi)
+
+
+class Family:
+    """The parts of a loaded causal language model.
+
+    `architecture` is its class's name, `config` that of its text decoder, `backbone` the module that makes hidden
+    states, `context` the tokens that prompt and answer may have together, `vocabulary` the number of logits.
+    """
+
+    def __init__(self, hf: Any) -> None:
+        self.architecture = type(hf).__name__
+        self.config = hf.config.get_text_config(decoder=True)
+        self.backbone: nn.Module = hf.base_model
+        self.head: nn.Module = hf.get_output_embeddings()
+        self.vocabulary = int(self.config.vocab_size)
+        limits = (getattr(self.config, name, None) for name in _CONTEXT)
+        self.context = int(next((limit for limit in limits if limit), _NO_LIMIT))
+        values = {name: getattr(self.config, name, None) for name in _AFTER_HEAD}
+        self._after_head = {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
+        states: Tensor = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The model's own logits, (..., V), of hidden states (..., D)."""
+        logits: Tensor = self.head(hidden)
+        for name, value in self._after_head.items():
+            logits = _AFTER_HEAD[name](logits, value)
+        return logits

@@ -1,0 +1,101 @@
+"""A training job before it starts: absolute paths, and every check that needs no cluster and no computation.
+
+A run is only resumed if it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from t2ray.adapters.factors import MANIFEST as FACTORS
+from t2ray.adapters.factors import Factors, factors_folder
+from t2ray.config.train import TrainConfig
+from t2ray.core import RunError
+from t2ray.experts.registry import Registry
+from t2ray.models.weights import open_weights, resolve
+from t2ray.runs.folder import read_run
+from t2ray.store import Store
+from t2ray.tasks.build import build_task
+from t2ray.training.domain import CONFIG
+from t2ray.training.trackers import check_trackers
+
+
+def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
+    """Checks a job as far as possible without a cluster and without computation; returns it with absolute paths.
+
+    Raises:
+        RunError: the run exists and `resume` is False, or the run was started with another configuration.
+        T2RayError: the job, its data, its rewards or its model have a mistake.
+    """
+    config = _absolute(config)
+    check_run(config, resume)
+    _check_base(config)
+    check_trackers(config)
+    for domain in config.domains:
+        task = build_task(config, domain)
+        task.examples("train", 1), task.examples("validation", 1)
+    return config
+
+
+def check_run(config: TrainConfig, resume: bool) -> None:
+    """Raises RunError if the run exists and `resume` is False, or if it was started with another configuration."""
+    folder = f"{config.out}/{config.run}"
+    if not Store(folder).exists(CONFIG):
+        return
+    if not resume:
+        raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
+    before, now = read_run(folder).resume_fields(), config.resume_fields()
+    differing = _differing(before, now)
+    if differing:
+        raise RunError(
+            f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"
+        )
+
+
+def _check_base(config: TrainConfig) -> None:
+    """Raises a T2RayError if the factors or the registry belong to another model than the job's."""
+    assert config.factors is not None and config.experts is not None
+    digest, registry = open_weights(config.model).digest, Registry(config.experts)
+    if Path(config.factors, FACTORS).exists():
+        Factors.open(config.factors, digest)
+    for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base
+        registry.load(name, base_digest=digest)
+
+
+def _differing(before: object, now: object, path: str = "") -> list[str]:
+    """Returns one line per key that differs, such as `rl.lr: 0.01, now 0.02`."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now}]
+        return [
+            line for key in keys for line in _differing(before.get(key), now.get(key), f"{path}.{key}" if path else key)
+        ]
+    return [] if before == now else [f"{path}: {json.dumps(before)}, now {json.dumps(now)}"]
+
+
+def _absolute(config: TrainConfig) -> TrainConfig:
+    """Makes paths absolute, because workers run in other folders, and fills in defaults that depend on other values."""
+    model = resolve(config.model)
+    out = config.out if "://" in config.out else str(Path(config.out).absolute())
+    factors = config.factors or factors_folder(
+        "runs" if "://" in out else out, open_weights(model).digest, config.targets, config.layers
+    )
+    experts = config.experts or f"{out}/{config.run}/experts"
+    domains = {
+        name: domain.model_copy(update={key: _file(getattr(domain, key)) for key in ("data", "validation", "others")})
+        for name, domain in config.domains.items()
+    }
+    return config.model_copy(
+        update={
+            "model": config.model if config.model == "tiny" else str(model),  # each node has its own "tiny"
+            "out": out,
+            "factors": str(Path(factors).absolute()),
+            "code": config.code and str(Path(config.code).absolute()),
+            "experts": experts if "://" in experts else str(Path(experts).absolute()),
+            "domains": domains,
+        }
+    )
+
+
+def _file(value: str | None) -> str | None:
+    return str(Path(value).absolute()) if value is not None and Path(value).is_file() else value
