@@ -5,19 +5,23 @@ Not here: fakes. `t2ray.testing` has those, since a user's own tests need them t
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
 from hypothesis import HealthCheck, settings
+from waiting import GUARD_S
 
 # Read by the libraries when they are imported, and inherited by the processes that tests start.
 os.environ.update(
@@ -56,6 +60,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip(needs.CUDA)
+    if item.get_closest_marker("cluster"):
+        wait_for_nodes()
+
+
+@functools.cache
+def wait_for_nodes() -> None:
+    """Ray gives a node that this process starts 30 s to come up, which beside other work may be too short."""
+    from ray._private import services
+
+    get_node = services.get_node
+
+    def patient(*place: Any) -> Any:
+        end = time.monotonic() + GUARD_S
+        while True:
+            try:
+                return get_node(*place)
+            except RuntimeError:  # not yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = patient
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

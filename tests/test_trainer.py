@@ -20,7 +20,7 @@ import torch
 from small import letter, letter_task, load_as, sampler, step_metrics, train_in_parallel, verify_letters
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_checkpoint import full_disk
-from waiting import wait_until
+from waiting import GUARD_S, wait_until
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
@@ -237,7 +237,7 @@ def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) 
     rows: list[StepMetrics] = []
     run(alone, rows.append)
     for worker in workers:
-        worker.join(90)
+        worker.join(GUARD_S)
         assert worker.exitcode == 0
     (rows_0, p_0, grad_0), (rows_1, p_1, grad_1) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert torch.equal(p_0, p_1) and torch.equal(grad_0, grad_1)
