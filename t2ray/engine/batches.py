@@ -22,7 +22,11 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.cache import roomy_cache
-from t2ray.engine.sampling import RowEnds, RowSampler
+from t2ray.engine.sampling import RowEnds, RowSampler, likeliest
+from t2ray.engine.text import TextStream
+
+READ_TOKENS = 256
+"""Tokens of a prompt whose scores are computed at once when it is read."""
 
 SHARED_TOKENS = 64
 """Prompt tokens that a pass over a shared prefix must save to be worth its own time."""
@@ -30,7 +34,9 @@ SHARED_TOKENS = 64
 
 @dataclass(slots=True, kw_only=True)
 class Request:
-    """A call: with `sampling` a generation, with `labels` a scoring. `z_K` is None for the base model.
+    """A call: with `sampling` a generation, with `labels` a scoring, with `top` a reading of the prompt itself.
+
+    `z_K` is None for the base model.
 
     An answer `continues` a text, or is a turn by itself. Requests of one mixture share one tensor `z_K`: batches tell
     mixtures apart by it.
@@ -42,16 +48,17 @@ class Request:
     z_K: Tensor | None = None
     sampling: SamplingParams | None = None
     labels: tuple[tuple[int, ...], ...] = ()
-    result: Completion | tuple[float, ...] | None = None
+    top: int | None = None
+    result: Completion | tuple[float, ...] | tuple[Token, ...] | None = None
 
     @property
     def kind(self) -> int:
-        """Requests of one kind share a batch, if they fit: generations, or scorings of one number of labels."""
-        return len(self.labels)
+        """Requests of one kind share a batch, if they fit: generations, scorings of one number of labels, readings."""
+        return len(self.labels) if self.top is None else -1
 
     @property
     def tokens(self) -> int:
-        answer = self.sampling.max_tokens if self.sampling else max(map(len, self.labels)) * len(self.labels)
+        answer = self.sampling.max_tokens if self.sampling else sum(max(map(len, self.labels)) for _ in self.labels)
         return len(self.prompt_ids) + answer
 
 
@@ -95,6 +102,11 @@ def scoring(model: Model, prompt: Prompt, labels: tuple[str, ...], mixture: Mixt
     return Request(prompt_ids=ids, mixture=mixture, labels=label_ids)
 
 
+def reading(model: Model, prompt: Prompt, mixture: Mixture, top: int) -> Request:
+    """The request for the log-probabilities of a prompt's own tokens; raises as `prompt_ids` does."""
+    return Request(prompt_ids=prompt_ids(model, prompt, 0), mixture=mixture, top=top)
+
+
 class StaticBatches:
     """Computes requests of one model; a batch has at most `max_rows` rows (a label is one) and `max_tokens` tokens."""
 
@@ -108,7 +120,10 @@ class StaticBatches:
         with torch.no_grad():
             for labels, same_kind in groupby(ordered, key=lambda r: r.kind):
                 for batch in self._batches(same_kind):
-                    if labels:
+                    if labels < 0:
+                        for request in batch:
+                            request.result = self._read(request)
+                    elif labels:
                         for request, scores in zip(batch, self._score(batch), strict=True):
                             request.result = scores
                     else:
@@ -192,6 +207,27 @@ class StaticBatches:
             finish_reason="stop" if ended else "length",
             mixture=request.mixture,
         )
+
+    def _read(self, request: Request) -> tuple[Token, ...]:
+        """Piece by piece, since the scores of all places at once would be large."""
+        chat, ids, cache = self.model.chat, request.prompt_ids, DynamicCache(config=self.model.hf.config)
+        stream, tokens = TextStream(chat, ()), list[Token]()
+        logprob, top = float("nan"), tuple[Token, ...]()
+        with self._bind([request]):
+            for start in range(0, len(ids), READ_TOKENS):
+                piece_1T = torch.tensor([ids[start : start + READ_TOKENS]], device=self.model.device)
+                logits_TV = self.model.hf(input_ids=piece_1T, past_key_values=cache).logits[0]
+                logprob_TV = logits_TV.float().log_softmax(-1)
+                for i, logprob_V in enumerate(logprob_TV, start):
+                    stream.push(ids[i])
+                    if i + 1 == len(ids):
+                        stream.finish()
+                    raw = chat.token(ids[i])[1]
+                    tokens.append(Token(id=ids[i], text=stream.added, logprob=logprob, raw=raw, top=top))
+                    if i + 1 < len(ids):
+                        logprob = float(logprob_V[ids[i + 1]])
+                        top = likeliest(chat, logprob_V, request.top or 0)
+        return tuple(tokens)
 
     def _score(self, batch: list[Request]) -> list[tuple[float, ...]]:
         """Reads what all prompts begin with once, then each one's rest; its labels continue from its cache."""

@@ -32,6 +32,7 @@ from t2ray.core import (
     Mixture,
     Prompt,
     SamplingParams,
+    Token,
     UnknownExpert,
     check_name,
 )
@@ -100,6 +101,11 @@ class Generator:
         await self._known(mixture)
         async for delta in self.engine.stream(prompt, mixture, sampling):
             yield delta
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """See `Engine.read`."""
+        await self._known(mixture)
+        return await self.engine.read(prompt, mixture, top)
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""

@@ -23,7 +23,7 @@ from t2ray.api.binding import check_host
 from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import PAUSE_S, TRIES, retried, translated
 from t2ray.config.serve import ServeConfig
-from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams, user
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams, Token, user
 from t2ray.experts.heatmap import HeatMap
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -88,6 +88,11 @@ class RayBackend:
                 raise translated(error) from error
             finally:
                 pieces.cancel()
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """A prompt's own tokens."""
+        tokens: tuple[Token, ...] = await retried(lambda: _called(self._generator.read, prompt, mixture, top))
+        return tokens
 
     async def heat(self, name: str) -> HeatMap:
         """Of some replica's expert."""
