@@ -121,6 +121,39 @@ def test_completions_continue_every_prompt_with_its_own_mixture() -> None:
     assert [sampling.seed for _, _, sampling in backend.calls[:4]] == [3, 4, 3, 4]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_comes_with_its_own_log_probabilities_by_the_mixture(stream: bool) -> None:
+    async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        async def ask(**more: Any) -> list[dict[str, Any]]:
+            """The choices, put together from their pieces."""
+            asked: dict[str, Any] = {"model": "t2ray:math:0.7,code:0.3", "echo": True, "stream": stream}
+            got: Any = await client.completions.create(**asked | more)
+            pieces = [piece async for chunk in got for piece in chunk.choices] if stream else got.choices
+            whole: dict[int, dict[str, Any]] = {}
+            for piece in pieces:
+                row = whole.setdefault(piece.index, {"text": "", "columns": {}})
+                row["text"] += piece.text
+                for name, values in (piece.logprobs.model_dump() if piece.logprobs else {}).items():
+                    row["columns"].setdefault(name, []).extend(values)
+            return [whole[i] for i in sorted(whole)]
+
+        (plain,) = await ask(prompt="what is 1+1", max_tokens=2)
+        assert plain["text"] == "what is 1+1code:0.3,math:0.7 answers" and not plain["columns"]
+        (scored,) = await ask(prompt="what is 1+1", max_tokens=1, logprobs=1)
+        columns = scored["columns"]
+        assert columns["tokens"] == ["what", " is", " 1+1", "code:0.3,math:0.7"]
+        assert columns["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+        assert columns["top_logprobs"][:2] == [None, {" is": -0.5}] and columns["text_offset"] == [0, 4, 7, 11]
+        assert "".join(columns["tokens"]) == scored["text"]
+        many = await ask(prompt=[[0, 1, 2], [3, 4]], max_tokens=0, logprobs=0)
+        assert [row["text"] for row in many] == ["abc", "de"]
+        assert [len(row["columns"]["tokens"]) for row in many] == [3, 2]
+        assert [row["text"][:2] for row in await ask(model="t2ray", prompt=[[0, 1]] * 64, max_tokens=1)] == ["ab"] * 64
+
+    backend = with_client(work)
+    assert backend.calls[-1][0] == (0, 1)
+
+
 def test_what_a_request_says_reaches_the_engine() -> None:
     async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         await client.chat.completions.create(
