@@ -94,6 +94,20 @@ def test_a_stream_adds_up_to_the_whole_answer(n: int) -> None:
     with_client(work)
 
 
+def test_the_numbers_of_tokens_so_far_come_with_every_chunk_when_asked_for() -> None:
+    async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        options: Any = {"include_usage": True, "continuous_usage_stats": True}
+        stream = await client.chat.completions.create(
+            model="t2ray:base", messages=ASK, max_tokens=4, stream=True, stream_options=options
+        )
+        used = [chunk.usage async for chunk in stream]
+        counts = [usage.completion_tokens for usage in used if usage]
+        assert len(counts) == len(used) and counts == sorted(counts) and counts[-1] == 4
+        assert {usage.prompt_tokens for usage in used if usage} == {3}
+
+    with_client(work)
+
+
 def test_completions_continue_every_prompt_with_its_own_mixture() -> None:
     async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         asked: dict[str, Any] = {"model": "t2ray", "prompt": ["17+25", "hello"], "n": 2, "seed": 3, "logprobs": 2}
@@ -498,6 +512,12 @@ def test_the_page_is_served_by_exact_names_under_a_strict_policy() -> None:
             assert (await http.get("/docs")).status_code == 404 == (await http.get("/redoc")).status_code
             unknown = (await http.get("/v2/models")).json()["error"]
             assert unknown["code"] == "unknown_path" and "/v2/models" in unknown["message"]
+            for path in ("/v1/embeddings", "/v1/audio/speech", "/v1/moderations"):
+                none = await http.post(path, json={})
+                assert none.status_code == 404 and set(none.json()["error"]) == {"message", "type", "param", "code"}
+            assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+            several = await http.patch("/v1/experts/math")
+            assert several.headers["allow"] == "DELETE, GET, PUT"
             wrong = await http.delete("/v1/models")
             assert wrong.status_code == 405 and wrong.headers["allow"] and wrong.json()["error"]["code"]
 
@@ -508,10 +528,14 @@ def test_other_origins_are_let_in_only_where_they_are_configured() -> None:
     origin = "https://app.example"
     ask = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
 
+    ask["access-control-request-headers"] += ",x-stainless-lang,x-stainless-retry-count,x-stainless-timeout"
+
     async def allowed(config: ApiConfig, origin: str) -> tuple[str | None, str | None]:
         async with served(FakeBackend(), config) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             preflight = await http.options("/v1/chat/completions", headers=ask | {"origin": origin})
             answer = await http.get("/v1/models", headers={"origin": origin})
+        assert "x-stainless-lang" in preflight.headers.get("access-control-allow-headers", "x-stainless-lang")
+        assert preflight.status_code in (200, 405) or "evil" in origin
         name = "access-control-allow-origin"
         return preflight.headers.get(name), answer.headers.get(name)
 

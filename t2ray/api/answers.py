@@ -246,6 +246,13 @@ async def _chunks(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
             events = []
             for index, delta in turn.items():
                 chunk = head | {"choices": [tallies[index].piece(job, index, delta)]}
+                if job.body.stream_options and job.body.stream_options.continuous_usage_stats:
+                    own = tallies[index]
+                    chunk["usage"] = Usage(
+                        prompt_tokens=own.prompt_tokens,
+                        completion_tokens=own.tokens,
+                        total_tokens=own.prompt_tokens + own.tokens,
+                    )
                 if trace.ttft is None or delta.finish_reason:
                     chunk["t2ray"] = job.extension(job.rows[index], last - start if delta.finish_reason else None)
                 if trace.ttft is None:

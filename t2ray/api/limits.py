@@ -85,9 +85,8 @@ async def read_json(request: Request, model: type[M], limit: int) -> M:
 def _explained(error: ValidationError) -> Refusal:
     """The refusal for the first mistake; it names the parameter by its path, such as `messages[0].role`."""
     first = error.errors(include_url=False)[0]
-    inner = [
-        place for place in first["loc"] if isinstance(place, int) or re.fullmatch(r"\w+", place)
-    ]  # no union's parts
+    # Without the names of a union's parts, which have signs that no parameter's has.
+    inner = [place for place in first["loc"] if isinstance(place, int) or re.fullmatch(r"\w+", place)]
     places = [*inner, *([first["ctx"]["param"]] if "param" in first.get("ctx", {}) else [])]
     path = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
     if first["type"] in ("unknown", "unsupported"):

@@ -137,10 +137,11 @@ class MessageBody(Body):
 
 
 class StreamOptions(Body):
-    """Options of a stream. `include_usage` adds a last chunk with the numbers of tokens."""
+    """Options of a stream: the numbers of tokens in a last chunk, and in every chunk those so far."""
 
     neutral = {"include_obfuscation": FALSE}
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="needs include_usage")
 
 
 class Generation(Body):
