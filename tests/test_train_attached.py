@@ -24,7 +24,7 @@ from t2ray.cluster.session import PRIVATE, session
 from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.runs.status import read_status
 from t2ray.training.domain import domain_store
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics
 
 pytestmark = pytest.mark.cluster
 
@@ -86,7 +86,7 @@ def test_a_domain_with_one_worker_is_a_train_run_that_ray_shows_and_has_a_plain_
         assert told["own"]["run_settings"]["scaling_config"]["num_workers"] == 1
         last = read_metrics(domain_store(config, "own"))[-1]
         wait_for(lambda: figures("shown", "own").get("step") == 6)
-        assert figures("shown", "own")["validation"] == pytest.approx(last["validation"])
+        assert figures("shown", "own")["validation"] == pytest.approx(last.validation)
 
         (tmp_path / "mended").touch()
         train(config, resume=True)
