@@ -14,7 +14,7 @@ import pytest
 from pages import ROOT, Reader, blocks
 
 from t2ray.store import Store
-from t2ray.training.records import read_metrics
+from t2ray.training.metrics import read_metrics
 
 EXAMPLES = ROOT / "examples"
 TABLE = re.compile(r"^\| \[(\w+)\]\(\1\) \|", re.MULTILINE)
@@ -47,7 +47,7 @@ def test_custom_reward(tmp_path: Path, installed: Mapping[str, str]) -> None:
     assert "larger: 209 of 209 right answers score +1" in said
     found = re.search(r"greedy validation accuracy ([\d.]+) \(base\) -> ([\d.]+)", said)
     assert found and float(found[1]) == 0 and float(found[2]) > 0.9
-    rewards = [row["reward_mean"] for row in read_metrics(Store(tmp_path / "runs/larger/domains/larger"))]
+    rewards = [row.reward_mean for row in read_metrics(Store(tmp_path / "runs/larger/domains/larger"))]
     assert rewards[0] < -0.3 and min(rewards[-5:]) > 0.8
     assert re.search(r"^B\n\[larger:1 .*^A\n\[larger:1", said, re.MULTILINE | re.DOTALL)
 
