@@ -78,8 +78,8 @@ class Message:
     content: str
 
 
-Prompt = tuple[Message, ...] | str
-"""A conversation that the model's chat template formats, or a text to continue as it stands."""
+Prompt = tuple[Message, ...] | str | tuple[int, ...]
+"""A conversation that the model's chat template formats, or a text to continue as it stands, also as token ids."""
 
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at an end token or a stop string, or at `max_tokens`."""
@@ -141,8 +141,9 @@ def check_name(name: str, what: str = "expert") -> str:
         ConfigError: it does not match `[a-z0-9][a-z0-9._-]{0,62}`, so that it could not be a folder's name everywhere.
     """
     if not NAME.fullmatch(name):
-        allowed = "1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
-        raise ConfigError(f"{name!r} cannot name a {what}: use {allowed}")
+        raise ConfigError(
+            f"{name!r} cannot name a {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+        )
     return name
 
 

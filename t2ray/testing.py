@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 
-from t2ray.core import Completion, FinishReason, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import Completion, FinishReason, Message, Mixture, Prompt, SamplingParams, Token
 
 END = 256  # the token id that follows the UTF-8 bytes of a text
 
@@ -37,7 +37,7 @@ class FakeGenerate:
         await asyncio.sleep(0)  # lets all requests of a gather begin before the first one ends
         self._waiting -= 1
         answer = self._answer
-        text = answer(prompt, mixture) if callable(answer) else answer[_last(prompt)]
+        text = answer(prompt, mixture) if callable(answer) else answer[_text(prompt, -1)]
         for stop in sampling.stop:
             text = text.partition(stop)[0]
         token_ids = (*text.encode(), END)
@@ -46,7 +46,7 @@ class FakeGenerate:
             token_ids, finish_reason = token_ids[: sampling.max_tokens], "length"
             text = bytes(token_ids).decode(errors="ignore")
         return Completion(
-            prompt_ids=tuple((prompt if isinstance(prompt, str) else "\n".join(m.content for m in prompt)).encode()),
+            prompt_ids=tuple(_text(prompt).encode()),
             tokens=tuple(Token(id=id, text=chr(id), logprob=-0.5) for id in token_ids),
             text=text,
             finish_reason=finish_reason,
@@ -69,5 +69,7 @@ class FakeScore:
         return tuple(self._log_likelihood(prompt, label, mixture) for label in labels)
 
 
-def _last(prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else prompt[-1].content
+def _text(prompt: Prompt, first: int = 0) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(part.content if isinstance(part, Message) else str(part) for part in prompt[first:])

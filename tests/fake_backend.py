@@ -128,7 +128,7 @@ class FakeBackend:
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         number = len(self.calls)
         self.calls.append((prompt, mixture, sampling))
-        text = prompt if isinstance(prompt, str) else "\n".join(message.content for message in prompt)
+        text = prompt if isinstance(prompt, str) else "\n".join(getattr(m, "content", str(m)) for m in prompt)
         prompt_tokens = len(text.split())
         answer = 1 if sampling.to_end else sampling.max_tokens
         if prompt_tokens + answer > CONTEXT:
@@ -182,6 +182,17 @@ class FakeBackend:
             yield Delta(text=text, tokens=(token,), finish_reason=finish)
             if finish:
                 return
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """The words of a text, or a letter for each id."""
+        self._fail("read")
+        words = prompt.split(" ") if isinstance(prompt, str) else [chr(97 + id % 26) for id in prompt]
+        words = [word if i == 0 or not isinstance(prompt, str) else f" {word}" for i, word in enumerate(words)]
+        return tuple(
+            Token(id=i, text=word, logprob=-0.25 * len(mixture.names) if i else float("nan"),
+                  top=tuple(Token(id=k, text=f"{word}{k or ''}", logprob=-0.5 - k) for k in range(top if i else 0)))
+            for i, word in enumerate(words)
+        )  # fmt: skip
 
     async def heat(self, name: str) -> HeatMap:
         self._fail("heat")

@@ -94,6 +94,20 @@ def test_a_stream_adds_up_to_the_whole_answer(n: int) -> None:
     with_client(work)
 
 
+def test_the_numbers_of_tokens_so_far_come_with_every_chunk_when_asked_for() -> None:
+    async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        options: Any = {"include_usage": True, "continuous_usage_stats": True}
+        stream = await client.chat.completions.create(
+            model="t2ray:base", messages=ASK, max_tokens=4, stream=True, stream_options=options
+        )
+        used = [chunk.usage async for chunk in stream]
+        counts = [usage.completion_tokens for usage in used if usage]
+        assert len(counts) == len(used) and counts == sorted(counts) and counts[-1] == 4
+        assert {usage.prompt_tokens for usage in used if usage} == {3}
+
+    with_client(work)
+
+
 def test_completions_continue_every_prompt_with_its_own_mixture() -> None:
     async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         asked: dict[str, Any] = {"model": "t2ray", "prompt": ["17+25", "hello"], "n": 2, "seed": 3, "logprobs": 2}
@@ -119,6 +133,39 @@ def test_completions_continue_every_prompt_with_its_own_mixture() -> None:
     backend = with_client(work)
     assert [prompt for prompt, _, _ in backend.calls[:4]] == ["17+25", "17+25", "hello", "hello"]
     assert [sampling.seed for _, _, sampling in backend.calls[:4]] == [3, 4, 3, 4]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_comes_with_its_own_log_probabilities_by_the_mixture(stream: bool) -> None:
+    async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
+        async def ask(**more: Any) -> list[dict[str, Any]]:
+            """The choices, put together from their pieces."""
+            asked: dict[str, Any] = {"model": "t2ray:math:0.7,code:0.3", "echo": True, "stream": stream}
+            got: Any = await client.completions.create(**asked | more)
+            pieces = [piece async for chunk in got for piece in chunk.choices] if stream else got.choices
+            whole: dict[int, dict[str, Any]] = {}
+            for piece in pieces:
+                row = whole.setdefault(piece.index, {"text": "", "columns": {}})
+                row["text"] += piece.text
+                for name, values in (piece.logprobs.model_dump() if piece.logprobs else {}).items():
+                    row["columns"].setdefault(name, []).extend(values)
+            return [whole[i] for i in sorted(whole)]
+
+        (plain,) = await ask(prompt="what is 1+1", max_tokens=2)
+        assert plain["text"] == "what is 1+1code:0.3,math:0.7 answers" and not plain["columns"]
+        (scored,) = await ask(prompt="what is 1+1", max_tokens=1, logprobs=1)
+        columns = scored["columns"]
+        assert columns["tokens"] == ["what", " is", " 1+1", "code:0.3,math:0.7"]
+        assert columns["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+        assert columns["top_logprobs"][:2] == [None, {" is": -0.5}] and columns["text_offset"] == [0, 4, 7, 11]
+        assert "".join(columns["tokens"]) == scored["text"]
+        many = await ask(prompt=[[0, 1, 2], [3, 4]], max_tokens=0, logprobs=0)
+        assert [row["text"] for row in many] == ["abc", "de"]
+        assert [len(row["columns"]["tokens"]) for row in many] == [3, 2]
+        assert [row["text"][:2] for row in await ask(model="t2ray", prompt=[[0, 1]] * 64, max_tokens=1)] == ["ab"] * 64
+
+    backend = with_client(work)
+    assert backend.calls[-1][0] == (0, 1)
 
 
 def test_what_a_request_says_reaches_the_engine() -> None:
@@ -465,6 +512,12 @@ def test_the_page_is_served_by_exact_names_under_a_strict_policy() -> None:
             assert (await http.get("/docs")).status_code == 404 == (await http.get("/redoc")).status_code
             unknown = (await http.get("/v2/models")).json()["error"]
             assert unknown["code"] == "unknown_path" and "/v2/models" in unknown["message"]
+            for path in ("/v1/embeddings", "/v1/audio/speech", "/v1/moderations"):
+                none = await http.post(path, json={})
+                assert none.status_code == 404 and set(none.json()["error"]) == {"message", "type", "param", "code"}
+            assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
+            several = await http.patch("/v1/experts/math")
+            assert several.headers["allow"] == "DELETE, GET, PUT"
             wrong = await http.delete("/v1/models")
             assert wrong.status_code == 405 and wrong.headers["allow"] and wrong.json()["error"]["code"]
 
@@ -475,10 +528,14 @@ def test_other_origins_are_let_in_only_where_they_are_configured() -> None:
     origin = "https://app.example"
     ask = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "authorization"}
 
+    ask["access-control-request-headers"] += ",x-stainless-lang,x-stainless-retry-count,x-stainless-timeout"
+
     async def allowed(config: ApiConfig, origin: str) -> tuple[str | None, str | None]:
         async with served(FakeBackend(), config) as url, httpx2.AsyncClient(base_url=url, timeout=GUARD_S) as http:
             preflight = await http.options("/v1/chat/completions", headers=ask | {"origin": origin})
             answer = await http.get("/v1/models", headers={"origin": origin})
+        assert "x-stainless-lang" in preflight.headers.get("access-control-allow-headers", "x-stainless-lang")
+        assert preflight.status_code in (200, 405) or "evil" in origin
         name = "access-control-allow-origin"
         return preflight.headers.get(name), answer.headers.get(name)
 

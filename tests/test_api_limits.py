@@ -21,7 +21,8 @@ from t2ray.config.serve import ApiConfig
 CHAT = {"model": "t2ray:base", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "t2ray:base", "prompt": "hi"}
 SMALL = ApiConfig(
-    max_body_bytes=4000, max_upload_bytes=5000, max_messages=3, max_prompt_chars=100, max_tokens=32, max_n=3, max_stop=2
+    max_body_bytes=4000, max_upload_bytes=5000, max_messages=3, max_prompt_chars=100, max_tokens=32, max_n=3,
+    max_prompts=3, max_stop=2
 )  # fmt: skip
 
 
@@ -81,7 +82,7 @@ def refused(
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"logit_bias": {"50": 101}}, "logit_bias.50"),
-        ({"logit_bias": {"hello": 1}}, "logit_bias.hello.[key]"),
+        ({"logit_bias": {"hello": 1}}, "logit_bias.hello"),
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"presence_penalty": False}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
@@ -119,13 +120,15 @@ def test_what_is_wrong_with_a_chat_is_named(change: dict[str, Any], param: str) 
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"prompt": [1, 2, 3]}, "prompt"),
-        ({"prompt": [[1, 2]]}, "prompt"),
+        ({"prompt": [1, -2]}, "prompt[0][1]"),
+        ({"prompt": [[]]}, "prompt[0]"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": [1] * 101}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
         ({"prompt": []}, "prompt"),
         ({"prompt": ""}, "prompt[0]"),
         ({"prompt": "x" * 101}, "prompt"),
         ({"prompt": ["a", "b"], "n": 2}, "n"),
-        ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 2}, "best_of"),
         ({"logprobs": 6}, "logprobs"),

@@ -208,6 +208,26 @@ def test_scores_equal_the_static_engine_s_also_between_steps(engine: OnlineEngin
 # ------------------------------------------------------------------------------------------------------ ends and faults
 
 
+def test_prompts_are_read_between_steps_as_the_static_engine_reads_them(engine: OnlineEngine) -> None:
+    async def busy() -> list[Any]:
+        calls = [engine.read(text, mixture, 2) for text in PROMPTS for mixture in MIXTURES[:2]]
+        rows = [engine.generate(text, MIXTURES[0], SamplingParams(max_tokens=20)) for text in PROMPTS]
+        return (await asyncio.gather(*calls, *rows))[: len(calls)]
+
+    static = OfflineEngine(engine.model)
+    for online, offline in zip(
+        run(busy),
+        (run(lambda t=t, m=m: static.read(t, m, 2)) for t in PROMPTS for m in MIXTURES[:2]),
+        strict=True,
+    ):
+        assert [t.id for t in online] == [t.id for t in offline]
+        assert [t.logprob for t in online[1:]] == pytest.approx([t.logprob for t in offline[1:]], abs=1e-4)
+    ids = engine.chat.encode_text("17+25")
+    greedy = SamplingParams(max_tokens=8)
+    text = run(lambda: engine.generate("17+25", MIXTURES[0], greedy))
+    assert text == run(lambda: engine.generate(ids, MIXTURES[0], greedy))
+
+
 @pytest.mark.parametrize("way", ["cancel", "close"])
 def test_a_request_that_is_given_up_frees_its_pages(engine: OnlineEngine, way: str) -> None:
     long = SamplingParams(max_tokens=180, ignore_eos=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, Mixture, SamplingParams, UnknownExpert, user
+from t2ray.engine import batches
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.sampling import RowSampler
 
@@ -312,6 +313,24 @@ def test_a_score_is_the_log_likelihood_by_a_plain_forward_pass(model: Model, lab
         for label in labels
     ]
     assert score(model, PROMPTS, labels, MIXTURES) == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_prompt_that_is_read_has_the_log_likelihoods_by_a_plain_forward_pass(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, engine = "why? é 42 " * 3, OfflineEngine(model)
+    ids = model.chat.encode_text(text)
+    (whole,) = together(engine.read(text, Mixture.parse("math"), 3))
+    assert "".join(token.text for token in whole) == text and [token.id for token in whole] == list(ids)
+    assert math.isnan(whole[0].logprob) and whole[0].top == ()
+    monkeypatch.setattr(model.chat.tokenizer, "chat_template", None)  # else a label ends with the end of the turn
+    ((score,),) = together(engine.score(ids[:1], (text[1:],), Mixture.parse("math")))
+    assert sum(token.logprob for token in whole[1:]) == pytest.approx(score, abs=1e-3)
+    assert all(len(token.top) == 3 and token.top[0].logprob >= token.logprob for token in whole[1:])
+    monkeypatch.setattr(batches, "READ_TOKENS", 7)
+    pieces, base = together(engine.read(ids, Mixture.parse("math"), 3), engine.read(ids, Mixture.base(), 0))
+    assert [token.logprob for token in pieces[1:]] == pytest.approx([token.logprob for token in whole[1:]], abs=1e-4)
+    assert [token.logprob for token in base[1:]] != pytest.approx([token.logprob for token in whole[1:]], abs=1e-2)
 
 
 @pytest.mark.parametrize("ends", [["", "", "", "", ""], ["a", "bc", "", "a", "def"]], ids=["equal", "differing"])

@@ -154,9 +154,15 @@ def test_a_generator_that_stalls_is_replaced_by_its_health_check(endpoint: Endpo
 
 def problems(endpoint: Endpoint) -> dict[str, str]:
     """What `/v1/experts` and `/v1/load` say is wrong in the registry, once they agree."""
-    listed = httpx.get(f"{endpoint.url}/v1/experts", timeout=GUARD_S).json()["problems"]
-    wait_until(lambda: endpoint.load()["problems"] == listed, "one word of both")
-    return dict(listed)
+    said: list[dict[str, str]] = []
+
+    def agree() -> bool:
+        listed = httpx.get(f"{endpoint.url}/v1/experts", timeout=GUARD_S).json()["problems"]
+        said.append(listed)
+        return bool(endpoint.load()["problems"] == listed)
+
+    wait_until(agree, "one word of both")
+    return said[-1]
 
 
 def test_a_registry_that_is_gone_for_a_while_costs_no_request(endpoint: Endpoint) -> None:

@@ -43,9 +43,9 @@ class _Forgetful(Loop):
 
     scored = 0
 
-    def before_step(self) -> None:
+    def before_step(self) -> bool:
         self.scored += not self.scorings.empty()
-        super().before_step()
+        return super().before_step()
 
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
         self._alone = (None, 0)

@@ -26,14 +26,18 @@ from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.api.shapes import AnswerShape, Extension, Usage, event, weights
 from t2ray.api.stream import EventStream, merged, together, unless_gone
 from t2ray.config.serve import ApiConfig
-from t2ray.core import Delta, Prompt, SamplingParams, T2RayError, user
+from t2ray.core import Delta, Message, Mixture, Prompt, SamplingParams, T2RayError, Token, user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerRow:
-    """One answer to make. `number` is the prompt's place in the request, `dispatch` the result of its pass 1."""
+    """One answer to make. `number` is the prompt's place in the request, `dispatch` the result of its pass 1.
+
+    `echo` is what the answer begins with: the prompt's text, and its tokens if their log-probabilities are asked for.
+    """
 
     prompt: Prompt
+    echo: Delta
     number: int
     dispatch: Dispatch
     sampling: SamplingParams
@@ -55,6 +59,12 @@ class AnswerJob:
     @property
     def logprobs(self) -> bool:
         return self.body.logprobs is not None and self.body.logprobs is not False
+
+    def shown(self, row: AnswerRow, text: str, tokens: tuple[Token, ...]) -> tuple[str, tuple[Token, ...]]:
+        """What is shown of an answer's beginning: behind the echo, or with `max_tokens: 0` the echo alone."""
+        if self.body.max_tokens == 0:
+            text, tokens = "", ()
+        return row.echo.text + text, row.echo.tokens + tokens
 
     def extension(self, row: AnswerRow, pass2_s: float | None) -> Extension:
         dispatch, experts = row.dispatch, self.catalog.experts
@@ -87,19 +97,30 @@ async def answer(
     trace: Trace = request.state.trace
     trace.model = body.model
     if config.log_prompts:
-        trace.shown["prompts"] = [p if isinstance(p, str) else [[m.role, m.content] for m in p] for p in prompts]
-    at_most(config.max_n, (body.n or 1) * len(prompts), "n", "answers to one request")
+        trace.shown["prompts"] = [
+            p if isinstance(p, str) else [[m.role, m.content] if isinstance(m, Message) else m for m in p]
+            for p in prompts
+        ]
+    at_most(config.max_n, body.n or 1, "n", "answers to one prompt")
+    at_most(config.max_prompts, len(prompts), "prompt", "prompts")
+    at_most(max(config.max_n, config.max_prompts), (body.n or 1) * len(prompts), "n", "answers to one request")
     check_prompts(prompts, config)
     params = sampling(body, config)
     catalog = backend.catalog()
     route = resolve(body.model, catalog)
+    trace.param, trace.limit = shape.prompt, body.limit
     dispatches = await unless_gone(request.receive, together([_dispatch(backend, route, p, trace) for p in prompts]))
     for dispatch in dispatches:
         for name in usable(dispatch.mixture, catalog).names or ("base",):
             backend.observe("routes_total", 1, expert=name)
+    echoes = await unless_gone(
+        request.receive,
+        together([_echo(backend, body, p, d.mixture) for p, d in zip(prompts, dispatches, strict=True)]),
+    )
     rows = [
         AnswerRow(
             prompt=prompt,
+            echo=echoes[number],
             number=number,
             dispatch=dispatches[number],
             sampling=params if params.seed is None else replace(params, seed=(params.seed + i) % 2**63),
@@ -117,7 +138,6 @@ async def answer(
         id=f"{shape.prefix}{uuid.uuid4().hex}",
         created=int(time.time()),
     )
-    trace.param, trace.limit = shape.prompt, body.limit
     if body.stream:
         events = _events(job, config.log_prompts)
         first = await unless_gone(request.receive, anext(events))
@@ -129,12 +149,29 @@ async def _dispatch(backend: Backend, route: Route, prompt: Prompt, trace: Trace
     if route.mixture is not None:
         return Dispatch(mixture=route.mixture, strategy=route.strategy)
     start = time.perf_counter()
-    dispatch = await backend.dispatch(route.strategy, user(prompt) if isinstance(prompt, str) else prompt)
+    messages = tuple(message for message in prompt if isinstance(message, Message))
+    if not messages:
+        text = prompt if isinstance(prompt, str) else _text(await backend.read(prompt, Mixture.base(), 0))
+        messages = user(text)
+    dispatch = await backend.dispatch(route.strategy, messages)
     seconds = time.perf_counter() - start
     # The prompts of a request are dispatched side by side, so that their times do not add up.
     trace.backend_s = max(trace.backend_s, seconds)
     backend.observe("pass1_seconds", seconds, strategy=route.strategy)
     return dispatch
+
+
+async def _echo(backend: Backend, body: ChatRequest | CompletionRequest, prompt: Prompt, mixture: Mixture) -> Delta:
+    if isinstance(body, ChatRequest) or not body.echo:
+        return Delta(text="")
+    if isinstance(prompt, str) and body.logprobs is None:
+        return Delta(text=prompt)
+    tokens = await backend.read(prompt, mixture, body.logprobs or 0)
+    return Delta(text=_text(tokens), tokens=tokens)
+
+
+def _text(tokens: Sequence[Token]) -> str:
+    return "".join(token.text for token in tokens)
 
 
 async def _whole(job: AnswerJob, request: Request, log_answers: bool) -> Response:
@@ -144,10 +181,11 @@ async def _whole(job: AnswerJob, request: Request, log_answers: bool) -> Respons
     seconds = time.perf_counter() - start
     job.trace.backend_s += seconds
     several = job.rows[-1].number > 0
-    choices = [
-        job.shape.choice(i, answer, job.logprobs, job.extension(row, seconds) if several else None)
-        for i, (row, answer) in enumerate(zip(job.rows, answers, strict=True))
-    ]
+    choices = []
+    for i, (row, answer) in enumerate(zip(job.rows, answers, strict=True)):
+        text, tokens = job.shown(row, answer.text, answer.tokens)
+        own = job.extension(row, seconds) if several else None
+        choices.append(job.shape.choice(i, replace(answer, text=text, tokens=tokens), job.logprobs, own))
     usage = _usage(job, [len(answer.prompt_ids) for answer in answers], sum(len(answer.tokens) for answer in answers))
     if usage.completion_tokens:
         backend.observe("time_per_token_seconds", seconds / max(len(answer.tokens) for answer in answers))
@@ -208,6 +246,13 @@ async def _chunks(job: AnswerJob, log_answers: bool) -> AsyncGenerator[bytes]:
             events = []
             for index, delta in turn.items():
                 chunk = head | {"choices": [tallies[index].piece(job, index, delta)]}
+                if job.body.stream_options and job.body.stream_options.continuous_usage_stats:
+                    own = tallies[index]
+                    chunk["usage"] = Usage(
+                        prompt_tokens=own.prompt_tokens,
+                        completion_tokens=own.tokens,
+                        total_tokens=own.prompt_tokens + own.tokens,
+                    )
                 if trace.ttft is None or delta.finish_reason:
                     chunk["t2ray"] = job.extension(job.rows[index], last - start if delta.finish_reason else None)
                 if trace.ttft is None:
@@ -238,10 +283,14 @@ class _Tally:
 
     def piece(self, job: AnswerJob, index: int, delta: Delta) -> dict[str, Any]:
         """Counts a delta and returns it as a choice of a chunk."""
-        piece = job.shape.piece(index, delta, job.logprobs, self.offset, first=not self.begun)
+        shown = delta
+        if not self.begun:
+            text, tokens = job.shown(job.rows[index], delta.text, delta.tokens)
+            shown = replace(delta, text=text, tokens=tokens)
+        piece = job.shape.piece(index, shown, job.logprobs, self.offset, first=not self.begun)
         self.begun = True
-        self.text += delta.text
+        self.text += shown.text
         self.tokens += len(delta.tokens)
         self.prompt_tokens = max(self.prompt_tokens, delta.prompt_tokens)
-        self.offset += sum(len(token.text) for token in delta.tokens)
+        self.offset += len(_text(shown.tokens))
         return piece

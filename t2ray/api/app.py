@@ -54,6 +54,7 @@ def create_api(config: ApiConfig) -> FastAPI:
     app.include_router(routes.router)
     app.include_router(monitoring)
     app.include_router(page.router)
+    app.state.routes = [*routes.router.routes, *monitoring.routes, *page.router.routes]
     app.add_exception_handler(Refusal, on_error)
     app.add_exception_handler(T2RayError, on_error)
     app.add_exception_handler(HTTPException, on_http)
@@ -65,7 +66,7 @@ def create_api(config: ApiConfig) -> FastAPI:
             CORSMiddleware,
             allow_origins=config.cors_origins,
             allow_methods=["GET", "POST", "PUT", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id"],
+            allow_headers=["*"],  # OpenAI's client sends a dozen x-stainless-* of its own; none of them opens anything
             expose_headers=["x-request-id", "retry-after"],
         )
     app.openapi = cache(partial(_document, app.openapi, secured=len(keys) > 0))  # type: ignore[method-assign]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from t2ray.adapt.strategies import Dispatch
-from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams
+from t2ray.core import Completion, Delta, Message, Mixture, Prompt, SamplingParams, Token
 from t2ray.experts.heatmap import HeatMap
 
 
@@ -124,6 +124,10 @@ class Backend(Protocol):
 
     def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
         """Yields the answer piece by piece; the last delta has a finish reason. Closing the iterator aborts it."""
+        ...
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int, /) -> tuple[Token, ...]:
+        """Returns a prompt's own tokens with their log-probabilities, the first one's NaN, and the `top` likeliest."""
         ...
 
     async def heat(self, name: str) -> HeatMap:

@@ -12,6 +12,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from t2ray.core import (
     Busy,
@@ -125,7 +126,11 @@ async def on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = CODES.get(error.status_code)
     message = f"{error.detail}: {request.method} {request.url.path[:200]}"
-    return await on_error(request, Refusal(status=error.status_code, message=message, code=code, headers=error.headers))
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+    if error.status_code == 405:  # a path's methods are routes of their own, of which the error names the first one's
+        routes = [route for route in request.app.state.routes if route.matches(request.scope)[0] != Match.NONE]
+        headers["allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+    return await on_error(request, Refusal(status=error.status_code, message=message, code=code, headers=headers))
 
 
 async def on_fault(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ Not here: the types of parameters (`schema.py`), and the number of a prompt's to
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from starlette.requests import Request
 from t2ray.api.errors import Refusal
 from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.config.serve import ApiConfig
-from t2ray.core import Prompt, SamplingParams
+from t2ray.core import Message, Prompt, SamplingParams
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -84,7 +85,9 @@ async def read_json(request: Request, model: type[M], limit: int) -> M:
 def _explained(error: ValidationError) -> Refusal:
     """The refusal for the first mistake; it names the parameter by its path, such as `messages[0].role`."""
     first = error.errors(include_url=False)[0]
-    places = [*first["loc"], *([first["ctx"]["param"]] if "param" in first.get("ctx", {}) else [])]
+    # Without the names of a union's parts, which have signs that no parameter's has.
+    inner = [place for place in first["loc"] if isinstance(place, int) or re.fullmatch(r"\w+", place)]
+    places = [*inner, *([first["ctx"]["param"]] if "param" in first.get("ctx", {}) else [])]
     path = "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in places).lstrip(".")
     if first["type"] in ("unknown", "unsupported"):
         return invalid(first["msg"], path, f"{first['type']}_parameter")
@@ -103,9 +106,11 @@ def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
     for prompt in prompts:
         if isinstance(prompt, str):
             at_most(config.max_prompt_chars, len(prompt), "prompt", "characters")
-        else:
-            at_most(config.max_messages, len(prompt), "messages", "messages")
-            at_most(config.max_prompt_chars, sum(len(m.content) for m in prompt), "messages", "characters")
+            continue
+        messages = [message for message in prompt if isinstance(message, Message)]
+        at_most(config.max_messages, len(messages), "messages", "messages")
+        at_most(config.max_prompt_chars, sum(len(m.content) for m in messages), "messages", "characters")
+        at_most(config.max_prompt_chars, len(prompt), "prompt", "tokens")
 
 
 def sampling(body: ChatRequest | CompletionRequest, config: ApiConfig) -> SamplingParams:
@@ -120,9 +125,10 @@ def sampling(body: ChatRequest | CompletionRequest, config: ApiConfig) -> Sampli
     for stop in stops:
         at_most(256, len(stop), "stop", "characters in a stop text")
     at_most(config.max_tokens, tokens or 1, body.limit or "max_tokens", "tokens")
+    usual = min(config.default_max_tokens or config.max_tokens, config.max_tokens)
     return SamplingParams(
-        max_tokens=tokens or min(config.default_max_tokens or config.max_tokens, config.max_tokens),
-        to_end=tokens is None,
+        max_tokens=tokens or (1 if body.max_tokens == 0 else usual),
+        to_end=body.max_tokens is None and tokens is None,
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         top_k=max(body.top_k or 0, 0),

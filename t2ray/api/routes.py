@@ -126,6 +126,7 @@ async def complete(request: Request) -> Response:
     return await answer(request, body, TextShape(), body.prompt)
 
 
+@router.get("/models/", response_model=ModelsReply, responses=refused(), include_in_schema=False)
 @router.get("/models", response_model=ModelsReply, responses=refused())
 async def models(request: Request) -> Response:
     """Lists all model names except mixtures in the form `t2ray:a:0.7,b:0.3`, of which there is no end."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from t2ray.config.files import nearest
@@ -79,9 +79,19 @@ def _text(value: Any) -> Any:
 
 
 def _strings(value: Any) -> Any:
-    if isinstance(value, list) and any(isinstance(item, int | list) for item in value):
-        raise PydanticCustomError("tokens", "token ids are not supported; send text")
     return [value] if isinstance(value, str) else value
+
+
+def _prompts(value: Any) -> Any:
+    """A list of prompts, of which each is a text or the ids of its tokens."""
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        value = [value]
+    value = _strings(value)
+    return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
+
+
+def _kind(value: Any) -> str:
+    return "token-ids" if isinstance(value, tuple) else "a-text"
 
 
 PART = {
@@ -94,11 +104,13 @@ TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
 STRING = {"type": "string", "minLength": 1}
 Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(TEXT)]
 Nonempty = Annotated[str, Field(min_length=1)]
+IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MOST}, "minItems": 1}
+TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST)], ...], Field(min_length=1)]
 Prompts = Annotated[
-    list[Nonempty],
-    BeforeValidator(_strings),
+    list[Annotated[Annotated[Nonempty, Tag("a-text")] | Annotated[TokenIds, Tag("token-ids")], Discriminator(_kind)]],
+    BeforeValidator(_prompts),
     Field(min_length=1),
-    WithJsonSchema({"anyOf": [STRING, {"type": "array", "items": STRING, "minItems": 1}]}),
+    WithJsonSchema({"anyOf": [STRING, IDS, {"type": "array", "items": {"anyOf": [STRING, IDS]}, "minItems": 1}]}),
 ]
 Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
 Stops = Annotated[
@@ -125,10 +137,11 @@ class MessageBody(Body):
 
 
 class StreamOptions(Body):
-    """Options of a stream. `include_usage` adds a last chunk with the numbers of tokens."""
+    """Options of a stream: the numbers of tokens in a last chunk, and in every chunk those so far."""
 
     neutral = {"include_obfuscation": FALSE}
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = Field(None, description="needs include_usage")
 
 
 class Generation(Body):
@@ -221,11 +234,18 @@ class CompletionRequest(Generation):
         **Generation.neutral,
         "response_format": (None, {"type": "text"}),
         "add_special_tokens": (None, True),
-        "echo": FALSE,
         "suffix": (None, ""),
     }
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0, le=MOST, description="0 needs echo")
+    echo: bool | None = Field(None, description="the answer begins with the prompt; with logprobs, with its own")
     logprobs: int | None = Field(None, ge=0, le=5, description="likeliest tokens per token")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise PydanticCustomError("max_tokens", "0 needs 'echo': true", {"param": "max_tokens"})
+        return self
 
 
 class ExampleBody(Body):

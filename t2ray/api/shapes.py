@@ -5,6 +5,7 @@ The dataclasses are also the response schemas of `/openapi.json`. Not here: how 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -102,11 +103,14 @@ class ChatReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextLogprobs:
-    """The log-probabilities of a text answer's tokens, as columns of equal length; `text_offset` is in characters."""
+    """The log-probabilities of a text answer's tokens, as columns of equal length; `text_offset` is in characters.
+
+    The first token of an echoed prompt has none.
+    """
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -229,8 +233,8 @@ def _text_logprobs(tokens: Sequence[Token], offset: int) -> TextLogprobs:
         offset += len(token.text)
     return TextLogprobs(
         tokens=[token.text for token in tokens],
-        token_logprobs=[max(token.logprob, LOWEST) for token in tokens],
-        top_logprobs=[_alternatives(token.top) for token in tokens],
+        token_logprobs=[None if math.isnan(token.logprob) else max(token.logprob, LOWEST) for token in tokens],
+        top_logprobs=[None if math.isnan(token.logprob) else _alternatives(token.top) for token in tokens],
         text_offset=offsets,
     )
 

@@ -14,7 +14,7 @@ for _key, _value in {
     "RAY_worker_killing_policy_by_group": "true",  # on a full machine one worker ends, not all that work there
     # What a dead worker means is said in one line (`faults`); Ray prints a page, whatever `log_to_driver` says.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed|killed due to memory pressure|graceful_shutdown failed"
-    r"|listen_for_change failed|Raylet is terminated|^\s*(\[state-dump\].*)?$",
+    "|listen_for_change failed|Raylet is terminated",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep at once; it is resumed from its own state
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",

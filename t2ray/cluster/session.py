@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import ray
+from ray._private import utils as ray_utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state
 from ray.exceptions import AuthenticationError, GetTimeoutError, RayError
@@ -55,10 +56,8 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         if re.fullmatch(r"[^/]+:\d+", address):
             _knock(address)
         more = private if address == "local" else {}
-        before = signal.getsignal(signal.SIGTERM)
-        ray.init(address=address, log_to_driver=False, logging_level="error", **more)
-        if callable(before) and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray's own would end this process at once, with a stack
+        with _sigterm_later():
+            ray.init(address=address, log_to_driver=False, logging_level="error", **more)
     except AuthenticationError:
         raise ResourceError(f"no token for the Ray cluster at {address}; {_TOKEN_REMEDY}") from None
     except RuntimeError as error:
@@ -71,6 +70,28 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _sigterm_later() -> Iterator[None]:
+    """Holds SIGTERM back while Ray starts, and keeps the handler that this process has.
+
+    Ray sets one that raises SystemExit, which its start may swallow, and which makes another exit code of it.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    if not callable(before) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    rays, ray_utils.set_sigterm_handler = ray_utils.set_sigterm_handler, lambda handler: None
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        ray_utils.set_sigterm_handler = rays
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            before(signal.SIGTERM, None)
 
 
 def slots(need: Mapping[str, float], have: Mapping[str, float], what: str) -> int:

@@ -58,7 +58,8 @@ class ApiConfig(Strict):
         description="Greatest number of tokens of an answer, where the request says none; without one, `max_tokens`. "
         "The end of the context may come first.",
     )
-    max_n: int = Field(8, ge=1, description="Greatest number of answers to one request.")
+    max_n: int = Field(8, ge=1, description="Greatest number of answers to one prompt.")
+    max_prompts: int = Field(64, ge=1, description="Greatest number of prompts, and of their answers, of one request.")
     max_stop: int = Field(4, ge=0, description="Greatest number of stop strings of a request.")
     max_streams: int = Field(64, ge=1, description="Greatest number of requests of one key at the same time.")
     max_examples: int = Field(256, ge=1, description="Greatest number of labelled examples of an adaptation.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from os.path import commonprefix
@@ -22,78 +21,15 @@ from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
-from t2ray.engine.sampling import RowEnds, RowSampler
+from t2ray.core import Completion, SamplingParams, Token
+from t2ray.engine.requests import Request
+from t2ray.engine.sampling import RowEnds, RowSampler, likeliest
+
+READ_TOKENS = 256
+"""Tokens of a prompt whose scores are computed at once when it is read."""
 
 SHARED_TOKENS = 64
 """Prompt tokens that a pass over a shared prefix must save to be worth its own time."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Request:
-    """A call: with `sampling` a generation, with `labels` a scoring. `z_K` is None for the base model.
-
-    An answer `continues` a text, or is a turn by itself. Requests of one mixture share one tensor `z_K`: batches tell
-    mixtures apart by it.
-    """
-
-    prompt_ids: tuple[int, ...]
-    mixture: Mixture
-    continues: bool = False
-    z_K: Tensor | None = None
-    sampling: SamplingParams | None = None
-    labels: tuple[tuple[int, ...], ...] = ()
-    result: Completion | tuple[float, ...] | None = None
-
-    @property
-    def kind(self) -> int:
-        """Requests of one kind share a batch, if they fit: generations, or scorings of one number of labels."""
-        return len(self.labels)
-
-    @property
-    def tokens(self) -> int:
-        answer = self.sampling.max_tokens if self.sampling else max(map(len, self.labels)) * len(self.labels)
-        return len(self.prompt_ids) + answer
-
-
-def fitting(
-    model: Model, prompt: Prompt, sampling: SamplingParams, context: int
-) -> tuple[tuple[int, ...], SamplingParams]:
-    """The ids of a prompt, and its sampling with `max_tokens` that fit; raises as `prompt_ids` does."""
-    ids = prompt_ids(model, prompt, 1 if sampling.to_end else sampling.max_tokens, sampling.logit_bias)
-    if sampling.to_end:
-        sampling = replace(sampling, max_tokens=max(1, min(sampling.max_tokens, context - len(ids))))
-    return ids, sampling
-
-
-def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
-    """The ids of a prompt (`Chat.ids`) that is answered with a `bias` of some tokens.
-
-    Raises:
-        ConfigError: the prompt has no tokens or unknown ones, or the model's chat template refuses it.
-        ContextExceeded: the prompt and `answer` further tokens exceed the model's context.
-    """
-    ids = model.chat.ids(prompt)
-    if not ids:
-        raise ConfigError("the prompt is empty: it has no tokens; write something")
-    vocabulary = model.hf.get_input_embeddings().num_embeddings
-    for what, tokens in (("the prompt", ids), ("logit_bias", [id for id, _ in bias])):
-        if wrong := [id for id in tokens if not 0 <= id < vocabulary]:
-            raise ConfigError(f"{what} has the token {wrong[0]}; the model's tokens are 0..{vocabulary - 1}")
-    if len(ids) + answer > model.context:
-        raise ContextExceeded(
-            f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
-            f"{model.context}; shorten the prompt or lower max_tokens",
-            len(ids), answer, model.context,
-        )  # fmt: skip
-    return ids
-
-
-def scoring(model: Model, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> Request:
-    """The request for the log-likelihoods of `labels`; raises as `prompt_ids` does."""
-    label_ids = tuple(model.chat.encode_answer(label) for label in labels)
-    ids = prompt_ids(model, prompt, max(map(len, label_ids)))
-    return Request(prompt_ids=ids, mixture=mixture, labels=label_ids)
 
 
 class StaticBatches:
@@ -109,7 +45,10 @@ class StaticBatches:
         with torch.no_grad():
             for labels, same_kind in groupby(ordered, key=lambda r: r.kind):
                 for batch in self._batches(same_kind):
-                    if labels:
+                    if labels < 0:
+                        for request in batch:
+                            request.result = self._read(request)
+                    elif labels:
                         for request, scores in zip(batch, self._score(batch), strict=True):
                             request.result = scores
                     else:
@@ -194,6 +133,29 @@ class StaticBatches:
             finish_reason="stop" if ended else "length",
             mixture=request.mixture,
         )
+
+    def _read(self, request: Request) -> tuple[Token, ...]:
+        """Piece by piece, since the scores of all places at once would be large."""
+        from t2ray.engine.text import TextStream  # an endpoint alone reads prompts
+
+        chat, ids, cache = self.model.chat, request.prompt_ids, DynamicCache(config=self.model.family.config)
+        stream, tokens = TextStream(chat, ()), list[Token]()
+        logprob, top = float("nan"), tuple[Token, ...]()
+        with self._bind([request]):
+            for start in range(0, len(ids), READ_TOKENS):
+                piece_1T = torch.tensor([ids[start : start + READ_TOKENS]], device=self.model.device)
+                logits_TV = self.model.hf(input_ids=piece_1T, past_key_values=cache).logits[0]
+                logprob_TV = logits_TV.float().log_softmax(-1)
+                for i, logprob_V in enumerate(logprob_TV, start):
+                    stream.push(ids[i])
+                    if i + 1 == len(ids):
+                        stream.finish()
+                    raw = chat.token(ids[i])[1]
+                    tokens.append(Token(id=ids[i], text=stream.added, logprob=logprob, raw=raw, top=top))
+                    if i + 1 < len(ids):
+                        logprob = float(logprob_V[ids[i + 1]])
+                        top = likeliest(chat, logprob_V, request.top or 0)
+        return tuple(tokens)
 
     def _score(self, batch: list[Request]) -> list[tuple[float, ...]]:
         """Reads what all prompts begin with once, then each one's rest; its labels continue from its cache."""

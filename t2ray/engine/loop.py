@@ -15,13 +15,15 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
-from t2ray.engine.batches import Request, StaticBatches
+from t2ray.engine.batches import StaticBatches
+from t2ray.engine.requests import Request
 from t2ray.engine.sampling import adjusted, cuts, likeliest, sample
 from t2ray.engine.text import TextStream
 
@@ -29,7 +31,7 @@ DELTAS_PER_S, LONGEST_GAP_S = 50.0, 0.5
 """Of all streams together, and of one. A delta costs the engine's process, the ingress and the proxy a millisecond
 each: one for each token takes longer to send than to generate (16 streams, 2 cores: 0.31 of the engine's tokens/s)."""
 
-Scoring = tuple[Request, "asyncio.Future[tuple[float, ...]]"]
+Scoring = tuple[Request, "asyncio.Future[Any]"]
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -68,15 +70,17 @@ class Loop:
         self._fresh: list[Row] = []
         self._alone: tuple[Tensor | None, int] = (None, 0)
 
-    def before_step(self) -> None:
-        """Scores what is queued, all of it together."""
+    def before_step(self) -> bool:
+        """Scores what is queued, all of it together, up to the first prompt to read; returns whether there is more."""
         self.turned = time.monotonic()
         waiting = []
         with suppress(queue.Empty):
             while True:
                 waiting.append(self.scorings.get_nowait())
+                if waiting[-1][0].top is not None:  # it takes as long as a step or more, which all rows wait for
+                    break
         if not waiting:
-            return
+            return False
         error: Exception | None = None
         try:
             with self.plain_attention():
@@ -85,6 +89,7 @@ class Loop:
             error = GenerationError(f"scoring failed: {failure}")
         for request, done in waiting:
             done.get_loop().call_soon_threadsafe(_settle, done, error or request.result)
+        return not self.scorings.empty()
 
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
         """Folds when the rows have had one mixture alone for as many tokens as a fold costs, so that folding at most
@@ -201,7 +206,7 @@ def _wake(rows: list[Row]) -> None:
         row.woken.set()
 
 
-def _settle(done: asyncio.Future[tuple[float, ...]], result: object) -> None:
+def _settle(done: asyncio.Future[Any], result: object) -> None:
     """In the caller's loop: the caller may have gone."""
     if done.done():
         return

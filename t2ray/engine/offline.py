@@ -10,13 +10,15 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams
-from t2ray.engine.batches import Request, StaticBatches, fitting, scoring
+from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams, Token
+from t2ray.engine.batches import StaticBatches
 from t2ray.engine.protocol import EngineStats
+from t2ray.engine.requests import Request, fitting, reading, scoring
 
 
 class OfflineEngine:
@@ -71,7 +73,7 @@ class OfflineEngine:
         """See `Engine.generate`."""
         ids, sampling = fitting(self.model, prompt, sampling, self.context)
         completion = await self._batched(
-            Request(prompt_ids=ids, mixture=mixture, continues=isinstance(prompt, str), sampling=sampling)
+            Request(prompt_ids=ids, mixture=mixture, continues=self.chat.continues(prompt), sampling=sampling)
         )
         assert isinstance(completion, Completion)
         return completion
@@ -88,11 +90,15 @@ class OfflineEngine:
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""
-        scores = await self._batched(scoring(self.model, prompt, labels, mixture))
-        assert isinstance(scores, tuple)
+        scores: tuple[float, ...] = await self._batched(scoring(self.model, prompt, labels, mixture))
         return scores
 
-    async def _batched(self, request: Request) -> Completion | tuple[float, ...] | None:
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """See `Engine.read`."""
+        tokens: tuple[Token, ...] = await self._batched(reading(self.model, prompt, mixture, top))
+        return tokens
+
+    async def _batched(self, request: Request) -> Any:
         """The request's result, computed together with whatever else is ready in this turn of the event loop."""
         mixture = request.mixture
         if mixture not in self._z:  # an unknown expert fails its own caller, not the batch

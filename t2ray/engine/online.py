@@ -12,15 +12,26 @@ import asyncio
 import itertools
 import time
 from collections.abc import AsyncIterator, Collection, Mapping
+from typing import Any
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, ContextExceeded, Delta, GenerationError, Mixture, Prompt, SamplingParams, joined
-from t2ray.engine.batches import fitting, scoring
+from t2ray.core import (
+    Completion,
+    ContextExceeded,
+    Delta,
+    GenerationError,
+    Mixture,
+    Prompt,
+    SamplingParams,
+    Token,
+    joined,
+)
 from t2ray.engine.loop import Loop, Row
 from t2ray.engine.protocol import EngineStats
+from t2ray.engine.requests import Request, fitting, reading, scoring
 from t2ray.engine.sampling import uniforms
 from t2ray.engine.text import TextStream
 from t2ray.engine.transformers import Manager
@@ -79,9 +90,17 @@ class OnlineEngine:
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""
-        request = scoring(self.model, prompt, labels, mixture)
-        request.z_K = self._mixed(mixture)
-        done: asyncio.Future[tuple[float, ...]] = asyncio.get_running_loop().create_future()
+        scores: tuple[float, ...] = await self._between_steps(scoring(self.model, prompt, labels, mixture))
+        return scores
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """See `Engine.read`."""
+        tokens: tuple[Token, ...] = await self._between_steps(reading(self.model, prompt, mixture, top))
+        return tokens
+
+    async def _between_steps(self, request: Request) -> Any:
+        request.z_K = self._mixed(request.mixture)
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.check()
         self._loop.scorings.put((request, done))
         self._manager._wake_up_loop.set()
@@ -124,7 +143,7 @@ class OnlineEngine:
             z_K=self._mixed(mixture),
             sampling=sampling,
             uniforms=uniforms(sampling.seed, sampling.max_tokens).tolist() if sampling.temperature else [],
-            text=TextStream(self.model.chat, sampling.stop, continues=isinstance(prompt, str)),
+            text=TextStream(self.model.chat, sampling.stop, continues=self.chat.continues(prompt)),
             loop=asyncio.get_running_loop(),
             streams=streams,
         )

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams
+from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams, Token
 from t2ray.models.chat import Chat
 from t2ray.models.targets import Target
 
@@ -95,6 +95,11 @@ class Engine(Protocol):
 
     def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, /) -> AsyncIterator[Delta]:
         """The answer as it grows; raises as `generate` does. Closing the iterator ends the generation."""
+        ...
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int, /) -> tuple[Token, ...]:
+        """The tokens of a prompt, each with its log-probability after those before it, which the first has none of
+        (NaN), and the `top` likeliest in its place. Raises as `generate` does."""
         ...
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture, /) -> tuple[float, ...]:

@@ -29,8 +29,8 @@ OVERFLOW = 1e15
 class Steps(Protocol):
     """What the engine does at each turn of the loop, in the loop's thread."""
 
-    def before_step(self) -> None:
-        """Before a batch is prepared."""
+    def before_step(self) -> bool:
+        """Before a batch is prepared; returns whether there is more to do before the next one."""
         ...
 
     def bound(self, requests: list[tuple[str, int]]) -> AbstractContextManager[None]:
@@ -114,7 +114,8 @@ class Manager(ContinuousBatchingManager):
         return len(scheduler.active_requests), len(scheduler.waiting_requests) + self.input_queue.qsize()
 
     def _generation_loop_body(self, batch_processor: Any, bootstrapping: bool) -> bool:
-        self.steps.before_step()
+        if self.steps.before_step():
+            self._wake_up_loop.set()
         goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
         self.steps.after_step()
         return goes_on

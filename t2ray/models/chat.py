@@ -39,7 +39,14 @@ class Chat:
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Returns the ids of a conversation up to where the answer begins, or of a text to continue as it stands."""
-        return self.encode_text(prompt) if isinstance(prompt, str) else self.encode(prompt)
+        if isinstance(prompt, str):
+            return self.encode_text(prompt)
+        ids = tuple(id for id in prompt if isinstance(id, int))
+        return ids or self.encode([message for message in prompt if isinstance(message, Message)])
+
+    def continues(self, prompt: Prompt) -> bool:
+        """Whether an answer goes on with a text, as it does unless the prompt is a conversation."""
+        return isinstance(prompt, str) or not all(isinstance(message, Message) for message in prompt)
 
     def encode(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """Returns the ids of a conversation, up to where the assistant's answer begins.

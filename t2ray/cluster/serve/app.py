@@ -67,5 +67,6 @@ def resolved(config: ServeConfig) -> ServeConfig:
         experts = RUN_EXPERTS if demo else str(SHIPPED)
     if "://" not in experts:
         experts = str(Path(experts).absolute())
-    fixed = {"model": str(folder), "name": config.name or config.model, "factors": str(factors), "experts": experts}
+    name = config.name or (folder.name if Path(config.model).exists() else config.model)  # no path of this machine
+    fixed = {"model": str(folder), "name": name, "factors": str(factors), "experts": experts}
     return config.model_copy(update=fixed)

@@ -34,6 +34,7 @@ from t2ray.core import (
     Prompt,
     SamplingParams,
     T2RayError,
+    Token,
     UnknownExpert,
     check_name,
 )
@@ -114,6 +115,12 @@ class Generator:
                 yield delta
         except T2RayError as error:
             yield error
+
+    @told
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """See `Engine.read`."""
+        await self.experts.know(mixture)
+        return await self.engine.read(prompt, mixture, top)
 
     @told
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:

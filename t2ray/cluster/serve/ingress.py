@@ -24,7 +24,18 @@ from t2ray.api.binding import check_host
 from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import PAUSE_S, TRIES, asked, raised, translated
 from t2ray.config.serve import ServeConfig
-from t2ray.core import Completion, Delta, Message, Mixture, Prompt, ResourceError, SamplingParams, T2RayError, user
+from t2ray.core import (
+    Completion,
+    Delta,
+    Message,
+    Mixture,
+    Prompt,
+    ResourceError,
+    SamplingParams,
+    T2RayError,
+    Token,
+    user,
+)
 from t2ray.experts.admission import header
 from t2ray.experts.heatmap import HeatMap
 
@@ -120,6 +131,11 @@ class RayBackend:
                 raise translated(error) from error
             finally:
                 pieces.cancel()
+
+    async def read(self, prompt: Prompt, mixture: Mixture, top: int) -> tuple[Token, ...]:
+        """A prompt's own tokens."""
+        tokens: tuple[Token, ...] = await asked(self._generator.read, prompt, mixture, top)
+        return tokens
 
     async def heat(self, name: str) -> HeatMap:
         """Of some replica's expert."""

@@ -97,14 +97,14 @@ def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
 
 
 def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, wait_s: float) -> Tick:
-    """What a job that fits begins with: its lease, its model's factors, which may take long, and its run folder.
+    """What a job that fits begins with: its model's factors, which may take long, its lease and its run folder.
 
     Returns `tick` that also ends a driver that has lost its lease.
     """
-    held = stack.enter_context(lease(f"{config.out}/{config.run}", wait_s=wait_s))
-    check_run(config, resume)  # another driver may have begun it since
     assert config.factors is not None
     decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
+    held = stack.enter_context(lease(f"{config.out}/{config.run}", wait_s=wait_s))
+    check_run(config, resume)  # another driver may have begun it since
     open_run(config)
 
     def watched(config: TrainConfig) -> None:
