@@ -22,6 +22,7 @@ import pytest
 import ray
 import torch
 from torch import Tensor
+from waiting import GUARD_S, wait_until
 
 from t2ray.cluster.session import PRIVATE, session
 from t2ray.cluster.train import domains
@@ -72,7 +73,7 @@ def broken(completion, row):
 
 def after_a_failure(completion, row):
     "Waits until another domain has failed, and then long enough to be ended with it."
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(HERE.glob("runs/*/domains/*/fault.json")):
         assert time.monotonic() < deadline, "no domain has failed"
         time.sleep(0.05)
@@ -134,11 +135,8 @@ def undisturbed(folder: Path, reward: str, **changes: Any) -> dict[str, dict[str
     return experts(config)
 
 
-def wait_for(what: Any, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.05)
+def wait_for(what: Any) -> None:
+    wait_until(what, "a state of the training")
 
 
 def verifiers(folder: Path) -> list[int]:
@@ -157,7 +155,7 @@ def test_domains_train_in_parallel_and_a_killed_worker_changes_no_z(tmp_path: Pa
     assert (tmp_path / "calls").stat().st_size > 60  # it did die, and graded again
     started = [pid for pid in verifiers(tmp_path) if pid != own]
     assert len(started) == 2  # one before and one after
-    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in started), 5)
+    wait_for(lambda: not any(psutil.pid_exists(pid) for pid in started))
     assert [row.step for row in read_metrics(domain_store(config, "own"))] == list(range(1, 13))
     assert Registry(f"{config.out}/killed/experts").names() == ("own", "pick")
     assert ticks and not list(Path(config.out, "killed", "ray").glob("*"))
@@ -373,12 +371,12 @@ def interrupt(of: subprocess.Popen[str], least: int) -> None:
 
 
 def ended(of: subprocess.Popen[str], least: int, end: Callable[[], None], code: int, line: str) -> None:
-    children, start = processes(of), time.monotonic()
+    children = processes(of)
     assert len(children) >= least
     end()
-    out, err = of.communicate(timeout=20)
+    out, err = of.communicate(timeout=GUARD_S)
     assert (of.returncode, err) == (code, line), out
-    wait_for(lambda: gone(children), 5 - (time.monotonic() - start))
+    wait_for(lambda: gone(children))
 
 
 @pytest.mark.long
@@ -400,7 +398,7 @@ def test_an_interrupted_and_then_killed_driver_leaves_no_process_and_a_run_that_
     out, err = second.communicate()
     assert second.returncode == -signal.SIGKILL, (out, err)
     # Two of Ray's own agents go on for a minute: they try to tell the dead cluster that it has died.
-    wait_for(lambda: gone(children, "ray::Dashboard", "ray::RuntimeEnv"), 20)
+    wait_for(lambda: gone(children, "ray::Dashboard", "ray::RuntimeEnv"))
     assert steps_done(config) < 60 and finished(domain_store(config, "own")) is None
 
     train(config.model_copy(update={"workers": 0, "verifiers": 0}), resume=True)
