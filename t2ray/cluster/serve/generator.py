@@ -146,8 +146,10 @@ class Generator:
         """The mean of |z - 1| of an expert, per decoder layer and kind of matrix.
 
         Raises:
+            ResourceError: it cannot be used.
             UnknownExpert: no such expert here.
         """
+        await self.experts.know(Mixture.of({name: 1.0}))
         z_K = self.experts.snapshot.tensors.get(name)
         if z_K is None:
             raise UnknownExpert(f"unknown expert {name!r}")
