@@ -16,7 +16,7 @@ _PLAIN_EVERY_S = 10.0
 
 
 class TrainingDisplay:
-    """A live table in a terminal; elsewhere a plain line a domain every ten seconds."""
+    """A live table in a terminal; elsewhere a plain line per domain every ten seconds."""
 
     def __init__(self) -> None:
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -32,7 +32,7 @@ class TrainingDisplay:
             self.live.stop()
 
     def show(self, config: TrainConfig) -> None:
-        """Reads each domain's metrics from the run folder and draws them; `cluster.train` calls it as it waits."""
+        """Reads each domain's metrics from the run folder and draws them."""
         if self.live:
             self.live.update(_table(config), refresh=True)
         elif time.monotonic() - self.printed > _PLAIN_EVERY_S:

@@ -72,7 +72,7 @@ class Parser(argparse.ArgumentParser):
             lines += _section("commands", ((action.dest, action.help or "") for action in group._choices_actions))
         for title, actions in (("arguments", words), ("options", named)):
             if actions:
-                lines += _section(title, ((_written(action, short=True), sentence(action)) for action in actions))
+                lines += _section(title, ((_written(action, short=True), _sentence(action)) for action in actions))
         return "\n".join(lines) + "\n"
 
 
@@ -84,7 +84,7 @@ def _written(action: argparse.Action, *, short: bool = False) -> str:
     return f"{names} {value}{more}".strip()
 
 
-def sentence(action: argparse.Action) -> str:
+def _sentence(action: argparse.Action) -> str:
     """What an option is, and its default where it has one."""
     given = action.default
     if isinstance(given, bool | None) or given in (argparse.SUPPRESS, []):
