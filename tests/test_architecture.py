@@ -369,6 +369,21 @@ def test_what_the_package_imports_is_declared() -> None:
     assert not undeclared, f"imported, but not in pyproject.toml: {undeclared}"
 
 
+def test_an_environment_can_hold_vllm_too() -> None:
+    """Each requirement that both have is met by some version: one that a bound of either names."""
+    lines = (ROOT / "tests" / "vllm_requires.txt").read_text(encoding="utf-8").splitlines()
+    theirs = [Requirement(line) for line in lines if not line.startswith("#")]
+    both = []
+    for other in theirs:
+        own = declared().get(name := canonicalize_name(other.name))
+        if own is None or other.marker and not other.marker.evaluate():
+            continue
+        both.append(name)
+        named = [spec.version.removesuffix(".*") for spec in (*own.specifier, *other.specifier)]
+        assert any(own.specifier.contains(v) and other.specifier.contains(v) for v in named), f"{own} against {other}"
+    assert {"fastapi", "numpy", "torch", "transformers"} <= set(both)
+
+
 def test_every_pin_is_an_exact_version_within_the_declared_range() -> None:
     wrong = []
     for name, pin in pinned().items():
