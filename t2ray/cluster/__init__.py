@@ -15,6 +15,7 @@ for _key, _value in {
     # What a dead worker means is said in one line (`faults`); Ray prints a page, whatever `log_to_driver` says.
     "RAY_DEDUP_LOGS_SKIP_REGEX": "A worker died or was killed|killed due to memory pressure|graceful_shutdown failed"
     "|listen_for_change failed|Raylet is terminated",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "20",  # three of them; a slow machine's proxy needs more than 15 s
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C ends a sweep at once; it is resumed from its own state
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",

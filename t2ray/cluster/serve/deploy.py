@@ -13,10 +13,16 @@ from typing import Any
 
 from pydantic import ValidationError
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import ActorDiedError, RayError
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
-from ray.serve.schema import ApplicationStatus, DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import (
+    ApplicationStatus,
+    DeploymentSchema,
+    ProxyStatus,
+    ServeApplicationSchema,
+    ServeDeploySchema,
+)
 
 from t2ray.cluster.alive import Lifeline
 from t2ray.config.files import nearest
@@ -51,9 +57,9 @@ def deployed(document: Mapping[str, Any], timeout_s: float, tell: Callable[[str]
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"]))
         raise ConfigError(f"the configuration of Ray Serve is wrong at {where}: {detail['msg']}") from None
-    serve.start(proxy_location=schema.proxy_location, http_options=schema.http_options.model_dump())
     lifeline = Lifeline()
     try:
+        _start(schema, timeout_s)
         # Ray's own `serve run` deploys a file this way; `serve.run` knows no options by deployment.
         _get_global_client().deploy_apps(schema)
         _wait(timeout_s, tell)
@@ -115,12 +121,26 @@ def _known(schema: Any, keys: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: unknown key {key!r}{nearest(key, schema.model_fields)}")
 
 
+def _start(schema: ServeDeploySchema, timeout_s: float) -> None:
+    """Starts Serve. On a slow machine Ray kills an HTTP proxy that is not ready in time, and starts another."""
+    start = time.monotonic()
+    while True:
+        try:
+            serve.start(proxy_location=schema.proxy_location, http_options=schema.http_options.model_dump())
+            return
+        except (TimeoutError, ActorDiedError) as error:
+            if time.monotonic() - start > timeout_s:
+                raise ResourceError(f"Ray Serve did not start within {timeout_s:g} s: {error}") from None
+
+
 def _wait(timeout_s: float, tell: Callable[[str], None]) -> None:
     start = announced = time.monotonic()
     while True:
-        applications = serve.status().applications
+        status = serve.status()
+        applications = status.applications
         states = {app.status for app in applications.values()}
-        if applications and states == {ApplicationStatus.RUNNING}:
+        reachable = set(status.proxies.values()) == {ProxyStatus.HEALTHY}
+        if applications and states == {ApplicationStatus.RUNNING} and reachable:
             return
         now = time.monotonic()
         failed = [app.message for app in applications.values() if app.status == ApplicationStatus.DEPLOY_FAILED]

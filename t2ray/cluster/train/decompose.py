@@ -69,4 +69,4 @@ def _share_out(
         raise
     finally:
         for task in under_way:
-            ray.cancel(task, force=True)
+            ray.cancel(task)  # by force, one that ends just now would abort this process (ray#54260)

@@ -122,7 +122,7 @@ def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray
             yield launch
         finally:
             for task in started:
-                ray.cancel(task, force=True)
+                ray.cancel(task)  # by force, one that ends just now would abort this process (ray#54260)
         return
     # Beside the driver, as Ray Train's controllers are beside it: the run outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
