@@ -29,8 +29,6 @@ PRIVATE = "t2ray_private"
 """A resource that only a Ray has that `session` started: its own processes, too, see that the cluster is private."""
 
 _KNOCK_S = 5.0
-_ORPHAN_S = 10
-"""Seconds after which a private Ray's processes end when its head has died: that one cannot come back."""
 _PROBE_S = 8.0
 _JOB_FOLDER = "runtime_resources/working_dir_files"
 _TOKEN_REMEDY = (
@@ -54,7 +52,6 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
     # "local": without an address Ray would join whatever cluster was started on this machine last.
     address = os.environ.get("RAY_ADDRESS") or "local"
     private = {"num_cpus": num_cpus, "include_dashboard": False, "resources": {PRIVATE: 1}}
-    private["_system_config"] = {"gcs_rpc_server_reconnect_timeout_s": _ORPHAN_S}
     try:
         if re.fullmatch(r"[^/]+:\d+", address):
             _knock(address)
