@@ -36,9 +36,9 @@ test: setup  ## the test suite
 	$(BIN)/python -m pytest -m "not long and not nodes" --durations=10
 
 long: setup  ## tests that take minutes on a real cluster: processes killed, jobs submitted, sweeps
-	$(BIN)/python -m pytest -m long --durations=10
+	$(BIN)/python -m pytest -m "long and not nodes" --durations=10
 
-nodes: setup  ## training on clusters of several nodes that are killed; about 6 minutes
+nodes: setup  ## clusters of several nodes, and heads, that are killed; about 8 minutes
 	$(BIN)/python -m pytest -m nodes --durations=10
 
 vllm: $(VLLM)/.installed  ## vLLM on a CPU beside the offline engine, in an environment of its own; about 8 minutes
