@@ -164,7 +164,7 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Mapping[str, float | Sequence[float]]) -> Mixture:
-        """From `{"math": 0.7}`, or `{"math": [0.7, 0.2, ...]}` with a weight a layer.
+        """From `{"math": 0.7}`, or `{"math": [0.7, 0.2, ...]}` with a weight per layer.
 
         Raises:
             ConfigError: a name that no expert can have, or a weight that is not a finite number.
