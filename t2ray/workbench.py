@@ -5,20 +5,20 @@ Not here: what they do with it, and training, which loads models in its workers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
-from t2ray.adapters.model import load_model
+from t2ray.adapters.model import Model, load_model
 from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, Mixture, UnknownExpert
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
-from t2ray.experts.registry import SHIPPED, Registry
+from t2ray.experts.registry import SHIPPED, Expert, Registry
 from t2ray.models.weights import open_weights
 from t2ray.runs.folder import read_run
 from t2ray.store import Store
@@ -171,6 +171,24 @@ class Workbench:
         return asked if asked is not None else min(usual, max(1, self.engine.context // 2))
 
 
+def load_experts(place: Place, names: Sequence[str], bar: Bar = quiet) -> tuple[Model, list[Expert]]:
+    """The model with these experts in its adapter, and the experts.
+
+    Raises:
+        UnknownExpert: there is no such expert.
+        ExpertError: an expert of another base model.
+        ModelError: the model cannot be read.
+    """
+    digest = open_weights(place.model).digest
+    for name in names:  # an expert of another base is refused before the model is decomposed
+        place.registry().load(name, base_digest=digest)
+    model = load_model(place.model, open_factors(place, bar).folder)
+    adapter = model.adapter
+    experts = [place.registry().load(name, base_digest=digest, layout=adapter.layout) for name in names]
+    adapter.set_experts({expert.name: adapter.join(expert.z) for expert in experts})
+    return model, experts
+
+
 def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
     """Loads the model and every expert.
 
@@ -184,19 +202,12 @@ def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
         raise ConfigError(
             f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
         )
-    digest = open_weights(place.model).digest
-    for manifest in manifests:  # an expert of another base is refused before the model is decomposed
-        place.registry().load(manifest.name, base_digest=digest)
-    factors = open_factors(place, bar)
-    model = load_model(place.model, factors.folder)
-    engine, adapter = OfflineEngine(model), model.adapter
-    loaded = [place.registry().load(m.name, base_digest=digest, layout=adapter.layout) for m in manifests]
-    engine.set_experts({expert.name: adapter.join(expert.z) for expert in loaded})
+    model, _ = load_experts(place, [manifest.name for manifest in manifests], bar)
     labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
     experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(
         place=place,
-        engine=engine,
+        engine=OfflineEngine(model),
         experts=experts,
         classifiers=labels,
     )

@@ -171,6 +171,7 @@ MISTAKES = {
     "train": ("job.yaml rl.stepz=3", "unknown key 'rl.stepz'; did you mean 'steps'?"),
     "demo": ("--limit 0", "--limit is 0; it must be at least 1"),
     "experts": ("import X! file", "'X!' cannot name"),
+    "export": ("--mixture math --as peft --out o", "--as peft needs --rank"),
     "adapt": ("--task math --name x populaton=3", "unknown key 'populaton'; did you mean 'population'?"),
     "chat": ("--max-tokens 0", "max_tokens is 0; it must be at least 1"),
     "eval": ("--tasks math,math", "write names separated by commas, each once"),

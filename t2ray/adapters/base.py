@@ -8,7 +8,7 @@ Shapes: P numbers of an expert, R vectors, B rows of a batch or tokens of a pack
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -74,6 +74,13 @@ class Adapter(Protocol):
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The vector, (P,), float32, of named parts; neutral where a part is missing."""
+        ...
+
+    def changes(self, v_P: Tensor) -> Iterator[tuple[Target, Tensor, Tensor]]:
+        """What the vector adds to each target's weight, as a product `left_MR right_RN`, both float32.
+
+        The first k columns of `left` and rows of `right` are the best approximation of rank k.
+        """
         ...
 
     def initial(self, kind: str, noise_P: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from t2ray.adapters.factors import Factors, Target
 from t2ray.adapters.layer import Bound, SVFLinear
-from t2ray.config.files import nearest
-from t2ray.core import ExpertError, Mixture, UnknownExpert
+from t2ray.adapters.mixing import terms
+from t2ray.core import ExpertError, Mixture
 
 
 class SVF:
@@ -156,18 +156,8 @@ class SVF:
             ExpertError: it has weights by layer, and not one for each layer.
         """
         z_K = self.neutral.clone()
-        for name, alpha in mixture.weights:
-            if name not in self.bank:
-                raise UnknownExpert(f"unknown expert {name!r}{nearest(name, self.bank)}")
-            weight = torch.tensor(alpha, device=z_K.device)
-            if len(alpha) > 1:
-                layers = int(self.layer_of_K.max()) + 1
-                if len(alpha) != layers:
-                    raise ExpertError(
-                        f"expert {name!r} has {len(alpha)} weights by layer; the model has {layers} layers"
-                    )
-                weight = weight[self.layer_of_K]
-            z_K = z_K + weight * (self.bank[name] - 1)
+        for alpha, expert_K in terms(mixture, self.bank, self.layer_of_K):
+            z_K = z_K + alpha * (expert_K - 1)
         return z_K
 
     def split(self, z_K: Tensor) -> Mapping[str, Tensor]:
@@ -179,6 +169,19 @@ class SVF:
         ones = (torch.ones(target.rank) for target in self.layout)
         vectors = [parts.get(target.name, one) for target, one in zip(self.layout, ones, strict=True)]
         return torch.cat([z_r.to(self.s_K.device, torch.float32) for z_r in vectors])
+
+    def changes(self, z_K: Tensor) -> Iterator[tuple[Target, Tensor, Tensor]]:
+        """`U diag(s (z - 1)) V^T` of each target: U and V are orthonormal, so that |s (z - 1)| are its singular values.
+
+        The product's two factors share each singular value evenly; components that z leaves alone are left out.
+        """
+        change_K = self.s_K * (z_K.to(self.s_K.dtype) - 1)
+        for target, layer in zip(self.layout, self.layers, strict=True):
+            change_r = change_K[layer.span].to(layer.U_Mr.device).float()
+            kept = change_r.abs().argsort(descending=True)[: int(change_r.count_nonzero())]
+            half_R = change_r[kept].abs().sqrt()
+            left_MR = layer.U_Mr[:, kept].float() * half_R * change_r[kept].sign()
+            yield target, left_MR, half_R[:, None] * layer.Vh_rN[kept].float()
 
     # ------------------------------------------------------------------------------------------------------- training
 

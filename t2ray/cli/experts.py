@@ -1,6 +1,7 @@
-"""`t2ray experts list | show | delete | import | export`.
+"""`t2ray experts list | show | delete | import | export | push | pull`.
 
-Not here: the files of a registry (`t2ray.experts.registry`) and those of other programs (`t2ray.experts.exchange`).
+Not here: the files of a registry (`t2ray.experts.registry`), those of other programs (`t2ray.experts.exchange`) and
+the hub (`t2ray.experts.hub`).
 A mixture goes by the name `fewshot/NAME`, as it does among the strategies of chat and eval, since an expert may have
 the same NAME.
 """
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from t2ray.adapt.strategies import FEWSHOT
 from t2ray.cli.options import Parser, add_model, add_registry, locate
 from t2ray.cli.output import bar, console, weight_bars
-from t2ray.core import UnknownExpert, check_name
+from t2ray.core import ConfigError, UnknownExpert, check_name
 
 if TYPE_CHECKING:
     from t2ray.experts.registry import Registry
@@ -37,16 +38,33 @@ def add(p: Parser) -> None:
     deleted = command("delete", _delete, "Delete an expert with all its versions, or a mixture.")
     deleted.add_argument("name", metavar="NAME", help=either)
     imported = command("import", _import, "Add an expert from outside as the next version of its name.")
-    imported.add_argument("name", metavar="NAME", help=expert)
+    imported.add_argument("name", metavar="NAME", nargs="?", help=f"{expert} It may also be given by --name.")
     imported.add_argument(
         "path", metavar="PATH", help="A safetensors file, an exported folder, or a .pt file of the reference code."
+    )
+    imported.add_argument("--name", dest="named", metavar="NAME", help=expert)
+    imported.add_argument(
+        "--from",
+        dest="origin",
+        choices=["t2ray", "sakana"],
+        help="Who wrote the file: t2ray, or the paper's reference code. Default: what its name ends in tells.",
     )
     exported = command("export", _export, "Write an expert into a folder of its own.")
     exported.add_argument("name", metavar="NAME", help=expert)
     exported.add_argument("path", metavar="PATH", help="The folder that receives the expert.")
-    for parser in (listed, shown, deleted, exported):
+    pushed = command("push", _push, "Upload an expert to the Hugging Face hub, with its manifest and a model card.")
+    pushed.add_argument("name", metavar="NAME", help=expert)
+    pushed.add_argument("place", metavar="hf://USER/REPO", help="The repository, which is made where it is missing.")
+    pushed.add_argument("--base", metavar="MODEL", help="The base model's name on the card. Default: that of the run.")
+    pushed.add_argument("--private", action="store_true", help="Make a new repository private.")
+    pulled = command("pull", _pull, "Add an expert from the Hugging Face hub as the next version of its name.")
+    pulled.add_argument("place", metavar="hf://USER/REPO", help="The repository, at a @REVISION where one is named.")
+    pulled.add_argument("--name", dest="named", metavar="NAME", help="The expert's name here. Default: its own.")
+    for parser in (listed, shown, deleted, exported, pushed):
         add_registry(parser)
-    add_model(imported)
+    for parser in (imported, pulled):
+        add_model(parser)
+        parser.add_argument("--base", dest="model", metavar="MODEL", help="Another name of --model.")
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -117,15 +135,19 @@ def _delete(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     """Adds an expert as the next version of its name."""
-    check_name(args.name)
+    name = args.named or args.name
+    if name is None or (args.named and args.name):
+        raise ConfigError(f"name the expert once: t2ray experts import NAME {args.path}")
+    check_name(name)
 
     from t2ray.experts.exchange import import_expert
     from t2ray.workbench import open_factors
 
     place = locate(args)
     registry = place.registry()
-    version = import_expert(registry, args.name, args.path, open_factors(place, bar))
-    console.print(f"{args.path} is now expert {args.name}, version {version}, in {registry.store.uri}", markup=False)
+    reference = None if args.origin is None else args.origin == "sakana"
+    version = import_expert(registry, name, args.path, open_factors(place, bar), reference=reference)
+    console.print(f"{args.path} is now expert {name}, version {version}, in {registry.store.uri}", markup=False)
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -137,6 +159,33 @@ def _export(args: argparse.Namespace) -> None:
     expert = registry.load(args.name)
     export_expert(expert, args.path)
     console.print(f"expert {expert.name}, version {expert.version}, is in {args.path}", markup=False)
+
+
+def _push(args: argparse.Namespace) -> None:
+    """Uploads the latest version of an expert."""
+    from t2ray.experts.hub import HubPlace, push_expert
+
+    target, place = HubPlace.parse(args.place), locate(args)
+    base = args.base or (place.run.model if place.run else None)
+    if base is None:
+        raise ConfigError("the card names the base model: write --base MODEL")
+    registry = place.registry()
+    _known(registry, args.name)
+    expert = registry.load(args.name)
+    url = push_expert(expert, target, base, private=args.private)
+    console.print(f"expert {expert.name}, version {expert.version}, is in {target}: {url}", markup=False)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    """Adds an expert of the hub as the next version of its name."""
+    from t2ray.experts.hub import HubPlace, pull_expert
+    from t2ray.models.weights import open_weights
+    from t2ray.workbench import open_factors
+
+    source, place = HubPlace.parse(args.place), locate(args)
+    registry, digest = place.registry(), open_weights(place.model).digest
+    name, version = pull_expert(registry, source, digest, lambda: open_factors(place, bar), args.named)
+    console.print(f"{source} is now expert {name}, version {version}, in {registry.store.uri}", markup=False)
 
 
 def _registry(args: argparse.Namespace) -> Registry:

@@ -31,7 +31,9 @@ DAMAGED = (
 BARS, BINS = " ▁▂▃▄▅▆▇█", 24
 
 
-def import_expert(registry: Registry, name: str, path: str | Path, factors: Factors) -> int:
+def import_expert(
+    registry: Registry, name: str, path: str | Path, factors: Factors, *, reference: bool | None = None
+) -> int:
     """Saves an expert from outside as the next version of `name`; returns the version.
 
     Args:
@@ -40,19 +42,22 @@ def import_expert(registry: Registry, name: str, path: str | Path, factors: Fact
             that code's rescaling `sum(s) / sum(s * z)`. Other pickles are refused. Names may end in ".weight" and have
             underscores in place of dots.
         factors: the decomposition whose targets the expert must fit.
+        reference: whether the file is the reference code's; by default what its name ends in tells.
 
     Raises:
         ExpertError: the file cannot be read, has unknown names, wrong shapes or types, numbers that are not finite or
             above `admission.LARGEST`, or belongs to another base model.
     """
     path = Path(path)
-    if path.is_dir():
+    if path.is_dir() and not reference:
         store = Store(path)
         manifest = read_manifest(store, MANIFEST)
         expert = read_expert(store, ".", manifest, factors.base_digest, factors.layout)
+        check_size(expert.z, str(path))
         kept = manifest.model_dump(include={"rescaled", "domain", "config", "metrics", "seed"})
         return registry.save(name, expert.z, base_digest=factors.base_digest, **kept)
-    reference = path.suffix in (".pt", ".pth", ".bin")
+    if reference is None:
+        reference = path.suffix in (".pt", ".pth", ".bin")
     found = _read_pickled(path) if reference else _read_safetensors(path, factors.layout)
     z = _place(path, found, factors.layout)
     if reference:
