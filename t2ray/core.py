@@ -71,11 +71,26 @@ class RunError(T2RayError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a chat: `Message(role="user", content="17+25")`."""
+class ToolCall:
+    """A function that a model asks to be called: `ToolCall(id="call-1", name="add", arguments='{"a": 1}')`."""
 
-    role: Literal["system", "user", "assistant"]
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a chat: `Message(role="user", content="17+25")`.
+
+    A `tool` turn has the result of the call `call_id`, which stands in the `calls` of an assistant's turn before it.
+    `tools` is no turn: its content is the JSON list of the functions on offer, which the chat template shows its way.
+    """
+
+    role: Literal["system", "user", "assistant", "tool", "tools"]
     content: str
+    calls: tuple[ToolCall, ...] = ()
+    call_id: str = ""
 
 
 Prompt = tuple[Message, ...] | str | tuple[int, ...]
@@ -98,7 +113,8 @@ class SamplingParams:
     all), `min_p` (a share of the likeliest token's) and `top_p` cut off what is unlikely. With a `seed`, the text
     depends on prompt, mixture and seed alone, whatever else is in the batch. `ignore_eos` goes on past the model's end
     token, up to `max_tokens`, for load tests. The continuous engine records `top_logprobs` of the likeliest tokens
-    beside each chosen one. With `to_end`, `max_tokens` is lowered to what the context has room for.
+    beside each chosen one. With `to_end`, `max_tokens` is lowered to what the context has room for. With a `grammar`
+    (`engine.grammar`), the answer follows it, until it is whole or `max_tokens` cut it.
     """
 
     max_tokens: int = 64
@@ -114,6 +130,7 @@ class SamplingParams:
     ignore_eos: bool = False
     top_logprobs: int = 0
     to_end: bool = False
+    grammar: str | None = None
 
     def __post_init__(self) -> None:
         for name, fine, rule in (

@@ -53,7 +53,8 @@ class FakeBackend:
     """Satisfies `Backend`.
 
     `running` holds the numbers of generations that run, `aborted` those that were cut off, `calls` every
-    generation in order, `observed` every metric. `failures` maps a method's name to what it raises; `break_after` makes
+    generation in order, `observed` every metric. `says` are the pieces of every answer, if there are any, and `tools`
+    is how its chat template has calls written. `failures` maps a method's name to what it raises; `break_after` makes
     every generation raise `failures["stream"]` after so many tokens.
     """
 
@@ -71,6 +72,8 @@ class FakeBackend:
         self.strategies: tuple[str, ...] = ("prompt", "cls")
         self.problems: dict[str, str] = {}
         self.adaptations: dict[str, Adaptation] = {}
+        self.tools: str | None = None
+        self.says: tuple[str, ...] = ()
         self.pace = pace
         self.go = asyncio.Event()
         self.pause_after: int | None = None
@@ -98,6 +101,7 @@ class FakeBackend:
             mixtures=dict(self.mixtures),
             verifiers=("math", "exact"),
             context=CONTEXT,
+            tools=self.tools,
             problems=dict(self.problems),
         )
 
@@ -153,6 +157,8 @@ class FakeBackend:
 
     def _words(self, text: str, mixture: Mixture, sampling: SamplingParams) -> list[str]:
         """`math:1 answers 17+25 with seven rivers ...`, whose tail a seed changes where there is a temperature."""
+        if self.says:
+            return list(self.says)
         salt = f"{text}|{mixture}|{sampling.seed if sampling.temperature else None}"
         dice = hashlib.sha256(salt.encode()).digest()
         tail = [VOCABULARY[byte % len(VOCABULARY)] for byte in dice[:8]]

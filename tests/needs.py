@@ -31,9 +31,9 @@ def real(path: str) -> Path:
     return SHARED / path
 
 
-def extra(name: str) -> Any:
-    """The module `name` of the package's extra `name`; skips the test where it is not installed."""
-    return pytest.importorskip(name, reason=f"needs {name} (pip install 't2ray[{name}]')")
+def extra(name: str, of: str = "") -> Any:
+    """The module `name` of the package's extra `of` (else of that name); skips the test where it is not installed."""
+    return pytest.importorskip(name, reason=f"needs {name} (pip install 't2ray[{of or name}]')")
 
 
 def counted(reasons: list[str]) -> list[str]:

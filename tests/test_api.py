@@ -517,7 +517,7 @@ def test_the_page_is_served_by_exact_names_under_a_strict_policy() -> None:
                 assert none.status_code == 404 and set(none.json()["error"]) == {"message", "type", "param", "code"}
             assert (await http.get("/v1/models/")).json() == (await http.get("/v1/models")).json()
             several = await http.patch("/v1/experts/math")
-            assert several.headers["allow"] == "DELETE, GET, PUT"
+            assert several.headers["allow"] == "DELETE, GET, HEAD, PUT"
             wrong = await http.delete("/v1/models")
             assert wrong.status_code == 405 and wrong.headers["allow"] and wrong.json()["error"]["code"]
 

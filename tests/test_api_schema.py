@@ -59,9 +59,10 @@ def operations() -> dict[str, Any]:
 # Of `EXAMPLES`, the share of a route with right and with wrong requests; one without parameters is asked once, and a
 # path's parameter, which is a text, cannot be wrong.
 SHARES = {
-    "POST /v1/chat/completions": (0.25, 0.2),
-    "POST /v1/completions": (0.15, 0.1),
-    "POST /v1/adaptations": (0.1, 0.1),
+    "POST /v1/chat/completions": (0.2, 0.2),
+    "POST /v1/completions": (0.1, 0.1),
+    "POST /v1/responses": (0.1, 0.1),
+    "POST /v1/adaptations": (0.1, 0.05),
     "PUT /v1/experts/{name}": (0.03, 0.02),
     "DELETE /v1/experts/{name}": (0.01, 0.0),
     "GET /v1/experts/{name}": (0.01, 0.0),

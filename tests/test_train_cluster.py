@@ -292,6 +292,21 @@ def test_the_processes_of_a_private_ray_know_that_it_is_private() -> None:
     assert seen() and ray.get(ray.remote(num_cpus=0)(seen).remote())
 
 
+def test_a_private_ray_listens_on_the_loopback_alone() -> None:
+    """Also its metrics agent, which asks for no token."""
+    with session():
+        ray.get(ray.remote(num_cpus=0)(os.getpid).remote())
+        own = psutil.Process()
+        listening = {
+            connection.laddr.ip
+            for process in (own, *own.children(recursive=True))
+            if process.is_running()
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        assert {ip.removeprefix("::ffff:") for ip in listening} == {"127.0.0.1"}
+
+
 @pytest.mark.long
 def test_a_mistake_that_only_one_of_several_workers_finds_ends_the_job_and_no_worker_waits(tmp_path: Path) -> None:
     config = job(tmp_path, "bad", "broken_for_one", workers=2, verifiers=0)

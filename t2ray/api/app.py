@@ -28,6 +28,7 @@ from t2ray.api.backend import Backend
 from t2ray.api.errors import SERVER, ErrorReply, Refusal, on_error, on_fault, on_gone, on_http, refusal
 from t2ray.api.guard import Door, Guard
 from t2ray.api.keys import Keys
+from t2ray.api.responses import ResponsesRequest
 from t2ray.api.routes import backend_of, refused, reply
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
 from t2ray.config.serve import ApiConfig
@@ -140,7 +141,7 @@ async def metrics(request: Request) -> Response:
 def _document(openapi: Callable[[], dict[str, Any]], *, secured: bool) -> dict[str, Any]:
     """Returns FastAPI's document, with the bodies that routes read themselves and without FastAPI's own 422 errors."""
     document = openapi()
-    bodies = [(model, "validation") for model in (ChatRequest, CompletionRequest, AdaptationBody)]
+    bodies = [(model, "validation") for model in (ChatRequest, CompletionRequest, ResponsesRequest, AdaptationBody)]
     _, definitions = models_json_schema(bodies, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     components = document["components"]
     components["schemas"] |= definitions["$defs"]

@@ -41,8 +41,9 @@ class Catalog:
 
     `base` is the base model's name, `default` the strategy behind the model name `t2ray`. `strategies` are those that
     work with the present experts. `mixtures` holds the saved mixtures by name, `verifiers` the names that an adaptation
-    may use. `context` is the most tokens that a prompt and its answer may have together. `problems` says what is wrong
-    in the registry, by the names of experts that cannot be used and the paths of other entries; "." is all of it.
+    may use. `context` is the most tokens that a prompt and its answer may have together. `tools` is how the chat
+    template has calls of functions written (`Chat.tools`). `problems` says what is wrong in the registry, by the names
+    of experts that cannot be used and the paths of other entries; "." is all of it.
     """
 
     base: str
@@ -52,6 +53,7 @@ class Catalog:
     mixtures: Mapping[str, Mixture]
     verifiers: tuple[str, ...]
     context: int
+    tools: str | None = None
     problems: Mapping[str, str] = field(default_factory=dict)
 
 

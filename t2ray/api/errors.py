@@ -77,9 +77,12 @@ class Refusal(Exception):
     headers: Mapping[str, str] | None = None
 
     @property
+    def detail(self) -> ErrorDetail:
+        return ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
+
+    @property
     def body(self) -> bytes:
-        detail = ErrorDetail(message=self.message, type=self.type, param=self.param, code=self.code)
-        return to_json(asdict(ErrorReply(error=detail)))
+        return to_json(asdict(ErrorReply(error=self.detail)))
 
     def response(self) -> Response:
         headers = dict(self.headers or {})
@@ -129,7 +132,8 @@ async def on_http(request: Request, error: Exception) -> Response:
     headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:  # a path's methods are routes of their own, of which the error names the first one's
         routes = [route for route in request.app.state.routes if route.matches(request.scope)[0] != Match.NONE]
-        headers["allow"] = ", ".join(sorted({method for route in routes for method in route.methods}))
+        methods = {method for route in routes for method in route.methods}
+        headers["allow"] = ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))
     return await on_error(request, Refusal(status=error.status_code, message=message, code=code, headers=headers))
 
 

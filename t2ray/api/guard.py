@@ -192,7 +192,11 @@ class Guard:
                 backend.observe("errors_total", 1, kind=trace.error)
             if trace.ttft is not None:
                 backend.observe("ttft_seconds", trace.ttft)
+            for what, tokens in (("prompt", trace.prompt_tokens), ("generation", trace.completion_tokens)):
+                if tokens:
+                    backend.observe(f"{what}_tokens_total", tokens)
             if trace.completion_tokens:
+                backend.observe("request_seconds", trace.seconds)
                 backend.observe("overhead_seconds", max(trace.seconds - trace.backend_s, 0.0))
         line = {
             "request_id": trace.request_id,

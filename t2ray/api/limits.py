@@ -79,10 +79,10 @@ async def read_json(request: Request, model: type[M], limit: int) -> M:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _explained(error) from None
+        raise explained(error) from None
 
 
-def _explained(error: ValidationError) -> Refusal:
+def explained(error: ValidationError) -> Refusal:
     """The refusal for the first mistake; it names the parameter by its path, such as `messages[0].role`."""
     first = error.errors(include_url=False)[0]
     # Without the names of a union's parts, which have signs that no parameter's has.
@@ -109,7 +109,8 @@ def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
             continue
         messages = [message for message in prompt if isinstance(message, Message)]
         at_most(config.max_messages, len(messages), "messages", "messages")
-        at_most(config.max_prompt_chars, sum(len(m.content) for m in messages), "messages", "characters")
+        characters = sum(len(m.content) + sum(len(call.arguments) for call in m.calls) for m in messages)
+        at_most(config.max_prompt_chars, characters, "messages", "characters")
         at_most(config.max_prompt_chars, len(prompt), "prompt", "tokens")
 
 

@@ -18,6 +18,7 @@ from t2ray.api.backend import AdaptationRequest, Backend, EndpointLoad
 from t2ray.api.errors import SERVER, ErrorReply, Refusal
 from t2ray.api.limits import at_most, check_prompts, invalid, read, read_json
 from t2ray.api.names import known_expert, names
+from t2ray.api.outputs import ResponseReply, respond
 from t2ray.api.replies import (
     AdaptationReply,
     DeletedReply,
@@ -28,6 +29,7 @@ from t2ray.api.replies import (
     SavedReply,
     model_reply,
 )
+from t2ray.api.responses import ResponsesRequest
 from t2ray.api.schema import AdaptationBody, ChatRequest, CompletionRequest
 from t2ray.api.shapes import ChatReply, ChatShape, TextReply, TextShape
 from t2ray.config.files import nearest
@@ -124,6 +126,18 @@ async def complete(request: Request) -> Response:
     backend_of(request)
     body = await read_json(request, CompletionRequest, config_of(request).max_body_bytes)
     return await answer(request, body, TextShape(), body.prompt)
+
+
+@router.post(
+    "/responses",
+    response_model=ResponseReply,
+    responses=refused(400, 404, 413, 429) | STREAM,
+    openapi_extra=takes("ResponsesRequest"),
+)
+async def responses(request: Request) -> Response:
+    """Continues a conversation, in the form of the newer API. Nothing is kept of it."""
+    backend_of(request)
+    return await respond(request, await read_json(request, ResponsesRequest, config_of(request).max_body_bytes))
 
 
 @router.get("/models/", response_model=ModelsReply, responses=refused(), include_in_schema=False)

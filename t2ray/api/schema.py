@@ -1,139 +1,58 @@
 """The bodies of requests as strict pydantic models, with OpenAI's parameter names.
 
-A parameter of OpenAI's that t2ray does not support is accepted if its value changes nothing (its neutral values), and
-otherwise refused by name. An unknown parameter is refused with the nearest known name. Not here: configured limits
+Not here: what a body is made of (`body.py`), what an answer may be held to (`formats.py`), configured limits
 (`limits.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from t2ray.config.files import nearest
+from t2ray.api.body import EMPTY, FALSE, MOST, NULL, ONE, ZERO, Bias, Body, Prompts, Stops, Text
+from t2ray.api.formats import NamedTool, ResponseFormat, ToolBody, ToolCallBody
 from t2ray.core import Message, user
-
-MOST = 2**31 - 1  # upper bound of any number; the configured limits are far below
-NULL: tuple[Any, ...] = (None,)
-ZERO: tuple[Any, ...] = (None, 0, 0.0)
-EMPTY: tuple[Any, ...] = (None, [])
-ONE: tuple[Any, ...] = (None, 1, 1.0)
-FALSE: tuple[Any, ...] = (None, False)
-
-
-def _document(schema: dict[str, Any], model: type[Any]) -> None:
-    """Adds the unsupported parameters with their neutral values to the JSON schema."""
-    for name, values in model.neutral.items():
-        unique = [value for i, value in enumerate(values) if value not in values[:i]]  # in JSON, 0 and 0.0 are one
-        schema["properties"][name] = {"enum": unique, "description": "not supported; accepted with these values"}
-    for name in model.ignored:
-        schema["properties"][name] = {"description": "accepted, not used"}
-
-
-class Body(BaseModel):
-    """A JSON object in a request: strict types, no unknown keys.
-
-    `neutral` holds its unsupported parameters with the values that change nothing, `ignored` those that say nothing
-    about the answer.
-    """
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, json_schema_extra=_document, allow_inf_nan=False
-    )
-    neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    ignored: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_known(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        known = {}
-        for key, value in values.items():
-            if key in cls.model_fields:
-                known[key] = value
-            elif key in cls.ignored:
-                continue
-            elif key not in cls.neutral:
-                message = f"unknown parameter {key[:80]!r}{nearest(key[:80], cls.model_fields)}"
-                raise PydanticCustomError("unknown", "{message}", {"message": message, "param": key[:80]})
-            elif not any(type(value) is type(neutral) and value == neutral for neutral in cls.neutral[key]):
-                message = f"{key!r} is not supported here; leave it out"
-                raise PydanticCustomError("unsupported", "{message}", {"message": message, "param": key})
-        return known
-
-
-def _text(value: Any) -> Any:
-    """A string as it is; a list of parts `[{"type": "text", "text": ...}]` as one string."""
-    if not isinstance(value, list):
-        return value
-    for part in value:
-        if not isinstance(part, dict) or part.keys() - {"cache_control"} != {"type", "text"} or part["type"] != "text":
-            raise PydanticCustomError("part", 'only parts {"type": "text", "text": "..."} are supported')
-        if not isinstance(part["text"], str):
-            raise PydanticCustomError("part", "the text of a part must be a string")
-    return "".join(part["text"] for part in value)
-
-
-def _strings(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _prompts(value: Any) -> Any:
-    """A list of prompts, of which each is a text or the ids of its tokens."""
-    if isinstance(value, list) and value and all(type(item) is int for item in value):
-        value = [value]
-    value = _strings(value)
-    return [tuple(item) if isinstance(item, list) else item for item in value] if isinstance(value, list) else value
-
-
-def _kind(value: Any) -> str:
-    return "token-ids" if isinstance(value, tuple) else "a-text"
-
-
-PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}, "cache_control": {}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
-STRING = {"type": "string", "minLength": 1}
-Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(TEXT)]
-Nonempty = Annotated[str, Field(min_length=1)]
-IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MOST}, "minItems": 1}
-TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST)], ...], Field(min_length=1)]
-Prompts = Annotated[
-    list[Annotated[Annotated[Nonempty, Tag("a-text")] | Annotated[TokenIds, Tag("token-ids")], Discriminator(_kind)]],
-    BeforeValidator(_prompts),
-    Field(min_length=1),
-    WithJsonSchema({"anyOf": [STRING, IDS, {"type": "array", "items": {"anyOf": [STRING, IDS]}, "minItems": 1}]}),
-]
-Bias = dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]]
-Stops = Annotated[
-    list[Nonempty] | None,
-    BeforeValidator(_strings),
-    WithJsonSchema({"anyOf": [STRING, {"type": "array", "items": STRING}, {"type": "null"}]}),
-]
 
 
 class MessageBody(Body):
     """One turn. It may hold, empty, the fields of OpenAI's answers that t2ray never fills."""
 
     neutral = {
-        **dict.fromkeys(("refusal", "audio", "function_call", "tool_call_id", "reasoning", "reasoning_content"), NULL),
-        **dict.fromkeys(("tool_calls", "annotations"), EMPTY),
+        **dict.fromkeys(("refusal", "audio", "function_call", "reasoning", "reasoning_content"), NULL),
+        "annotations": EMPTY,
     }
     ignored = ("id", "name", "cache_control")
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | None = Field(None, description="needed, but beside tool_calls")
+    tool_calls: list[ToolCallBody] | None = Field(None, description="of an assistant's turn")
+    tool_call_id: str | None = Field(None, description="of a tool's turn: the call whose result it has")
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> Self:
+        for name, given, role in (
+            ("tool_calls", self.tool_calls, "assistant"),
+            ("tool_call_id", self.tool_call_id, "tool"),
+        ):
+            if given and self.role != role:
+                message = f"{name!r} is for the role {role!r}"
+                raise PydanticCustomError("role", "{message}", {"message": message, "param": name})
+        missing = "content" if self.content is None and not self.tool_calls else None
+        if self.role == "tool" and not self.tool_call_id:
+            missing = "tool_call_id"
+        if missing:
+            raise PydanticCustomError("missing", "it is missing", {"param": missing})
+        return self
 
     @property
     def message(self) -> Message:
-        return Message(role="system" if self.role == "developer" else self.role, content=self.content)
+        return Message(
+            role="system" if self.role == "developer" else self.role,
+            content=self.content or "",
+            calls=tuple(call.call for call in self.tool_calls or ()),
+            call_id=self.tool_call_id or "",
+        )
 
 
 class StreamOptions(Body):
@@ -169,6 +88,7 @@ class Generation(Body):
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="off the logits of tokens in the answer")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="the same, as often as they are in it")
     logit_bias: Bias | None = Field(None, max_length=1024, description="added to the logits of tokens, by their ids")
+    response_format: ResponseFormat | None = Field(None, description="needs the extra t2ray[structured], but for text")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = Field(None, description="generate max_tokens tokens, past the end token: for load tests")
@@ -196,19 +116,20 @@ class ChatRequest(Generation):
 
     neutral = {
         **Generation.neutral,
-        **dict.fromkeys(("tools", "functions"), EMPTY),
-        **dict.fromkeys(("tool_choice", "function_call"), (None, "none", "auto")),
+        "functions": EMPTY,
+        "function_call": (None, "none", "auto"),
         **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), NULL),
         **dict.fromkeys(("moderation", "chat_template", "documents"), NULL),
         "chat_template_kwargs": (None, {}),
         "add_generation_prompt": (None, True),
         **dict.fromkeys(("echo", "continue_final_message"), FALSE),
         "modalities": (None, ["text"]),
-        "response_format": (None, {"type": "text"}),
         "service_tier": (None, "auto", "default"),
-        "parallel_tool_calls": (None, True, False),
     }
     messages: list[MessageBody] = Field(min_length=1)
+    tools: list[ToolBody] | None = Field(None, description="functions that the model may ask to be called")
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = Field(None, description="auto by default")
+    parallel_tool_calls: bool | None = Field(None, description="whether there may be several calls; true by default")
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens per token; needs logprobs")
@@ -220,6 +141,16 @@ class ChatRequest(Generation):
         if len({self.max_tokens, self.max_completion_tokens} - {None}) == 2:
             message = "'max_tokens' and 'max_completion_tokens' say different things; send one"
             raise PydanticCustomError("max_tokens", "{message}", {"message": message, "param": "max_completion_tokens"})
+        names = [tool.function.name for tool in self.tools or ()]
+        wrong = None
+        if len(set(names)) < len(names):
+            wrong = ("tools", "two tools have one name")
+        elif isinstance(self.tool_choice, NamedTool) and self.tool_choice.function.name not in names:
+            wrong = ("tool_choice", f"there is no tool {self.tool_choice.function.name!r}")
+        elif self.tool_choice == "required" and not names:
+            wrong = ("tool_choice", "'required' needs 'tools'")
+        if wrong:
+            raise PydanticCustomError("tools", "{message}", {"message": wrong[1], "param": wrong[0]})
         return self
 
     @property
@@ -232,7 +163,6 @@ class CompletionRequest(Generation):
 
     neutral = {
         **Generation.neutral,
-        "response_format": (None, {"type": "text"}),
         "add_special_tokens": (None, True),
         "suffix": (None, ""),
     }

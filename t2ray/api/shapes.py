@@ -5,18 +5,17 @@ The dataclasses are also the response schemas of `/openapi.json`. Not here: how 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from pydantic_core import to_json
 
-from t2ray.core import Completion, Delta, Mixture, Token
+from t2ray.api.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
+from t2ray.core import Completion, Delta, Mixture, ToolCall
 
-LOWEST = -9999.0  # least log-probability shown, as in OpenAI's API: JSON has no -inf
 MixtureWeights = Mapping[str, float | tuple[float, ...]]
-Finish = Literal["stop", "length"] | None
+Finish = Literal["stop", "length", "tool_calls"] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,37 +42,32 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TopLogprob:
-    """One of the likeliest tokens at a place, with its log-probability in nats."""
+class FunctionReply:
+    """The function of a call, with its arguments as JSON text."""
 
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenLogprob:
-    """A chosen token with its log-probability in nats, and the likeliest tokens at its place."""
-
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ChatLogprobs:
-    """The log-probabilities of a chat answer's tokens."""
+class ToolCallReply:
+    """A function that the model asks to be called."""
 
-    content: list[TokenLogprob]
-    refusal: None = None
+    id: str
+    function: FunctionReply
+    type: Literal["function"] = "function"
+
+    @classmethod
+    def of(cls, call: ToolCall) -> ToolCallReply:
+        return cls(id=call.id, function=FunctionReply(name=call.name, arguments=call.arguments))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """The turn that answers a conversation."""
+    """The turn that answers a conversation: a text, calls of functions, or both."""
 
-    content: str
+    content: str | None
+    tool_calls: list[ToolCallReply] | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
 
@@ -102,19 +96,6 @@ class ChatReply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TextLogprobs:
-    """The log-probabilities of a text answer's tokens, as columns of equal length; `text_offset` is in characters.
-
-    The first token of an echoed prompt has none.
-    """
-
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class TextChoice:
     """One of n answers to one of the prompts; it has its own `t2ray` if there are several prompts."""
 
@@ -138,6 +119,25 @@ class TextReply:
     t2ray: Extension
 
 
+@dataclass(slots=True, kw_only=True)
+class Sent:
+    """What a row's stream has sent so far; `offset` is the number of characters of its tokens."""
+
+    begun: bool = False
+    text: str = ""
+    tokens: int = 0
+    prompt_tokens: int = 0
+    offset: int = 0
+    calls: int = 0
+
+    def add(self, delta: Delta, calls: Sequence[ToolCall]) -> None:
+        """Counts a piece that was sent, but its tokens, which are counted when they come."""
+        self.begun = True
+        self.text += delta.text
+        self.offset += sum(len(token.text) for token in delta.tokens)
+        self.calls += len(calls)
+
+
 class AnswerShape(Protocol):
     """How one kind of answer (chat or text) is written: its names, its choices and the pieces of its stream.
 
@@ -149,10 +149,12 @@ class AnswerShape(Protocol):
     whole: str
     chunk: str
 
-    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> Any: ...
+    def choice(
+        self, index: int, answer: Completion, calls: Sequence[ToolCall], logprobs: bool, own: Extension | None
+    ) -> Any: ...
 
-    def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
-        """A choice of a stream's chunk; `offset` is the number of characters of the tokens before it."""
+    def piece(self, index: int, delta: Delta, calls: Sequence[ToolCall], logprobs: bool, sent: Sent) -> dict[str, Any]:
+        """A choice of a stream's chunk, after what was `sent`."""
         ...
 
 
@@ -162,21 +164,32 @@ class ChatShape:
     prompt = "messages"
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> ChatChoice:
+    def choice(
+        self, index: int, answer: Completion, calls: Sequence[ToolCall], logprobs: bool, own: Extension | None
+    ) -> ChatChoice:
         return ChatChoice(
             index=index,
-            message=ChatMessage(content=answer.text),
-            logprobs=_chat_logprobs(answer.tokens) if logprobs else None,
-            finish_reason=answer.finish_reason,
+            message=ChatMessage(
+                content=None if calls and not answer.text else answer.text,
+                tool_calls=[ToolCallReply.of(call) for call in calls] or None,
+            ),
+            logprobs=chat_logprobs(answer.tokens) if logprobs else None,
+            finish_reason="tool_calls" if calls else answer.finish_reason,
         )
 
-    def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
-        role = {"role": "assistant"} if first else {}
+    def piece(self, index: int, delta: Delta, calls: Sequence[ToolCall], logprobs: bool, sent: Sent) -> dict[str, Any]:
+        said: dict[str, Any] = {} if sent.begun else {"role": "assistant"}
+        if delta.text or not (sent.begun or calls):
+            said["content"] = delta.text
+        if calls:
+            said["tool_calls"] = [
+                {"index": i} | asdict(ToolCallReply.of(call)) for i, call in enumerate(calls, sent.calls)
+            ]
         return {
             "index": index,
-            "delta": role | ({"content": delta.text} if delta.text or first else {}),
-            "logprobs": _chat_logprobs(delta.tokens) if logprobs else None,
-            "finish_reason": delta.finish_reason,
+            "delta": said,
+            "logprobs": chat_logprobs(delta.tokens) if logprobs else None,
+            "finish_reason": "tool_calls" if delta.finish_reason and (calls or sent.calls) else delta.finish_reason,
         }
 
 
@@ -186,20 +199,22 @@ class TextShape:
     prompt = "prompt"
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
-    def choice(self, index: int, answer: Completion, logprobs: bool, own: Extension | None) -> TextChoice:
+    def choice(
+        self, index: int, answer: Completion, calls: Sequence[ToolCall], logprobs: bool, own: Extension | None
+    ) -> TextChoice:
         return TextChoice(
             index=index,
             text=answer.text,
-            logprobs=_text_logprobs(answer.tokens, 0) if logprobs else None,
+            logprobs=text_logprobs(answer.tokens, 0) if logprobs else None,
             finish_reason=answer.finish_reason,
             t2ray=own,
         )
 
-    def piece(self, index: int, delta: Delta, logprobs: bool, offset: int, *, first: bool) -> dict[str, Any]:
+    def piece(self, index: int, delta: Delta, calls: Sequence[ToolCall], logprobs: bool, sent: Sent) -> dict[str, Any]:
         return {
             "index": index,
             "text": delta.text,
-            "logprobs": _text_logprobs(delta.tokens, offset) if logprobs else None,
+            "logprobs": text_logprobs(delta.tokens, sent.offset) if logprobs else None,
             "finish_reason": delta.finish_reason,
         }
 
@@ -212,39 +227,3 @@ def event(value: Any) -> bytes:
 def weights(mixture: Mixture) -> MixtureWeights:
     """A mixture as the API shows it: one number per expert, or one per expert and layer."""
     return {name: alpha[0] if len(alpha) == 1 else alpha for name, alpha in mixture.weights}
-
-
-def _chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
-    def row(token: Token) -> dict[str, Any]:
-        bytes_ = list(token.raw or token.text.encode())
-        return {"token": token.text, "logprob": max(token.logprob, LOWEST), "bytes": bytes_}
-
-    return ChatLogprobs(
-        content=[
-            TokenLogprob(**row(token), top_logprobs=[TopLogprob(**row(top)) for top in token.top]) for token in tokens
-        ]
-    )
-
-
-def _text_logprobs(tokens: Sequence[Token], offset: int) -> TextLogprobs:
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token.text)
-    return TextLogprobs(
-        tokens=[token.text for token in tokens],
-        token_logprobs=[None if math.isnan(token.logprob) else max(token.logprob, LOWEST) for token in tokens],
-        top_logprobs=[None if math.isnan(token.logprob) else _alternatives(token.top) for token in tokens],
-        text_offset=offsets,
-    )
-
-
-def _alternatives(top: Sequence[Token]) -> dict[str, float]:
-    """Log-probabilities by texts; a token without a text of its own goes by its bytes or, at last, by its id."""
-    found: dict[str, float] = {}
-    for token in top:
-        names = [token.text] if not token.raw else []
-        names += ["bytes:" + "".join(f"\\x{byte:02x}" for byte in token.raw or token.text.encode())]
-        name = next((name for name in names if name not in found), f"token:{token.id}")
-        found[name] = max(token.logprob, LOWEST)
-    return found

@@ -6,6 +6,7 @@ Not here: what the endpoint is made of (`cluster.serve`). Runs until a signal, o
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -57,12 +58,13 @@ def run(args: argparse.Namespace) -> None:
     check_host(http["host"], config.api)
 
     from t2ray.cluster.serve.app import resolved
-    from t2ray.cluster.serve.deploy import deployed, drain, stay, wait_for_registry
+    from t2ray.cluster.serve.deploy import CALLBACK, deployed, drain, stay, wait_for_registry
     from t2ray.cluster.session import session
 
     application, fixed = document["applications"][0], resolved(config)
     application["args"] = fixed.model_dump(mode="json")
     wait_for_registry(str(fixed.experts), console.print)
+    os.environ.update(CALLBACK)  # a private Ray's processes inherit it
     with session():
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end this process at once
             signal.signal(number, signal.default_int_handler)

@@ -11,11 +11,12 @@ import signal
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import grpc
 import ray
+from ray._private import ray_constants
 from ray._private import utils as ray_utils
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.state import state
@@ -56,7 +57,7 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         if re.fullmatch(r"[^/]+:\d+", address):
             _knock(address)
         more = private if address == "local" else {}
-        with _sigterm_later():
+        with _sigterm_later(), _on_the_loopback() if more else nullcontext():
             ray.init(address=address, log_to_driver=False, logging_level="error", **more)
     except AuthenticationError:
         raise ResourceError(f"no token for the Ray cluster at {address}; {_TOKEN_REMEDY}") from None
@@ -70,6 +71,19 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         yield _resources()
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_the_loopback() -> Iterator[None]:
+    """Has a Ray that starts in the block take 127.0.0.1 for its node, so that none of its ports is open to others.
+
+    Elsewhere than on Linux that is what Ray does by itself. Its metrics agent asks for no token.
+    """
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager

@@ -95,7 +95,7 @@ class StaticBatches:
         params = [request.sampling for request in batch if request.sampling]
         ids_BT, mask_BT = self._left_padded(batch)
         longest = max(p.max_tokens for p in params)
-        sampler = RowSampler(params, device)
+        sampler = RowSampler(params, device, [request.guide for request in batch])
         decode = [partial(chat.decode, continues=request.continues) for request in batch]
         ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, decode, device)
         with self._bind(batch):

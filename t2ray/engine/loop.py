@@ -23,6 +23,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import StaticBatches
+from t2ray.engine.grammar import Guide
 from t2ray.engine.requests import Request
 from t2ray.engine.sampling import adjusted, cuts, likeliest, sample
 from t2ray.engine.text import TextStream
@@ -42,6 +43,7 @@ class Row:
     prompt_ids: tuple[int, ...]
     z_K: Tensor | None
     sampling: SamplingParams
+    guide: Guide | None
     uniforms: list[float]
     text: TextStream
     loop: asyncio.AbstractEventLoop
@@ -124,7 +126,8 @@ class Loop:
         rows = [self.rows.get(id) for id in requests]
         logprob_BV = logits_BV.log_softmax(-1)
         params = [row.sampling if row else SamplingParams() for row in rows]
-        adjusted_BV = adjusted(logprob_BV, params, [row.text.ids if row else [] for row in rows])
+        guides = [row.guide if row else None for row in rows]
+        adjusted_BV = adjusted(logprob_BV, params, [row.text.ids if row else [] for row in rows], guides)
         token_B1 = adjusted_BV.argmax(-1, keepdim=True)
         hot = [(i, row) for i, row in enumerate(rows) if row and row.sampling.temperature > 0]
         if hot:
@@ -138,9 +141,16 @@ class Loop:
         for i, (row, token, logprob) in enumerate(zip(rows, tokens, chosen_B, strict=True)):
             if row is None:
                 continue
+            error: Exception | None = None
             if logprob != logprob:
-                message = "this mixture's numbers overflow: the model's scores are not finite; use smaller weights"
-                self.fail(row.id, ExpertError(message))
+                error = ExpertError(
+                    "this mixture's numbers overflow: the model's scores are not finite; use smaller weights"
+                )
+            elif row.guide is not None:
+                row.guide.push(token)
+                error = GenerationError(row.guide.error) if row.guide.error else None
+            if error is not None:
+                self.fail(row.id, error)
                 self.cancel(row.id)
             else:
                 self._add(row, token, logprob, logprob_BV[i])

@@ -17,6 +17,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.batches import StaticBatches
+from t2ray.engine.grammar import Guides
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import Request, fitting, reading, scoring
 
@@ -29,6 +30,7 @@ class OfflineEngine:
         self.chat, self.context = model.chat, model.context
         self.layout, self.base_digest = model.adapter.layout, model.base_digest
         self.batches = StaticBatches(model, max_rows=max_batch_rows, max_tokens=max_batch_tokens)
+        self._guides = Guides(model.chat, model.hf.get_input_embeddings().num_embeddings)
         self.count: Counter[str] = Counter()
         self._queue: list[Request] = []
         self._z: dict[Mixture, Tensor | None] = {}
@@ -73,7 +75,13 @@ class OfflineEngine:
         """See `Engine.generate`."""
         ids, sampling = fitting(self.model, prompt, sampling, self.context)
         completion = await self._batched(
-            Request(prompt_ids=ids, mixture=mixture, continues=self.chat.continues(prompt), sampling=sampling)
+            Request(
+                prompt_ids=ids,
+                mixture=mixture,
+                continues=self.chat.continues(prompt),
+                sampling=sampling,
+                guide=self._guides.guide(sampling.grammar),
+            )
         )
         assert isinstance(completion, Completion)
         return completion

@@ -29,6 +29,7 @@ from t2ray.core import (
     Token,
     joined,
 )
+from t2ray.engine.grammar import Guides
 from t2ray.engine.loop import Loop, Row
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import Request, fitting, reading, scoring
@@ -46,6 +47,7 @@ class OnlineEngine:
         self.layout, self.base_digest = model.adapter.layout, model.base_digest
         self.config = config or EngineConfig()
         self._loop = Loop(model)
+        self._guides = Guides(model.chat, model.hf.get_input_embeddings().num_embeddings)
         self._z: dict[Mixture, Tensor | None] = {}
         self._numbers = itertools.count()
         self._manager = Manager(model.hf, self.config, self._loop)
@@ -68,7 +70,7 @@ class OnlineEngine:
 
     async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
         """See `Engine.generate`."""
-        row = self._submit(prompt, mixture, sampling, streams=False)
+        row = await self._submit(prompt, mixture, sampling, streams=False)
         answer = joined([delta async for delta in self._deltas(row)])
         assert answer.finish_reason is not None
         return Completion(
@@ -84,7 +86,7 @@ class OnlineEngine:
 
         The first token comes at once; later ones are joined, since all streams share `loop.DELTAS_PER_S`.
         """
-        row = self._submit(prompt, mixture, sampling, streams=True)
+        row = await self._submit(prompt, mixture, sampling, streams=True)
         async for delta in self._deltas(row):
             yield delta
 
@@ -128,7 +130,7 @@ class OnlineEngine:
             running=running, waiting=waiting, kv_free=free, kv_total=total, idle_s=idle_s, **self._loop.count
         )
 
-    def _submit(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> Row:
+    async def _submit(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> Row:
         ids, sampling = fitting(self.model, prompt, sampling, min(self.context, self.config.kv_tokens))
         if len(ids) + sampling.max_tokens > self.config.kv_tokens:
             raise ContextExceeded(
@@ -136,12 +138,14 @@ class OnlineEngine:
                 f"of {self.config.kv_tokens} tokens; shorten the prompt, lower max_tokens or raise engine.kv_tokens",
                 len(ids), sampling.max_tokens, self.config.kv_tokens,
             )  # fmt: skip
+        guide = await asyncio.to_thread(self._guides.guide, sampling.grammar) if sampling.grammar else None
         self.check()
         row = Row(
             id=f"{next(self._numbers)}",
             prompt_ids=ids,
             z_K=self._mixed(mixture),
             sampling=sampling,
+            guide=guide,
             uniforms=uniforms(sampling.seed, sampling.max_tokens).tolist() if sampling.temperature else [],
             text=TextStream(self.model.chat, sampling.stop, continues=self.chat.continues(prompt)),
             loop=asyncio.get_running_loop(),

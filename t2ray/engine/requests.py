@@ -9,6 +9,7 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
+from t2ray.engine.grammar import Guide
 
 
 @dataclass(slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Request:
     continues: bool = False
     z_K: Tensor | None = None
     sampling: SamplingParams | None = None
+    guide: Guide | None = None
     labels: tuple[tuple[int, ...], ...] = ()
     top: int | None = None
     result: Completion | tuple[float, ...] | tuple[Token, ...] | None = None

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from t2ray.core import SamplingParams, Token
+from t2ray.core import GenerationError, SamplingParams, Token
+from t2ray.engine.grammar import Guide
 from t2ray.models.chat import Chat
 
 
@@ -23,8 +24,11 @@ class RowSampler(LogitsProcessor):
     from its own seed; a row without one gets a seed from torch's global generator.
     """
 
-    def __init__(self, sampling: Sequence[SamplingParams], device: torch.device) -> None:
+    def __init__(
+        self, sampling: Sequence[SamplingParams], device: torch.device, guides: Sequence[Guide | None] = ()
+    ) -> None:
         self.sampling = sampling
+        self.guides = guides or [None] * len(sampling)
         self.temperature_B1 = torch.tensor([[s.temperature] for s in sampling], device=device)
         self.greedy = all(s.temperature == 0 for s in sampling)
         self.cuts_B3 = cuts(sampling, device)
@@ -35,21 +39,36 @@ class RowSampler(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprob_BV, length = scores.log_softmax(-1), len(self.logprobs)
-        adjusted_BV = adjusted(logprob_BV, self.sampling, input_ids[:, input_ids.shape[1] - length :])
+        answer_BT = input_ids[:, input_ids.shape[1] - length :]
+        adjusted_BV = adjusted(logprob_BV, self.sampling, answer_BT, self.guides)
         token_B1 = adjusted_BV.argmax(-1, keepdim=True)
         if not self.greedy:
             sampled_B1 = sample(adjusted_BV, self.temperature_B1, self.cuts_B3, self.uniform_BT[:, length, None])
             token_B1 = torch.where(self.temperature_B1 > 0, sampled_B1, token_B1)
+        for i, guide in enumerate(self.guides):
+            if guide is not None:
+                guide.push(int(token_B1[i]))
+                if guide.error:
+                    raise GenerationError(guide.error)
         self.logprobs.append(logprob_BV.gather(-1, token_B1)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
 
 
-def adjusted(logit_BV: Tensor, sampling: Sequence[SamplingParams], answers: Tensor | Sequence[Sequence[int]]) -> Tensor:
-    """The logits with each row's bias and penalties, by the tokens that its answer has so far; itself where none has.
+def adjusted(
+    logit_BV: Tensor,
+    sampling: Sequence[SamplingParams],
+    answers: Tensor | Sequence[Sequence[int]],
+    guides: Sequence[Guide | None],
+) -> Tensor:
+    """The logits with each row's bias, penalties and grammar, by its answer's tokens so far; itself where none has any.
 
     Unlike the temperature they change the greedy choice too. The recorded log-probabilities are without them.
     """
-    rows = [i for i, s in enumerate(sampling) if s.logit_bias or s.presence_penalty or s.frequency_penalty]
+    rows = [
+        i
+        for i, (s, guide) in enumerate(zip(sampling, guides, strict=True))
+        if guide or s.logit_bias or s.presence_penalty or s.frequency_penalty
+    ]
     if not rows:
         return logit_BV
     logit_BV, device = logit_BV.clone(), logit_BV.device
@@ -60,6 +79,9 @@ def adjusted(logit_BV: Tensor, sampling: Sequence[SamplingParams], answers: Tens
         logit_BV[i] -= s.frequency_penalty * count_V + s.presence_penalty * (count_V > 0)
         for id, bias in s.logit_bias:
             logit_BV[i, id] += bias
+        if guide := guides[i]:
+            allowed_V = torch.frombuffer(bytearray(guide.allowed), dtype=torch.uint8).to(device)
+            logit_BV[i].masked_fill_(allowed_V == 0, -torch.inf)
     return logit_BV
 
 

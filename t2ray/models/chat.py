@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -56,16 +57,28 @@ class Chat:
         """
         if not self.tokenizer.chat_template:
             return self.encode_text("".join(m.content for m in messages))
-        turns = [{"role": m.role, "content": m.content} for m in messages]
+        tools = [tool for m in messages if m.role == "tools" for tool in json.loads(m.content)]
+        turns = [_turn(m) for m in messages if m.role != "tools"]
         try:
             return tuple(
-                self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False)
+                self.tokenizer.apply_chat_template(
+                    turns, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
+                )
             )
         except TemplateError as error:
             roles = ", ".join(m.role for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
             raise ConfigError(
                 f"the model's chat template refuses this conversation ({roles}): {' '.join(str(error).split())[:500]}"
             ) from error
+
+    @property
+    def tools(self) -> str | None:
+        """How the chat template has calls of functions written: "hermes", "llama", or None if it knows no functions."""
+        given = self.tokenizer.chat_template or ""
+        template = given if isinstance(given, str) else " ".join(given.values())
+        if not re.search(r"\btools\b", template):
+            return None
+        return "hermes" if "<tool_call>" in template else "llama" if '"parameters"' in template else None
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with."""
@@ -107,6 +120,30 @@ class Chat:
                 raw = _bytes(self.tokenizer.convert_ids_to_tokens(id))
             self._tokens[id] = text, raw
         return self._tokens[id]
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """A turn as chat templates read it: the arguments of calls are no text."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
+            }
+            for call in message.calls
+        ]
+    if message.call_id:
+        turn["tool_call_id"] = message.call_id
+    return turn
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _bytes(token: str) -> bytes:

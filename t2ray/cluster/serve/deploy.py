@@ -29,6 +29,9 @@ from t2ray.config.files import nearest
 from t2ray.core import ConfigError, ResourceError
 from t2ray.store import Store
 
+CALLBACK = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "t2ray.cluster.serve.proxy:middlewares"}
+"""Has Ray Serve's HTTP proxies call `cluster.serve.proxy`."""
+
 ANNOUNCE_S = 10.0
 LOOK_S = 1.0
 PAUSE_S, QUIET = 0.25, 4

@@ -125,6 +125,7 @@ class Experts:
             mixtures=dict(sorted(snapshot.mixtures.items())),
             verifiers=tuple(VERIFIERS),
             context=self._engine.context,
+            tools=self._engine.chat.tools,
             problems=({".": unlisted} if unlisted else {}) | problems,
         )
 

@@ -23,6 +23,7 @@ from t2ray.api.backend import Adaptation, AdaptationRequest, Catalog, EndpointLo
 from t2ray.api.binding import check_host
 from t2ray.cluster.serve.catalog import Watch
 from t2ray.cluster.serve.handles import PAUSE_S, TRIES, asked, raised, translated
+from t2ray.cluster.serve.scrape import own
 from t2ray.config.serve import ServeConfig
 from t2ray.core import (
     Completion,
@@ -176,16 +177,14 @@ class RayBackend:
         await self.generate(user("ready?"), Mixture.base(), SamplingParams(max_tokens=1))
 
     async def metrics(self) -> str:
-        """What the metrics agents of all nodes have of t2ray and of Serve."""
+        """What the metrics agents of all nodes have of t2ray."""
         agents = [
             f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
             for node in ray.nodes()
             if node["Alive"] and node["MetricsExportPort"]
         ]
         texts = await asyncio.gather(*(asyncio.to_thread(_fetched, url) for url in agents))
-        return "".join(
-            f"{line}\n" for text in texts for line in text.splitlines() if "_t2ray_" in line or "_serve_" in line
-        )
+        return own(texts, self.watch.catalog.base)
 
     def observe(self, name: str, value: float, **tags: str) -> None:
         """Counts names that end in `_total`, keeps a histogram of any other."""
