@@ -140,7 +140,7 @@ class AnswerJob:
                 trace.backend_s += last - waiting
                 if trace.ttft is None:
                     first, trace.ttft = last, trace.seconds
-                pieces = []
+                pieces: list[Piece] = []
                 for index, delta in turn.items():
                     row, own, ended = self.rows[index], sent[index], delta.finish_reason is not None
                     own.tokens += len(delta.tokens)
