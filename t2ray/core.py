@@ -67,29 +67,16 @@ class RunError(T2RayError, RuntimeError):
     """A run folder that cannot be started or resumed."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- nouns
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolCall:
-    """A function that a model asks to be called: `ToolCall(id="call-1", name="add", arguments='{"a": 1}')`."""
-
-    id: str
-    name: str
-    arguments: str
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a chat: `Message(role="user", content="17+25")`.
+    """One turn of a chat: `Message(role="user", content="17+25")`, or the `tools` on offer, as a JSON list.
 
-    A `tool` turn has the result of the call `call_id`, which stands in the `calls` of an assistant's turn before it.
-    `tools` is no turn: its content is the JSON list of the functions on offer, which the chat template shows its way.
+    `calls` is the JSON list of the functions that it calls, `call_id` the call whose result a `tool` turn has.
     """
 
     role: Literal["system", "user", "assistant", "tool", "tools"]
     content: str
-    calls: tuple[ToolCall, ...] = ()
+    calls: str = ""
     call_id: str = ""
 
 
@@ -113,8 +100,7 @@ class SamplingParams:
     all), `min_p` (a share of the likeliest token's) and `top_p` cut off what is unlikely. With a `seed`, the text
     depends on prompt, mixture and seed alone, whatever else is in the batch. `ignore_eos` goes on past the model's end
     token, up to `max_tokens`, for load tests. The continuous engine records `top_logprobs` of the likeliest tokens
-    beside each chosen one. With `to_end`, `max_tokens` is lowered to what the context has room for. With a `grammar`
-    (`engine.grammar`), the answer follows it, until it is whole or `max_tokens` cut it.
+    beside each chosen one. With `to_end`, `max_tokens` is lowered to the context's room. It follows a `grammar`.
     """
 
     max_tokens: int = 64
@@ -213,8 +199,7 @@ class Mixture:
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                remedy = "write name:weight,name:weight"
-                raise ConfigError(f"mixture {text!r}: {weight!r} is not a number; {remedy}") from None
+                raise ConfigError(f"mixture {text!r}: {weight!r} is no number; use name:weight,name:weight") from None
         return cls.of(weights)
 
     @property
@@ -222,8 +207,7 @@ class Mixture:
         return tuple(name for name, _ in self.weights)
 
     def __str__(self) -> str:
-        parts = [f"{name}:{'/'.join(f'{w:.3g}' for w in alpha)}" for name, alpha in self.weights]
-        return ",".join(parts) or "base"
+        return ",".join(f"{name}:{'/'.join(f'{w:.3g}' for w in alpha)}" for name, alpha in self.weights) or "base"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,7 +92,9 @@ def test_calls_and_their_results_are_items() -> None:
         assert done.output_text == "3"
         prompt = backend.calls[-1][0]
         assert [turn.role for turn in prompt] == ["user", "assistant", "tool"]
-        assert prompt[1].content == "I add. " and prompt[1].calls[0].id == call.call_id == prompt[2].call_id
+        assert (
+            prompt[1].content == "I add. " and json.loads(prompt[1].calls)[0]["id"] == call.call_id == prompt[2].call_id
+        )
 
     with_client(work)
 

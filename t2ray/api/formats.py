@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from t2ray.api.body import Body
-from t2ray.core import ToolCall
 from t2ray.engine.grammar import following
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
@@ -90,10 +89,6 @@ class ToolCallBody(Body):
     id: str = Field(min_length=1)
     type: Literal["function"] = "function"
     function: CalledFunction
-
-    @property
-    def call(self) -> ToolCall:
-        return ToolCall(id=self.id, name=self.function.name, arguments=self.function.arguments)
 
 
 def offer(tools: list[ToolBody]) -> str:

@@ -18,12 +18,12 @@ from starlette.requests import Request
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.backend import Backend, Catalog
 from t2ray.api.guard import Trace
-from t2ray.api.limits import at_most, check_prompts, invalid, sampling
+from t2ray.api.limits import check_numbers, check_prompts, invalid, sampling
 from t2ray.api.names import Route, resolve, usable
 from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.api.shapes import Extension, Sent, Usage, weights
 from t2ray.api.stream import merged, together, unless_gone
-from t2ray.api.tools import CallReader, Tools, tools_of
+from t2ray.api.tools import CallReader, ToolCall, Tools, tools_of
 from t2ray.config.serve import ApiConfig
 from t2ray.core import (
     Completion,
@@ -34,7 +34,6 @@ from t2ray.core import (
     Prompt,
     SamplingParams,
     Token,
-    ToolCall,
     user,
 )
 from t2ray.engine.grammar import check
@@ -194,9 +193,7 @@ async def prepare(
     backend: Backend = request.app.state.backend
     trace: Trace = request.state.trace
     trace.model, n = body.model, body.n or 1
-    at_most(config.max_n, n, "n", "answers to one prompt")
-    at_most(config.max_prompts, len(prompts), "prompt", "prompts")
-    at_most(max(config.max_n, config.max_prompts), n * len(prompts), "n", "answers to one request")
+    check_numbers(n, len(prompts), config)
     catalog = backend.catalog()
     tools = tools_of(body, catalog.tools)
     offered = [(tools.message, *prompt) for prompt in prompts] if tools else list(prompts)
@@ -214,20 +211,9 @@ async def prepare(
         request.receive,
         together([_echo(backend, body, p, d.mixture) for p, d in zip(prompts, dispatches, strict=True)]),
     )
-    rows = [
-        AnswerRow(
-            prompt=prompt,
-            echo=echoes[number],
-            number=number,
-            dispatch=dispatches[number],
-            sampling=params if params.seed is None else replace(params, seed=(params.seed + i) % 2**63),
-        )
-        for number, prompt in enumerate(offered)
-        for i in range(n)
-    ]
     return AnswerJob(
         body=body,
-        rows=rows,
+        rows=_rows(n, params, offered, dispatches, echoes),
         tools=tools,
         catalog=catalog,
         backend=backend,
@@ -235,6 +221,27 @@ async def prepare(
         id=f"{prefix}{uuid.uuid4().hex}",
         created=int(time.time()),
     )
+
+
+def _rows(
+    n: int,
+    params: SamplingParams,
+    prompts: Sequence[Prompt],
+    dispatches: Sequence[Dispatch],
+    echoes: Sequence[Delta],
+) -> list[AnswerRow]:
+    """`n` answers to each prompt, each with a seed of its own."""
+    return [
+        AnswerRow(
+            prompt=prompt,
+            echo=echoes[number],
+            number=number,
+            dispatch=dispatches[number],
+            sampling=params if params.seed is None else replace(params, seed=(params.seed + i) % 2**63),
+        )
+        for number, prompt in enumerate(prompts)
+        for i in range(n)
+    ]
 
 
 async def held(body: ChatRequest | CompletionRequest, tools: Tools | None) -> str | None:

@@ -97,6 +97,17 @@ def explained(error: ValidationError) -> Refusal:
     return invalid(f"{path or 'the body'}: {first['msg']}{shown}", path or None)
 
 
+def check_numbers(answers: int, prompts: int, config: ApiConfig) -> None:
+    """Checks the numbers of prompts, and of answers to each.
+
+    Raises:
+        Refusal: 400, there are more than the configuration allows.
+    """
+    at_most(config.max_n, answers, "n", "answers to one prompt")
+    at_most(config.max_prompts, prompts, "prompt", "prompts")
+    at_most(max(config.max_n, config.max_prompts), answers * prompts, "n", "answers to one request")
+
+
 def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
     """Checks the numbers of turns and characters of each prompt.
 
@@ -109,7 +120,7 @@ def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
             continue
         messages = [message for message in prompt if isinstance(message, Message)]
         at_most(config.max_messages, len(messages), "messages", "messages")
-        characters = sum(len(m.content) + sum(len(call.arguments) for call in m.calls) for m in messages)
+        characters = sum(len(m.content) + len(m.calls) for m in messages)
         at_most(config.max_prompt_chars, characters, "messages", "characters")
         at_most(config.max_prompt_chars, len(prompt), "prompt", "tokens")
 

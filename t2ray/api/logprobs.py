@@ -53,6 +53,8 @@ class TextLogprobs:
 
 
 def chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
+    """Those of a chat answer."""
+
     def row(token: Token) -> dict[str, Any]:
         bytes_ = list(token.raw or token.text.encode())
         return {"token": token.text, "logprob": max(token.logprob, LOWEST), "bytes": bytes_}
@@ -65,6 +67,7 @@ def chat_logprobs(tokens: Sequence[Token]) -> ChatLogprobs:
 
 
 def text_logprobs(tokens: Sequence[Token], offset: int) -> TextLogprobs:
+    """Those of a text answer, of which `offset` characters of tokens were sent before."""
     offsets = []
     for token in tokens:
         offsets.append(offset)

@@ -20,8 +20,7 @@ from t2ray.api.errors import Refusal
 from t2ray.api.job import AnswerJob, prepare
 from t2ray.api.responses import ResponsesRequest, renamed
 from t2ray.api.shapes import Extension, Usage
-from t2ray.api.tools import CallReader
-from t2ray.core import ToolCall
+from t2ray.api.tools import CallReader, ToolCall
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from t2ray.api.formats import Name, Schema
 from t2ray.api.limits import explained
 from t2ray.api.schema import ChatRequest
 
-PARTS = ("input_text", "output_text", "text")
+KINDS = ("input_text", "output_text", "text")
 TAKEN = {"max_completion_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}
 """The chat request's parameters, and those of this body that they are made of."""
 
@@ -26,17 +26,17 @@ def _text(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     for part in value:
-        if not isinstance(part, dict) or part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+        if not isinstance(part, dict) or part.get("type") not in KINDS or not isinstance(part.get("text"), str):
             raise PydanticCustomError("part", 'only parts {"type": "input_text", "text": "..."} are supported')
     return "".join(part["text"] for part in value)
 
 
 PART = {
     "type": "object",
-    "properties": {"type": {"enum": list(PARTS)}, "text": {"type": "string"}},
+    "properties": {"type": {"enum": list(KINDS)}, "text": {"type": "string"}},
     "required": ["type", "text"],
 }
-Text = Annotated[
+Parts = Annotated[
     str,
     BeforeValidator(_text),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}),
@@ -49,11 +49,11 @@ class InputItem(Body):
     ignored = ("id", "status", "phase", "name_space")
     type: Literal["message", "function_call", "function_call_output"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
-    content: Text | None = None
+    content: Parts | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: Text | None = None
+    output: Parts | None = None
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

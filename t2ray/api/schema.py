@@ -6,6 +6,7 @@ Not here: what a body is made of (`body.py`), what an answer may be held to (`fo
 
 from __future__ import annotations
 
+import json
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -50,7 +51,7 @@ class MessageBody(Body):
         return Message(
             role="system" if self.role == "developer" else self.role,
             content=self.content or "",
-            calls=tuple(call.call for call in self.tool_calls or ()),
+            calls=json.dumps([call.model_dump() for call in self.tool_calls]) if self.tool_calls else "",
             call_id=self.tool_call_id or "",
         )
 

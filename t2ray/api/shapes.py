@@ -12,7 +12,8 @@ from typing import Any, Literal, Protocol
 from pydantic_core import to_json
 
 from t2ray.api.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
-from t2ray.core import Completion, Delta, Mixture, ToolCall
+from t2ray.api.tools import ToolCall
+from t2ray.core import Completion, Delta, Mixture
 
 MixtureWeights = Mapping[str, float | tuple[float, ...]]
 Finish = Literal["stop", "length", "tool_calls"] | None

@@ -17,10 +17,19 @@ from typing import Any
 from t2ray.api.formats import FunctionBody, NamedTool, offer
 from t2ray.api.limits import invalid
 from t2ray.api.schema import ChatRequest, CompletionRequest
-from t2ray.core import Message, ToolCall
+from t2ray.core import Message
 from t2ray.engine.grammar import following
 
 BEGIN, END = "<tool_call>", "</tool_call>"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A function that a model asks to be called: `ToolCall(id="call-1", name="add", arguments='{"a": 1}')`."""
+
+    id: str
+    name: str
+    arguments: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

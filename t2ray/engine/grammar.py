@@ -68,14 +68,12 @@ class Guides:
         self._tokenizer: Any = None
         self._compiled = lru_cache(KEPT)(self._compile)
 
-    def guide(self, grammar: str | None) -> Guide | None:
-        """Returns the guide of an answer that begins; None without a grammar.
+    def guide(self, grammar: str) -> Guide:
+        """Returns the guide of an answer that begins.
 
         Raises:
             ConfigError: as `check`.
         """
-        if grammar is None:
-            return None
         ends = bytearray(self._vocabulary)
         for id in self._chat.eos_ids:
             ends[id] = 1

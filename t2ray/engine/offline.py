@@ -10,16 +10,18 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.batches import StaticBatches
-from t2ray.engine.grammar import Guides
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import Request, fitting, reading, scoring
+
+if TYPE_CHECKING:
+    from t2ray.engine.grammar import Guide, Guides
 
 
 class OfflineEngine:
@@ -30,7 +32,7 @@ class OfflineEngine:
         self.chat, self.context = model.chat, model.context
         self.layout, self.base_digest = model.adapter.layout, model.base_digest
         self.batches = StaticBatches(model, max_rows=max_batch_rows, max_tokens=max_batch_tokens)
-        self._guides = Guides(model.chat, model.hf.get_input_embeddings().num_embeddings)
+        self._guides: Guides | None = None
         self.count: Counter[str] = Counter()
         self._queue: list[Request] = []
         self._z: dict[Mixture, Tensor | None] = {}
@@ -80,11 +82,18 @@ class OfflineEngine:
                 mixture=mixture,
                 continues=self.chat.continues(prompt),
                 sampling=sampling,
-                guide=self._guides.guide(sampling.grammar),
+                guide=self._guide(sampling.grammar) if sampling.grammar else None,
             )
         )
         assert isinstance(completion, Completion)
         return completion
+
+    def _guide(self, grammar: str) -> Guide:
+        from t2ray.engine.grammar import Guides  # training never asks for any
+
+        if self._guides is None:
+            self._guides = Guides(self.chat, self.model.hf.get_input_embeddings().num_embeddings)
+        return self._guides.guide(grammar)
 
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         """See `Engine.stream`: the whole answer in one piece, since a batch ends as a whole."""

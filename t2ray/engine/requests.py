@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
-from t2ray.engine.grammar import Guide
+
+if TYPE_CHECKING:
+    from t2ray.engine.grammar import Guide
 
 
 @dataclass(slots=True, kw_only=True)

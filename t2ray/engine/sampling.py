@@ -7,14 +7,17 @@ its neighbours. Also records the log-probability of each token that was chosen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from t2ray.core import GenerationError, SamplingParams, Token
-from t2ray.engine.grammar import Guide
 from t2ray.models.chat import Chat
+
+if TYPE_CHECKING:
+    from t2ray.engine.grammar import Guide
 
 
 class RowSampler(LogitsProcessor):

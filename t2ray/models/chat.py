@@ -126,13 +126,10 @@ def _turn(message: Message) -> dict[str, Any]:
     """A turn as chat templates read it: the arguments of calls are no text."""
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.calls:
+        calls = json.loads(message.calls)
         turn["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {"name": call.name, "arguments": _arguments(call.arguments)},
-            }
-            for call in message.calls
+            call | {"function": call["function"] | {"arguments": _arguments(call["function"]["arguments"])}}
+            for call in calls
         ]
     if message.call_id:
         turn["tool_call_id"] = message.call_id
