@@ -199,7 +199,7 @@ class Mixture:
             try:
                 weights[name] = float(weight) if colon else 1.0
             except ValueError:
-                raise ConfigError(f"mixture {text!r}: {weight!r} is no number; use name:weight,name:weight") from None
+                raise ConfigError(f"mixture {text!r}: {weight!r} is not a number; write name:weight, ...") from None
         return cls.of(weights)
 
     @property
