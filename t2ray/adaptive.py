@@ -21,6 +21,7 @@ from t2ray.core import (
     Completion,
     ConfigError,
     Example,
+    Grade,
     Message,
     Mixture,
     SamplingParams,
@@ -29,6 +30,7 @@ from t2ray.core import (
     user,
 )
 from t2ray.tasks.equal import reward as equal
+from t2ray.tasks.grading import Grader, weighed
 from t2ray.tasks.task import Reward
 from t2ray.workbench import Workbench
 
@@ -161,8 +163,11 @@ class AdaptiveModel:
             for i, (prompt, answer) in enumerate(examples)
         ]
 
-        async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-            return [float(reward(text, dict(row))) for text, row in zip(completions, rows, strict=True)]
+        grader = Grader({"reward": reward})
+
+        async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
+            items = [(text, dict(row)) for text, row in zip(completions, rows, strict=True)]
+            return [weighed({"reward": 1.0}, marks, 0.0) for marks in await grader.marks(items)]
 
         found = await fewshot(
             engine.generate, engine.score, verify, shots, experts or self.experts,

@@ -15,13 +15,14 @@ from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
-from t2ray.core import ConfigError, Mixture, UnknownExpert
+from t2ray.core import ConfigError, Mixture, SamplingParams, UnknownExpert
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Expert, Registry
 from t2ray.models.weights import open_weights
 from t2ray.runs.folder import read_run
 from t2ray.store import Store
+from t2ray.tasks.task import Task
 from t2ray.training.domain import CONFIG
 
 DEFAULT_RUN = "runs/demo"
@@ -166,9 +167,11 @@ class Workbench:
         where = self.place.experts or "no registry"
         return dispatch_labels(strategy, self.experts, self.classifiers, where)
 
-    def answer_tokens(self, asked: int | None, usual: int) -> int:
-        """How long an answer may be: what was asked for, else what is usual, but at most half the context."""
-        return asked if asked is not None else min(usual, max(1, self.engine.context // 2))
+    def sampling(self, asked: int | None, task: Task) -> SamplingParams:
+        """Returns how to answer a task: greedily, with so many tokens as were asked for, or as the task says."""
+        if asked is not None:
+            return SamplingParams(max_tokens=asked)
+        return SamplingParams(max_tokens=task.max_tokens, to_end=task.to_end)
 
 
 def load_experts(place: Place, names: Sequence[str], bar: Bar = quiet) -> tuple[Model, list[Expert]]:

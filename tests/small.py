@@ -18,7 +18,7 @@ from waiting import GUARD_S
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Generate, Mixture, Rollout, Token, user
+from t2ray.core import Completion, Example, Generate, Grade, Mixture, Rollout, Token, user
 from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.task import Task
@@ -74,7 +74,7 @@ def rollout(prompt: Iterable[int], answer: Iterable[int], reward: float = 1.0) -
         prompt_ids=tuple(prompt), tokens=tuple(Token(id=id, text="", logprob=0.0) for id in answer), text="",
         finish_reason="length", mixture=Mixture.base(),
     )  # fmt: skip
-    return Rollout(example=Example(id="x", messages=user("x"), row={}), completion=completion, reward=reward)
+    return Rollout(example=Example(id="x", messages=user("x"), row={}), completion=completion, grade=Grade.of(reward))
 
 
 def together(*awaitables: Any) -> list[Any]:
@@ -103,9 +103,9 @@ def letter_task(name: str = "letters", rows: int = 12) -> Task:
     )  # fmt: skip
 
 
-async def verify_letters(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+async def verify_letters(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """`letter`, in this process."""
-    return [letter(text, row) for text, row in zip(completions, rows, strict=True)]
+    return [Grade.of(letter(text, row)) for text, row in zip(completions, rows, strict=True)]
 
 
 def step_metrics(step: int, **changes: float) -> StepMetrics:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2ray.adapt.strategies import classify, fixed
-from t2ray.core import DataError, Example, Mixture, SamplingParams, user
+from t2ray.core import DataError, Example, Grade, Mixture, SamplingParams, user
 from t2ray.evals.evaluate import Cell, build_report, confusion, dispatch_counts, evaluate, methods, targets
 from t2ray.evals.intervals import wilson
 from t2ray.testing import FakeGenerate, FakeScore
@@ -19,7 +19,7 @@ LABELS = ("math", "code", "others")
 
 
 async def verify(completions, rows):
-    return [1.0 if text == row["answer"] else -1.0 for text, row in zip(completions, rows, strict=True)]
+    return [Grade.of(1.0 if text == row["answer"] else -1.0) for text, row in zip(completions, rows, strict=True)]
 
 
 def expert_only(messages, mixture):

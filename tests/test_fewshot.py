@@ -7,7 +7,7 @@ import pytest
 
 from t2ray.adapt.fewshot import fewshot
 from t2ray.config.search import CEMConfig
-from t2ray.core import ConfigError, Example, Mixture, SamplingParams, user
+from t2ray.core import ConfigError, Example, Grade, Mixture, SamplingParams, user
 from t2ray.testing import FakeGenerate, FakeScore
 
 SHOTS = [Example(id=f"t/train/{i}", messages=user(f"q{i}"), row={"answer": str(i), "i": i}) for i in range(10)]
@@ -15,7 +15,7 @@ SAMPLING = SamplingParams(max_tokens=8)
 
 
 async def verify(completions, rows):
-    return [1.0 if text == row["answer"] else -1.0 for text, row in zip(completions, rows, strict=True)]
+    return [Grade.of(1.0 if text == row["answer"] else -1.0) for text, row in zip(completions, rows, strict=True)]
 
 
 def weight(mixture, name):

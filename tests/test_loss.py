@@ -99,6 +99,26 @@ def test_advantages_by_hand() -> None:
     assert advantages(rewards, 3, "loo", mean).tolist() == pytest.approx([1.0, -2.0, 1.0, 1.5, -1.5, 0.0])
 
 
+@pytest.mark.parametrize("reward", [-1.0, 0.1, 1 / 3])
+def test_a_group_without_variance_carries_nothing(reward: float) -> None:
+    """0.1 twelve times, added up and divided by 12, is not 0.1: a difference that AdamW would make a whole step of."""
+    alike = torch.full((12,), reward, dtype=torch.float64)
+    mean = sum([reward] * 12) / 12
+    assert advantages(alike, 3, "mean", mean).tolist() == advantages(alike, 3, "loo", mean).tolist() == [0.0] * 12
+    mixed = torch.tensor([reward, reward, reward, 1.0, -1.0, 1.0], dtype=torch.float64)
+    assert advantages(mixed, 3, "loo", 0.0).tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0, -2.0, 1.0])
+
+
+def test_a_rollout_without_a_reward_has_no_advantage_and_is_in_no_baseline() -> None:
+    nan = float("nan")
+    rewards = torch.tensor([1.0, nan, -1.0, nan, nan, 1.0, nan, nan, nan], dtype=torch.float64)
+    assert advantages(rewards, 3, "none", 0.0).tolist() == [1.0, 0.0, -1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]
+    mean = advantages(rewards, 3, "mean", 1 / 3).tolist()
+    assert mean == pytest.approx([2 / 3, 0.0, -4 / 3, 0.0, 0.0, 2 / 3, 0.0, 0.0, 0.0])
+    # two samples, then one alone, which nothing is compared with, then none
+    assert advantages(rewards, 3, "loo", 1 / 3).tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
 def test_a_worker_without_rollouts_has_no_advantages(baseline: str) -> None:
     assert advantages(torch.tensor([], dtype=torch.float64), 2, baseline, 0.5).tolist() == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from t2ray.core import Example, Mixture, RewardError, SamplingParams, user
+from t2ray.core import Example, Grade, Mixture, RewardError, SamplingParams, user
 from t2ray.testing import FakeGenerate
 from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 
@@ -52,9 +52,9 @@ def test_rollouts_stand_prompt_by_prompt_each_with_its_seed_and_reward() -> None
     generate = FakeGenerate(lambda messages, mixture: messages[-1].content.upper())
     graded: list[tuple[str, Any]] = []
 
-    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
         graded.extend(zip(completions, rows, strict=True))
-        return [row["i"] / 10 for row in rows]
+        return [Grade.of(row["i"] / 10) for row in rows]
 
     mixture, sampling = Mixture.parse("math"), SamplingParams(max_tokens=40, temperature=0.5)
     rollouts = asyncio.run(roll_out(generate, verify, EXAMPLES[:2], mixture, sampling, [[5, 6], [7, 8]]))
@@ -68,14 +68,14 @@ def test_rollouts_stand_prompt_by_prompt_each_with_its_seed_and_reward() -> None
 
 
 def test_no_prompts_are_no_rollouts() -> None:
-    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [0.0] * len(completions)
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
+        return [Grade.of(0.0)] * len(completions)
 
     assert asyncio.run(roll_out(FakeGenerate({}), verify, [], Mixture.base(), SamplingParams(), [])) == []
 
 
 def test_a_verifier_that_fails_is_never_a_reward_of_zero() -> None:
-    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
         raise RewardError("the reward function 'm:f' raised")
 
     generate = FakeGenerate(lambda messages, mixture: "x")

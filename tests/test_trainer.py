@@ -26,7 +26,7 @@ from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
 from t2ray.cluster.train.launch import train
 from t2ray.config.train import RLConfig, resolve
-from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
+from t2ray.core import ConfigError, Grade, ResourceError, RewardError, RunError, user
 from t2ray.experts.registry import Registry
 from t2ray.integrity import unseal
 from t2ray.runs.folder import open_run, read_run
@@ -35,12 +35,15 @@ from t2ray.runs.status import read_status
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
 from t2ray.training.domain import EXPERT, RESULT, Result, domain_store, finished, train_domain
-from t2ray.training.loss import LossTerms
+from t2ray.training.loss import Update
 from t2ray.training.metrics import METRICS, StepMetrics, as_lines, notes, read_metrics
 from t2ray.training.records import Records
 from t2ray.training.trainer import Trained, Trainer
 
-KEYS = {"step", "reward_mean", "accuracy", "kl", "loss", "grad_norm", "z_min", "z_max", "tokens_per_s", "seconds"}
+KEYS = {
+    "step", "reward_mean", "accuracy", "kl", "loss", "grad_norm", "z_min", "z_max", "tokens_per_s", "seconds",
+    "answer_tokens", "cut", "same_reward", "abstained", "timeouts", "errors", "skipped",
+}  # fmt: skip
 
 
 class Stopped(Exception):
@@ -68,6 +71,12 @@ def trainer_of(model: Model, folder: Path | Store, rl: RLConfig, **changes: Any)
 
 def run(trainer: Trainer, report: Callable[[StepMetrics], None] = lambda row: None) -> Trained:
     return asyncio.run(trainer.run(report))
+
+
+def told(folder: Path) -> str:
+    """The one note of a run that is no alarm."""
+    (line,) = [line for line in notes(Store(folder)) if not line.startswith("step ")]
+    return line
 
 
 def stop_after(step: int) -> Callable[[StepMetrics], None]:
@@ -157,11 +166,11 @@ def test_the_best_validation_is_what_remains(model: Model, tmp_path: Path) -> No
     grades = iter([0.2] + [0.5, 0.9, 0.1, 0.3])
     validations: list[torch.Tensor] = []
 
-    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
         if rows[0]["text"].startswith("validation"):
             share = next(grades)
             validations.append(model.adapter.bank["letters"].clone())
-            return [1.0 if i < share * len(rows) else -1.0 for i in range(len(rows))]
+            return [Grade.of(1.0 if i < share * len(rows) else -1.0) for i in range(len(rows))]
         return await verify_letters(completions, rows)
 
     rl = settings(steps=8, eval_every=2, eval_prompts=10)
@@ -171,8 +180,8 @@ def test_the_best_validation_is_what_remains(model: Model, tmp_path: Path) -> No
 
 
 def test_patience_ends_a_run_early(model: Model, tmp_path: Path) -> None:
-    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
-        return [-1.0] * len(completions)
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
+        return [Grade.of(-1.0)] * len(completions)
 
     trained = run(trainer_of(model, tmp_path, settings(steps=40, patience=2), verify=verify))
     assert trained.steps == 4
@@ -274,7 +283,7 @@ def test_the_records_hold_what_they_must(model: Model, tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == [f"step_{i:06d}.parquet" for i in range(1, 8)]
     table = pq.read_table(tmp_path / "rollouts" / "step_000003.parquet")
     assert table.column_names == [
-        "example", "prompt", "completion", "prompt_ids", "token_ids", "logprobs", "reward",
+        "example", "prompt", "completion", "prompt_ids", "token_ids", "logprobs", "finish_reason", "reward",
     ]  # fmt: skip
     assert table.num_rows == 8
     for line in table.to_pylist():
@@ -298,7 +307,7 @@ def test_a_line_that_a_kill_cut_short_is_no_row(tmp_path: Path) -> None:
 def test_a_reward_that_fails_stops_the_run_and_leaves_its_checkpoints(model: Model, tmp_path: Path) -> None:
     calls: list[int] = []
 
-    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    async def verify(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
         calls.append(1)
         if len(calls) == 6:  # the base, steps 1 and 2, a validation, step 3, step 4
             raise RewardError("the reward function 'm:f', for the completion 'x' of the example {}, raised")
@@ -320,7 +329,7 @@ def test_a_damaged_newest_checkpoint_is_noted_and_changes_no_z(model: Model, tmp
     resumed = trainer_of(model, tmp_path / "run", settings())
     assert resumed.progress.step == 2
     assert torch.equal(run(resumed).z_K, trained.z_K)
-    (line,) = notes(Store(tmp_path / "run"))
+    line = told(tmp_path / "run")
     assert line.startswith("checkpoints/step_000004.safetensors is damaged") and line.endswith("went on after step 2")
 
 
@@ -331,12 +340,12 @@ def test_a_step_that_is_not_finite_ends_the_run_with_the_last_finite_checkpoint(
 ) -> None:
     trainer = trainer_of(model, tmp_path, settings())
 
-    def update(*args: Any) -> tuple[LossTerms, float]:
+    def update(*args: Any) -> Update:
         done = Trainer.update(trainer, *args)
         if args[-1] < 5:
             return done
         if what == "gradient":
-            return done[0], value
+            return replace(done, grad_norm=value)
         trainer.p_K.data[3] = value
         return done
 
@@ -367,7 +376,7 @@ def test_damaged_metrics_are_noted_and_the_run_goes_on(model: Model, tmp_path: P
     run(trainer_of(model, tmp_path, settings()))
     first = [] if how == "missing" else [1, 3, 4]
     assert [row.step for row in read_metrics(Store(tmp_path))] == [*first, 5, 6, 7]
-    (line,) = notes(Store(tmp_path))
+    line = told(tmp_path)
     assert METRICS in line and f"of steps 1 to 4 it holds {len(first)}" in line
 
 
@@ -412,7 +421,7 @@ def test_records_that_cannot_be_written_are_the_disks_fault_and_no_traceback(
 
 
 def test_a_prompt_that_does_not_fit_the_model_is_a_clear_mistake(model: Model, tmp_path: Path) -> None:
-    task = replace(letter_task(), max_tokens=600)
+    task = replace(letter_task(), max_tokens=600, to_end=False)
     with pytest.raises(ConfigError, match="exceed the model's context of 512"):
         run(trainer_of(model, tmp_path, settings(), task=task))
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from waiting import GUARD_S, lives, wait_until
 
-from t2ray.core import ConfigError, RewardError, user
+from t2ray.core import ConfigError, Grade, RewardError, user
 from t2ray.tasks.task import Task, load_reward
 from t2ray.tasks.verifier import Verifier, verify
 
@@ -24,8 +24,12 @@ HERE = str(Path(__file__).parent)
 NAMED = "rewards_for_tests:"
 
 
-def grade(verifier: Verifier, completions: list[str], rows: list[dict[str, Any]] | None = None) -> list[float]:
+def grades(verifier: Verifier, completions: list[str], rows: list[dict[str, Any]] | None = None) -> list[Grade]:
     return asyncio.run(verifier(completions, rows if rows is not None else [{}] * len(completions)))
+
+
+def grade(verifier: Verifier, completions: list[str], rows: list[dict[str, Any]] | None = None) -> list[float | None]:
+    return [one.reward for one in grades(verifier, completions, rows)]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +49,11 @@ def test_rewards_come_back_in_order(pool: Verifier) -> None:
 
 
 def test_calls_at_the_same_time_keep_their_own_rewards(pool: Verifier) -> None:
-    async def both() -> list[list[float]]:
+    async def both() -> list[list[Grade]]:
         return await asyncio.gather(*(pool(["x" * n] * 40, [{"length": n % 2}] * 40) for n in range(4)))
 
-    assert asyncio.run(both()) == [[1.0] * 40, [1.0] * 40, [-1.0] * 40, [-1.0] * 40]
+    rewards = [[one.reward for one in part] for part in asyncio.run(both())]
+    assert rewards == [[1.0] * 40, [1.0] * 40, [-1.0] * 40, [-1.0] * 40]
 
 
 def test_a_call_of_128_rewards_is_four_messages_to_a_worker(pool: Verifier, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,15 +73,15 @@ def test_a_call_of_128_rewards_is_four_messages_to_a_worker(pool: Verifier, monk
 @pytest.mark.parametrize("function", ["slow", "stubborn"])
 def test_a_slow_item_scores_minus_one_and_costs_no_other_item_its_reward(function: str) -> None:
     with Verifier(NAMED + function, workers=1, timeout_s=1, path=HERE) as verifier:
-        wanted = [1.0, -1.0, 1.0, 1.0, -1.0, 1.0]
-        assert grade(verifier, ["a", "slow", "b", "c", "slow", "d"]) == wanted
-        assert verifier.timeouts == 2
+        found = grades(verifier, ["a", "slow", "b", "c", "slow", "d"])
+        assert [one.reward for one in found] == [1.0, -1.0, 1.0, 1.0, -1.0, 1.0]
+        assert [one.fault for one in found] == [None, "timeout", None, None, "timeout", None]
 
 
 def test_an_item_that_no_alarm_can_interrupt_is_ended_with_its_worker() -> None:
     with Verifier(NAMED + "deaf", workers=1, timeout_s=1, path=HERE) as verifier:
-        assert grade(verifier, ["a", "slow", "b"]) == [1.0, -1.0, 1.0]
-        assert verifier.timeouts == 1
+        found = grades(verifier, ["a", "slow", "b"])
+        assert [(one.reward, one.fault) for one in found] == [(1.0, None), (-1.0, "timeout"), (1.0, None)]
         assert grade(verifier, ["a"]) == [1.0]
 
 
@@ -92,7 +97,6 @@ def test_items_are_graded_by_other_processes_that_stay() -> None:
         ("raise", "raised KeyError: 'answer'"),
         ("nan", "returned nan"),
         ("text", "returned '1.0'"),
-        ("none", "returned None"),
         ("two", "returned 2; it must return a number in \\[-1, 1\\]"),
         ("true", "returned True"),
     ],

@@ -27,7 +27,7 @@ from benchmarks.harness import Figures
 from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import load_model
 from t2ray.config.train import RLConfig
-from t2ray.core import SamplingParams, user
+from t2ray.core import Grade, SamplingParams, user
 from t2ray.engine.offline import OfflineEngine
 from t2ray.store import Store
 from t2ray.tasks.task import Task
@@ -156,9 +156,9 @@ def _timed(trainer: Trainer, number: int) -> float:
     return time.perf_counter() - start
 
 
-async def _halves(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+async def _halves(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
     """A verifier for which every other rollout is right, so that each has an advantage."""
-    return [float(i % 2) for i in range(len(completions))]
+    return [Grade.of(float(i % 2)) for i in range(len(completions))]
 
 
 def _task(prompt: int, answer: int) -> Task:

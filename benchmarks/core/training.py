@@ -20,7 +20,7 @@ from benchmarks.core.reference import Reference
 from benchmarks.core.shape import Subject
 from benchmarks.harness import Figures, interleaved, measure, ratio
 from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Mixture, Rollout, Token
+from t2ray.core import Completion, Example, Grade, Mixture, Rollout, Token
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer
@@ -60,7 +60,7 @@ def update(subject: Subject, repeats: int) -> Figures:
 def trainer(subject: Subject, folder: str, micro_batch: int) -> Trainer:
     """Returns a trainer of the expert "bench"; its `update` is given rollouts and needs no rewards."""
 
-    async def unused(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[float]:
+    async def unused(completions: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Grade]:
         raise AssertionError("updates are measured without rewards")
 
     task = Task(
@@ -88,7 +88,7 @@ def random_rollouts(subject: Subject) -> list[Rollout]:
                 ),
                 text="", finish_reason="length", mixture=Mixture.parse("bench"),
             ),
-            reward=1.0,
+            grade=Grade.of(1.0),
         )
         for prompt in subject.prompts(shape.rows)
     ]  # fmt: skip

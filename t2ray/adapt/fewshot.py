@@ -44,7 +44,7 @@ async def fewshot(
 ) -> FewShotResult:
     """Searches for the weights of `experts` that answer `examples` best.
 
-    A member's fitness is its accuracy on the shots (right: reward above 0), then the mean log-likelihood of the right
+    A member's fitness is its accuracy on the shots, then the mean log-likelihood of the right
     answers: of the golds, summed over tokens, if the task has golds; else of its own right answers, as the mean over
     tokens (the paper's rule). The first population has the mean, the base model and each expert alone at weight 1 (or
     the nearest weight within the bounds), so that the result is at least as good on its shots as the best single
@@ -106,5 +106,5 @@ async def _answer(
         golds = asyncio.gather(*(score(example.messages, (gold(example.row),), mixture) for mixture, example in rows))
         completions, scores = await asyncio.gather(answers, golds)
         likelihood = [nats for (nats,) in scores]
-    rewards = await verify([c.text for c in completions], [example.row for _, example in rows])
-    return np.array(rewards) > 0, np.array(likelihood)
+    grades = await verify([c.text for c in completions], [example.row for _, example in rows])
+    return np.array([grade.right for grade in grades]), np.array(likelihood)

@@ -83,8 +83,12 @@ class Adapter(Protocol):
         """
         ...
 
-    def initial(self, kind: str, noise_P: Tensor) -> Tensor:
-        """The parameters, (P,), that training starts from: those of the base model, plus `noise_P`."""
+    def initial(self, kind: str, noise_P: Tensor, start_P: Tensor | None = None) -> Tensor:
+        """The parameters, (P,), that training starts from: those of the base model, or of `start_P`, plus `noise_P`.
+
+        Raises:
+            ExpertError: no parameters of this `kind` have the vector `start_P`.
+        """
         ...
 
     def vector(self, kind: str, p_P: Tensor) -> Tensor:

@@ -185,9 +185,22 @@ class SVF:
 
     # ------------------------------------------------------------------------------------------------------- training
 
-    def initial(self, kind: str, noise_K: Tensor) -> Tensor:
-        """The parameters, (K,), that training starts from: `scale` starts at z = 1, `sigmoid` at p = 0.1 (Table 6)."""
-        return (1.0 if kind == "scale" else 0.1) + noise_K.to(self.s_K.device)
+    def initial(self, kind: str, noise_K: Tensor, start_K: Tensor | None = None) -> Tensor:
+        """The parameters, (K,), that training starts from: `scale` starts at z = 1, `sigmoid` at p = 0.1 (Table 6).
+
+        With `start_K` they are those whose `vector` is that z.
+
+        Raises:
+            ExpertError: no parameters have it, since `sigmoid` keeps each matrix's sum of s z.
+        """
+        noise_K = noise_K.to(self.s_K.device)
+        if start_K is None:
+            return (1.0 if kind == "scale" else 0.1) + noise_K
+        start_K = start_K.to(self.s_K.device)
+        p_K = start_K if kind == "scale" else torch.logit(start_K / (2 * start_K.max().clamp(min=1.0)))
+        if not torch.allclose(self.vector(kind, p_K), start_K, rtol=1e-4, atol=1e-5):
+            raise ExpertError(f"init: {kind} cannot start from an expert that was trained otherwise; use init: scale")
+        return p_K + noise_K
 
     def vector(self, kind: str, p_K: Tensor) -> Tensor:
         """z of trained parameters, (K,); see `parametrise`."""

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
 
     bench = open_workbench(locate(args), bar)
     experts = _experts(bench, args.only)
-    sampling = SamplingParams(max_tokens=bench.answer_tokens(args.max_tokens, task.max_tokens))
+    sampling = bench.sampling(args.max_tokens, task)
     console.print(
         f"{len(examples)} labelled prompts, experts {', '.join(experts)}, population {settings.population}, "
         f"at most {settings.iterations} rounds"

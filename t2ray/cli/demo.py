@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
         config = prepare(config, resume=True)
         assert config.factors is not None
         decompose(config.model, config.factors, progress=progress)
-    with _stage("train", timing), TrainingDisplay() as display:
+    with _stage("train", timing), TrainingDisplay(config) as display:
         train(config, resume=True, tick=display.show)
     torch.set_num_threads(1)  # passes of this size gain little from a second, and lose much where a core is busy
     bench = Demo(config, args.limit)

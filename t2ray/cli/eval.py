@@ -85,16 +85,19 @@ def run(args: argparse.Namespace) -> None:
     with bar("evaluate") as progress:
         done = 0
         for name, task in tasks.items():
-            tokens = bench.answer_tokens(args.max_tokens, task.max_tokens)
+            sampling = bench.sampling(args.max_tokens, task)
             code = place.run.code or None if place.run else None
-            with Verifier(task.reward, workers=_VERIFIERS, path=code, unsafe_code=args.unsafe_code) as verify:
+            with Verifier(
+                task.reward, workers=_VERIFIERS, path=code, unsafe_code=args.unsafe_code,
+                success_above=task.success_above,
+            ) as verify:  # fmt: skip
                 asyncio.run(_check(task, examples[name], verify))
                 cells = {}
                 for key, strategy in plans[name].items():
                     tell = partial(_tell, progress, done, total, f"{name} {key}")
-                    cells[key] = asyncio.run(_cell(bench, task, examples[name], strategy, key, verify, tokens, tell))
+                    cells[key] = asyncio.run(_cell(bench, task, examples[name], strategy, key, verify, sampling, tell))
                     done += len(examples[name])
-            results[name] = _result(strategies, cells, bench.experts, tokens)
+            results[name] = _result(strategies, cells, bench.experts, sampling.max_tokens)
     console.print(_table(results, strategies), markup=False)
     write_json(args.json, {"tasks": results, "model": place.model, "split": args.split, "machine": platform.platform()})
 
@@ -156,13 +159,14 @@ async def _check(task: Task, examples: Sequence[Example], verify: Verifier) -> N
 
 async def _cell(
     bench: Workbench, task: Task, examples: Sequence[Example], strategy: Strategy, name: str, verify: Verifier,
-    tokens: int, progress: Callable[[int], None],
+    sampling: SamplingParams, progress: Callable[[int], None],
 ) -> Cell:  # fmt: skip
     from t2ray.evals.evaluate import evaluate
 
+    least = 1 if sampling.to_end else sampling.max_tokens
     return await evaluate(
-        task.name, examples, strategy, bench.engine.generate, verify, SamplingParams(max_tokens=tokens),
-        fits=lambda messages: bench.engine.fits(messages, tokens), progress=progress,
+        task.name, examples, strategy, bench.engine.generate, verify, sampling,
+        fits=lambda messages: bench.engine.fits(messages, least), progress=progress,
     )  # fmt: skip
 
 

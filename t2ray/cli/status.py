@@ -64,6 +64,8 @@ def _details(d: DomainStatus) -> list[str]:
     now, lines, r = time.time(), [], d.result
     if r is not None:
         lines.append(f"best: validation {r.accuracy:.3f} at step {r.best_step}; the base has {r.base_accuracy:.3f}")
+        if not r.beats_base:
+            lines.append("it never beat its base in validation")
     else:
         lines += [
             f"worker {w.rank} on {w.host} (pid {w.pid}), heard {_seconds(now - w.at)} ago at step {w.step}; {w.memory}"
@@ -71,6 +73,13 @@ def _details(d: DomainStatus) -> list[str]:
         ]
         if d.checkpoint is not None:
             lines.append(f"last checkpoint: step {d.checkpoint}")
+    if d.cut is not None:
+        alike = "" if d.same_reward is None else f"; {d.same_reward:.0%} of the prompts have one reward for all samples"
+        lines.append(f"answers of {d.answer_tokens:.0f} tokens, {d.cut:.0%} of them cut{alike}")
+    if d.skipped or d.timeouts or d.errors:
+        lines.append(
+            f"so far {d.skipped} steps without a signal, {d.timeouts} timeouts and {d.errors} errors of the verifier"
+        )
     for name, track in d.trackers.items():
         more = f", not told more: {track.problem}" if track.problem else ""
         lines.append(f"{name}: told up to step {track.told}, run {track.id} in {track.where}{more}")

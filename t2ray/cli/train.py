@@ -31,24 +31,28 @@ def run(args: argparse.Namespace) -> int:
     from t2ray.cli.display import TrainingDisplay
     from t2ray.cluster.train.launch import DomainsFailed, train
     from t2ray.training.domain import domain_store, finished
-    from t2ray.training.metrics import notes
 
-    failed, known = "", {(domain, line) for domain in config.domains for line in notes(domain_store(config, domain))}
-    with TrainingDisplay() as display:
+    failed = ""
+    with TrainingDisplay(config) as display:
         try:
             train(config, resume=args.resume, tick=display.show)
         except DomainsFailed as error:
             failed = str(error)
+        finally:
+            display.tell(config)
     for domain in config.domains:
-        for line in notes(domain_store(config, domain)):
-            if (domain, line) not in known:
-                print(f"t2ray: warning: {domain}: {line}", file=sys.stderr)
         result = finished(domain_store(config, domain))
-        if result is not None:
-            console.print(
-                f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
-                f"best at step {result.best_step} of {result.steps}"
-            )
+        if result is None:
+            continue
+        console.print(
+            f"{domain}: greedy validation accuracy {result.base_accuracy:.3f} (base) -> {result.accuracy:.3f}, "
+            f"best at step {result.best_step} of {result.steps}"
+        )
+        if not result.beats_base:
+            kept = "it is published all the same" if config.publish == "always" else (
+                "it is not published; --resume publish=always publishes it"
+            )  # fmt: skip
+            console.print(f"{domain}: it never beat its base in validation: {kept}", markup=False)
     console.print(f"experts: {config.experts or f'{config.out}/{config.run}/experts'}")
     for line in failed.splitlines():
         print(f"t2ray: {line}", file=sys.stderr)

@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     result["failed"] = result["failed"][:10]
     console.print(f"{task.name}: {result['passed']} of {result['rows']} right answers score +1")
     for row in result["failed"]:
-        console.print(f"  row {row['row']}: {row['reward']:+g} for {row['gold'][:100]!r}", markup=False)
+        score = "none" if row["reward"] is None else f"{row['reward']:+g}"
+        console.print(f"  row {row['row']}: {score} for {row['gold'][:100]!r}", markup=False)
     write_json(args.json, result)
     return int(result["passed"] < result["rows"])
 

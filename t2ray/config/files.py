@@ -92,7 +92,7 @@ def _keys(model: type[BaseModel], loc: Iterable[str | int]) -> list[str]:
             continue  # a key of a dict, such as a domain's name
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         model = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), model)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

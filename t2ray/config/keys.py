@@ -61,6 +61,8 @@ def _type(field: Mapping[str, Any]) -> str:
     """A JSON schema in words: `whole number, at least 1`."""
     if "anyOf" in field:
         return " or ".join(_type(part) for part in field["anyOf"] if part.get("type") != "null")
+    if "$ref" in field:
+        return "mapping"
     if "enum" in field or "const" in field:
         return " or ".join(json.dumps(value) for value in field.get("enum", [field.get("const")]))
     if "prefixItems" in field:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from t2ray.config.files import Strict, nearest, override, read_yaml, validate
 from t2ray.core import ConfigError, check_name
@@ -31,8 +31,11 @@ class RLConfig(Strict):
         "prompt's other samples (loo).",
     )
     temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
-    max_tokens: int = Field(
-        48, ge=1, description="Greatest number of tokens of a rollout, where neither the domain nor its task says one."
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Greatest number of tokens of a rollout, where neither the domain nor its task says one; without "
+        "one, 512, or as many as the model's context has room for.",
     )
     lr: float = Field(2e-2, gt=0, description="Highest learning rate of AdamW.")
     schedule: Literal["cosine", "constant"] = Field(
@@ -78,6 +81,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+class WeightedReward(Strict):
+    """One of a domain's reward functions."""
+
+    use: str = Field(description='Reward function, written "module:function".')
+    weight: float = Field(1.0, allow_inf_nan=False, description="Its weight; a negative one makes it a penalty.")
+
+
 class DomainConfig(Strict):
     """One domain: a built-in `task`; `data`, `prompt` and `reward` of one's own; or, with `others`, the classifier."""
 
@@ -94,10 +104,14 @@ class DomainConfig(Strict):
     prompt: str | None = Field(
         None, description='Template of the prompt, such as "Q: {question}", or the name of a column of messages.'
     )
-    reward: str | None = Field(
+    reward: str | tuple[WeightedReward, ...] | None = Field(
         None,
-        description='Reward function, written "module:function"; it takes (completion, example) and returns a number '
-        "in [-1, 1].",
+        description='Reward function, written "module:function", plain or async; it takes (completion, example) and '
+        "returns a number in [-1, 1], or None to abstain. Or a list of several, as "
+        '{use: "module:function", weight: 1}, of which the mean by weights is the reward.',
+    )
+    success_above: float = Field(
+        0.0, ge=-1, lt=1, description="A completion whose reward is above this counts as right in an accuracy."
     )
     gold: str | None = Field(
         None, description="Column of the right answers, for `t2ray verify` and for ties of the few-shot search."
@@ -115,6 +129,30 @@ class DomainConfig(Strict):
         default_factory=dict, description="RL settings of this domain alone: keys of `rl`, which they win over."
     )
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _functions(cls, reward: object) -> object:
+        if reward is None or isinstance(reward, str):
+            return reward
+        if not isinstance(reward, list | tuple) or not reward:
+            what = 'text such as "module:function", or a list of {use: "module:function", weight: 1}'
+            raise ValueError(f"{what}, not {reward!r}")
+        each = [
+            one if isinstance(one, WeightedReward) else validate(WeightedReward, one, where="one of its functions")
+            for one in reward
+        ]
+        names = [one.use for one in each]
+        if len(set(names)) < len(names) or not any(one.weight for one in each):
+            raise ValueError(f"{', '.join(names)}: name each function once, and give one a weight other than 0")
+        return tuple(each)
+
+    @property
+    def rewards(self) -> str | dict[str, float] | None:
+        """The reward function by itself, or the weights of several by their names."""
+        if isinstance(self.reward, tuple):
+            return {one.use: one.weight for one in self.reward}
+        return self.reward
+
     @model_validator(mode="after")
     def _one_kind(self) -> DomainConfig:
         kinds = [kind for kind in ("task", "data", "others") if getattr(self, kind) is not None]
@@ -128,19 +166,29 @@ class DomainConfig(Strict):
         return self
 
 
-# What does not change the z that a training job ends with.
+# What does not change the z that a training job comes to, step by step: it may change when a run is resumed. `rl.steps`
+# may grow.
 FREE = frozenset(
-    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast"}
-)
+    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
+     "publish", "preset", "unsafe_code", "verify_timeout_s", "on_reward_error", "on_long_prompt"}
+)  # fmt: skip
+FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
 
 
 class TrainConfig(Strict):
     """A training job: one expert per domain."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     model: str = Field(
         "tiny", description='Model to adapt: "tiny", a local Hugging Face folder, or an id on the Hugging Face hub.'
     )
     run: str = Field("train", description="Name of the run, and of its folder under `out`.")
+    source: str | None = Field(
+        None,
+        alias="from",
+        description="Folder of a run from whose experts of the same names the domains go on, in place of the base.",
+    )
     out: str = Field("runs", description="Folder that receives the runs: a local one, or a URI that all nodes share.")
     experts: str | None = Field(
         None, description="Registry that receives the experts; without one, experts in the run's folder."
@@ -181,7 +229,19 @@ class TrainConfig(Strict):
     verifiers: int = Field(
         1, ge=0, description="Number of verifier processes per worker; 0 verifies in the worker itself."
     )
-    verify_timeout_s: float = Field(10.0, gt=0, description="Time limit of one verification, in seconds.")
+    verify_timeout_s: float = Field(
+        10.0, gt=0, description="Time limit of one call of a reward function, in seconds; one that is late scores -1."
+    )
+    on_reward_error: Literal["stop", "abstain"] = Field(
+        "stop",
+        description="What becomes of a completion for which a reward function fails: it stops the domain (stop), or it "
+        "leaves the batch and is counted (abstain).",
+    )
+    on_long_prompt: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="What becomes of a prompt that does not fit the model's context together with its answer: the job "
+        "is refused before its first step (refuse), or the row is left out and counted (skip).",
+    )
     unsafe_code: bool = Field(
         False, description="Whether model-written code may run on a machine that cannot isolate it."
     )
@@ -191,6 +251,11 @@ class TrainConfig(Strict):
     )
     fail_fast: bool = Field(
         False, description="Whether a domain that fails ends the others at once; else they train to their end."
+    )
+    publish: Literal["better", "always"] = Field(
+        "better",
+        description="Which experts the registry receives: those that beat the base in validation (better), or all "
+        "(always).",
     )
     track: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Trackers that are told of each step beside TensorBoard; each needs the extra of its name."
@@ -244,12 +309,16 @@ class TrainConfig(Strict):
 
     @cached_property
     def digest(self) -> str:
-        """Equal for configurations that train the same z: what a resume must not change."""
-        return hashlib.blake2b(json.dumps(self.resume_fields(), sort_keys=True).encode(), digest_size=8).hexdigest()
+        """Equal for configurations that come to the same z step by step: 24 hex digits."""
+        return hashlib.blake2b(json.dumps(self.resume_fields(), sort_keys=True).encode(), digest_size=12).hexdigest()
 
     def resume_fields(self) -> dict[str, Any]:
-        """Everything but where things lie and how many processes do the work."""
-        return portable({key: value for key, value in self.model_dump(mode="json").items() if key not in FREE})
+        """What a resume must not change, as plain values: everything that changes what a step does to z."""
+        fields = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
+        domains = {name: {k: v for k, v in one.items() if k != "gold"} for name, one in fields["domains"].items()}
+        for settings in (fields, *domains.values()):
+            settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
+        return portable(fields | {"domains": domains})
 
 
 def portable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,7 +69,7 @@ async def evaluate(
     chunk: int = 256,
     progress: Callable[[int], None] | None = None,
 ) -> Cell:
-    """Answers every example in two passes and verifies the answers; an answer is right if its reward is above 0.
+    """Answers every example in two passes and verifies the answers; the verifier says which are right.
 
     The requests of a chunk are awaited together, pass by pass, so that each pass is one batch.
 
@@ -96,8 +96,8 @@ async def evaluate(
             *(generate(x.messages, d.mixture, sampling) for x, d in zip(fitting, dispatches, strict=True))
         )
         end = time.perf_counter()
-        rewards = await verify([c.text for c in completions], [x.row for x in fitting])
-        right = {x.id for x, reward in zip(fitting, rewards, strict=True) if reward > 0}
+        grades = await verify([c.text for c in completions], [x.row for x in fitting])
+        right = {x.id for x, grade in zip(fitting, grades, strict=True) if grade.right}
         correct += [x.id in right for x in rows]
         labels.update(d.label for d in dispatches if d.label is not None)
         pass1_s += middle - start

@@ -48,7 +48,8 @@ def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
     def draw(figure: Figure) -> None:
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-        above.plot(steps, [row["accuracy"] for row in rows], color=SERIES[0], lw=1.2, alpha=0.8, label="rollouts")
+        rollouts = [row.get("accuracy", np.nan) for row in rows]
+        above.plot(steps, rollouts, color=SERIES[0], lw=1.2, alpha=0.8, label="rollouts")
         above.plot(
             [row["step"] for row in checked], [row["validation"] for row in checked],
             color=SERIES[1], marker="o", ms=3.5, lw=1.4, label="validation, greedy",

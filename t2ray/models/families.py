@@ -37,8 +37,7 @@ class Family:
         self.backbone: nn.Module = hf.base_model
         self.head: nn.Module = hf.get_output_embeddings()
         self.vocabulary = int(self.config.vocab_size)
-        limits = (getattr(self.config, name, None) for name in _CONTEXT)
-        self.context = int(next((limit for limit in limits if limit), _NO_LIMIT))
+        self.context = context_of(self.config)
         values = {name: getattr(self.config, name, None) for name in _AFTER_HEAD}
         self._after_head = {name: value for name, value in values.items() if isinstance(value, int | float)}
 
@@ -53,3 +52,9 @@ class Family:
         for name, value in self._after_head.items():
             logits = _AFTER_HEAD[name](logits, value)
         return logits
+
+
+def context_of(config: Any) -> int:
+    """Returns the tokens that prompt and answer may have together, from the configuration of a text decoder."""
+    limits = (getattr(config, name, None) for name in _CONTEXT)
+    return int(next((limit for limit in limits if limit), _NO_LIMIT))

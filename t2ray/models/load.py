@@ -14,6 +14,7 @@ import torch
 
 from t2ray.core import ModelError, ResourceError
 from t2ray.models.chat import Chat
+from t2ray.models.families import context_of
 
 
 def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
@@ -27,7 +28,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
         ResourceError: "auto" needs accelerate, which is not installed.
         ModelError: the folder has no causal language model that transformers knows without remote code.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -39,8 +40,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
         hf = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **divided
         )
-        # The length of a prompt is checked with each request; the tokenizer would only print a warning.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
+        tokenizer = _tokenizer(folder)
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
@@ -48,8 +48,6 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
             "with config.json and tokenizer.json"
         ) from None
     hf = (hf if divided else hf.to(device)).eval().requires_grad_(False)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     eos = hf.generation_config.eos_token_id
     eos = tokenizer.eos_token_id if eos is None else eos
     chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
@@ -58,3 +56,29 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
     # vocabulary of 49,152 takes 7.3 s for 64 rows of bfloat16 on a CPU, and 24 ms where the slice is copied first.
     hf.get_output_embeddings().register_forward_pre_hook(lambda head, inputs: (inputs[0].contiguous(), *inputs[1:]))
     return hf, chat
+
+
+def load_chat(folder: Path) -> tuple[Chat, int]:
+    """Loads the tokenizer alone, to count the tokens of prompts; returns it with the model's context in tokens.
+
+    Raises:
+        ModelError: the folder has no tokenizer that transformers knows without remote code.
+    """
+    from transformers import AutoConfig
+
+    try:
+        tokenizer, config = _tokenizer(folder), AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (ValueError, OSError, KeyError) as error:
+        raise ModelError(f"{folder}: transformers cannot load its tokenizer: {' '.join(str(error).split())}") from None
+    eos = tokenizer.eos_token_id
+    return Chat(tokenizer, [0 if eos is None else eos]), context_of(config.get_text_config(decoder=True))
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    # The length of a prompt is checked with each request; the tokenizer would only print a warning.
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer

@@ -15,10 +15,15 @@ from t2ray.core import RunError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import open_weights, resolve
 from t2ray.runs.folder import read_run
+from t2ray.runs.fork import starts
+from t2ray.runs.rows import check_lengths
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
+from t2ray.tasks.task import Task
 from t2ray.training.domain import CONFIG
 from t2ray.training.trackers import check_trackers
+
+_FORMER_LONGEST = 48
 
 
 def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
@@ -28,29 +33,51 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
         RunError: the run exists and `resume` is False, or the run was started with another configuration.
         T2RayError: the job, its data, its rewards or its model have a mistake.
     """
-    config = _absolute(config)
+    config = _as_begun(_absolute(config))
     check_run(config, resume)
     _check_base(config)
     check_trackers(config)
-    for domain in config.domains:
-        task = build_task(config, domain)
-        task.examples("train", 1), task.examples("validation", 1)
+    check_lengths(config, job_tasks(config))
+    if config.source is not None and not resume:
+        starts(config)
     return config
 
 
+def job_tasks(config: TrainConfig) -> dict[str, Task]:
+    """Returns the task of each domain of a job."""
+    return {domain: build_task(config, domain) for domain in config.domains}
+
+
 def check_run(config: TrainConfig, resume: bool) -> None:
-    """Raises RunError if the run exists and `resume` is False, or if it was started with another configuration."""
+    """Checks that a run may begin, or go on.
+
+    Raises:
+        RunError: the run exists and `resume` is False; or it was started with another configuration, as far as that
+            changes z, or with more steps.
+    """
     folder = f"{config.out}/{config.run}"
     if not Store(folder).exists(CONFIG):
         return
     if not resume:
         raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
-    before, now = read_run(folder).resume_fields(), config.resume_fields()
-    differing = _differing(before, now)
+    begun = read_run(folder)
+    differing = _differing(begun.resume_fields(), config.resume_fields())
+    for domain in config.domains.keys() & begun.domains.keys():
+        before, now = begun.domain_rl(domain).steps, config.domain_rl(domain).steps
+        if now < before:
+            differing.append(f"rl.steps of {domain}: {before}, now {now}, which may only grow")
     if differing:
         raise RunError(
             f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"
         )
+
+
+def _as_begun(config: TrainConfig) -> TrainConfig:
+    """Returns the job with what its run began with by a default of an earlier version."""
+    store = Store(f"{config.out}/{config.run}")
+    if config.rl.max_tokens is None and store.exists(CONFIG) and read_run(store.uri).rl.max_tokens == _FORMER_LONGEST:
+        return config.model_copy(update={"rl": config.rl.model_copy(update={"max_tokens": _FORMER_LONGEST})})
+    return config
 
 
 def _check_base(config: TrainConfig) -> None:
@@ -91,6 +118,8 @@ def _absolute(config: TrainConfig) -> TrainConfig:
             "out": out,
             "factors": str(Path(factors).absolute()),
             "code": config.code and str(Path(config.code).absolute()),
+            "source": config.source
+            and (config.source if "://" in config.source else str(Path(config.source).absolute())),
             "experts": experts if "://" in experts else str(Path(experts).absolute()),
             "domains": domains,
         }

@@ -21,6 +21,8 @@ STALE_S = 30.0  # a worker whose last heartbeat is older does not run any more
 class DomainStatus:
     """One domain of a run. Figures are those of the newest step; `left_s` is estimated from the last ten steps.
 
+    `skipped`, `timeouts` and `errors` are sums over the steps so far (`StepMetrics`).
+
     `checkpoint` is the step of the newest one; of a domain that does not run, of the newest sound one. `damaged` has a
     line about each file that is, `notes` one about each that was and what became of it.
     """
@@ -34,6 +36,12 @@ class DomainStatus:
     validation: float | None
     kl: float | None
     tokens_per_s: float | None
+    answer_tokens: float | None
+    cut: float | None
+    same_reward: float | None
+    skipped: int
+    timeouts: int
+    errors: int
     left_s: float | None
     checkpoint: int | None
     result: Result | None
@@ -83,6 +91,12 @@ def _domain(config: TrainConfig, domain: str) -> DomainStatus:
         validation=next((row.validation for row in reversed(rows) if row.validation is not None), None),
         kl=last.kl if last else None,
         tokens_per_s=last.tokens_per_s if last else None,
+        answer_tokens=last.answer_tokens if last else None,
+        cut=last.cut if last else None,
+        same_reward=last.same_reward if last else None,
+        skipped=sum(row.skipped or 0 for row in rows),
+        timeouts=sum(row.timeouts or 0 for row in rows),
+        errors=sum(row.errors or 0 for row in rows),
         left_s=seconds_left(rows, steps_all) if state == "running" and rows else None,
         checkpoint=checkpoint,
         result=result,

@@ -8,7 +8,7 @@ from pathlib import Path
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
 from t2ray.tasks import builtin
-from t2ray.tasks.task import Task
+from t2ray.tasks.task import LONGEST, Task
 
 
 def build_task(config: TrainConfig, domain: str) -> Task:
@@ -35,10 +35,12 @@ def build_task(config: TrainConfig, domain: str) -> Task:
         from t2ray.tasks.data import own
 
         task = own(domain, settings, config.code)
-    limit = settings.max_tokens or (
-        task.max_tokens if settings.task or settings.others else config.domain_rl(domain).max_tokens
+    of_task = settings.task is not None or settings.others is not None
+    asked = settings.max_tokens or (None if of_task else config.domain_rl(domain).max_tokens)
+    usual = task.max_tokens if of_task else LONGEST
+    return replace(
+        task, name=domain, max_tokens=asked or usual, to_end=asked is None, success_above=settings.success_above
     )
-    return replace(task, name=domain, max_tokens=limit)
 
 
 def _others(config: TrainConfig, domain: str, others: str) -> Task:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t2ray.core import ConfigError, DataError, Message, user
-from t2ray.tasks.task import DataRow, Task, load_reward
+from t2ray.tasks.task import LONGEST, DataRow, Task, load_reward
 
 if TYPE_CHECKING:
     from t2ray.config.train import DomainConfig
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 FORMATS = (".jsonl", ".csv", ".parquet")
 _HUB_ID = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 _HOLD_OUT = 10
-_MAX_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,8 +185,10 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
         ConfigError: the prompt or `gold` names a column that the data does not have, or the reward cannot be imported.
         DataError: the data cannot be read, or a row lacks a column that the prompt or `gold` needs.
     """
-    assert domain.data and domain.prompt and domain.reward, domain
-    load_reward(domain.reward, folder)
+    rewards = domain.rewards
+    assert domain.data and domain.prompt and rewards, domain
+    for name in [rewards] if isinstance(rewards, str) else rewards:
+        load_reward(name, folder)
     table = read(domain.data, domain.split, folder)
     messages = _prompt(domain.prompt, table)
     gold = domain.gold
@@ -196,6 +197,8 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     needed = {} if gold is None else {gold: object}
     table.need(needed)
     train, validation = table.rows, table.rows
+    placed = [f"{table.source}, {place}" for place in table.places]
+    places = {"train": placed, "validation": placed}
     if domain.validation is not None:
         is_file = Path(domain.validation).suffix in FORMATS
         held = read(domain.validation, folder=folder) if is_file else read(domain.data, domain.validation, folder)
@@ -205,17 +208,24 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
             )
         _prompt(domain.prompt, held.need(needed))
         validation = held.rows
+        places["validation"] = [f"{held.source}, {place}" for place in held.places]
     elif len(table.rows) >= _HOLD_OUT:
         validation = table.rows[_HOLD_OUT - 1 :: _HOLD_OUT]
         train = [row for i, row in enumerate(table.rows) if i % _HOLD_OUT != _HOLD_OUT - 1]
+        places = {
+            "train": [place for i, place in enumerate(placed) if i % _HOLD_OUT != _HOLD_OUT - 1],
+            "validation": placed[_HOLD_OUT - 1 :: _HOLD_OUT],
+        }
     rows = {"train": train, "validation": validation, "test": validation, "all": table.rows}
     return Task(
         name=name,
         rows=rows.__getitem__,
         messages=messages,
-        reward=domain.reward,
+        reward=rewards,
         gold=None if gold is None else lambda row: str(row[gold]),
-        max_tokens=domain.max_tokens or _MAX_TOKENS,
+        max_tokens=domain.max_tokens or LONGEST,
+        to_end=domain.max_tokens is None,
+        places=places.__getitem__,
     )
 
 

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import site
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 from t2ray.core import ConfigError, DataError, Example, Message
+
+LONGEST = 512
+"""The tokens of an answer for which neither the user nor a built-in task sets a limit, as far as the context goes."""
 
 SPLITS = ("train", "validation", "test", "all")
 
@@ -29,16 +35,21 @@ class Task:
 
     `rows(split)` returns the rows of "train", "validation" or "test", which share no row unless the task's module says
     so; `rows("all")` returns every row. `messages(row)` returns its prompt. `reward` names a function
-    `(completion: str, row: dict) -> float in [-1, 1]` as "module:function". `gold(row)` returns a completion that must
-    score +1; it is None if the task has no right answers. `max_tokens` limits a completion.
+    `(completion: str, row: dict) -> float in [-1, 1]` as "module:function", or several with their weights; a reward
+    above `success_above` counts as right. `gold(row)` returns a completion that must score +1; it is None if the task
+    has no right answers. `max_tokens` limits a completion; with `to_end` it is lowered to what the context has room
+    for. `places(split)` says for people where each row of a split is from, such as "d.jsonl, line 3".
     """
 
     name: str
     rows: Callable[[str], Sequence[DataRow]]
     messages: Callable[[DataRow], tuple[Message, ...]]
-    reward: str
+    reward: str | Mapping[str, float]
     gold: Callable[[DataRow], str] | None
     max_tokens: int
+    to_end: bool = True
+    success_above: float = 0.0
+    places: Callable[[str], Sequence[str]] | None = None
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Returns the first `limit` rows of a split (all if None) as examples with the ids `name/split/i`.
@@ -64,23 +75,27 @@ def load_reward(reward: str, folder: str | None = None) -> Reward:
     `folder` stays there, because a reward module may import its neighbours later.
 
     Raises:
-        ConfigError: `reward` has no colon, the module cannot be found or imported, or it has no such function.
+        ConfigError: `reward` has no colon, the module cannot be found or imported, shares its name with a library, or
+            has no such function.
     """
     module_name, colon, function_name = reward.partition(":")
     if not colon or not module_name or not function_name:
         raise ConfigError(f"reward {reward!r} is not of the form module:function; write for instance rewards:has_dog")
-    if folder is not None and folder not in sys.path:
-        sys.path.insert(0, folder)
-        importlib.invalidate_caches()
     top = module_name.partition(".")[0]
+    if folder is not None:
+        _put_first(folder, top, reward)
     if top not in sys.modules and importlib.util.find_spec(top) is None:
         where = f"{folder} or " if folder else ""
         raise ConfigError(f"reward {reward!r}: no module {module_name!r} in {where}the packages; add {top}.py there")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # importing runs the user's code, which may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"reward {reward!r}: importing {module_name!r} failed: {reason}") from error
+    except (Exception, SystemExit) as error:  # importing runs the user's code, which may raise anything, or end
+        exited = f"it called sys.exit({error.code!r})" if isinstance(error, SystemExit) else ""
+        reason = exited or f"{type(error).__name__}: {error}"
+        if folder is not None and (shadows := [path.name for path in Path(folder).glob("*.py") if _library(path.stem)]):
+            reason += f"; {', '.join(shadows)} in {folder} shares its name with a library, which Python then misses"
+        what = f"reward {reward!r}: importing {module_name!r} failed: {reason}"
+        raise ConfigError(" ".join(what.split())) from error
     function = getattr(module, function_name, None)
     if not callable(function):
         known = sorted(name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
@@ -89,3 +104,32 @@ def load_reward(reward: str, folder: str | None = None) -> Reward:
         )
     loaded: Reward = function
     return loaded
+
+
+def _put_first(folder: str, top: str, reward: str) -> None:
+    """Makes `folder` the first place where Python looks, so that its module `top` is the one that is imported.
+
+    Raises:
+        ConfigError: the module shares its name with a library.
+    """
+    if sys.path[:1] != [folder]:
+        sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
+        importlib.invalidate_caches()
+    own = PathFinder.find_spec(top, [folder])
+    if own is None or own.origin is None:
+        return
+    if _library(top):
+        raise ConfigError(
+            f"reward {reward!r}: {own.origin} shares its name with a library; rename it, such as to {top}_rewards.py"
+        )
+    other = getattr(sys.modules.get(top), "__file__", None)
+    if other is not None and Path(other).resolve() != Path(own.origin).resolve():  # of another job's folder
+        for name in [name for name in sys.modules if name == top or name.startswith(f"{top}.")]:
+            del sys.modules[name]
+
+
+def _library(name: str) -> bool:
+    """Whether Python, t2ray or an installed package has a module of that name."""
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    ours = __name__.partition(".")[0]
+    return name == ours or name in sys.stdlib_module_names or PathFinder.find_spec(name, places) is not None

@@ -1,4 +1,4 @@
-"""A training run's checkpoints: z's parameters, AdamW's moments, the best z so far, and where in the run they stand.
+"""The checkpoints of a training run: the parameters of z, AdamW's moments, the best z so far, and where the run stands.
 
 A checkpoint is one safetensors file, written whole or not at all, with a digest of what it holds; the two newest are
 kept. Other files in their folder are neither read nor deleted. Random numbers and the data cursor need no saving: both
@@ -11,7 +11,7 @@ import json
 import re
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,18 @@ from t2ray.integrity import Damaged, digest_of
 from t2ray.store import Store
 
 FOLDER = "checkpoints"
+_EARLIER = re.compile(r"[0-9a-f]{16}")  # a digest of earlier versions, which no other version can compute
 TENSORS = frozenset({"p_K", "best_z_K", "exp_avg", "exp_avg_sq"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Where a run stands: the next step is `step + 1`; `best_step` had the best validation, `stale` came after it."""
+    """Where a run stands: the next step is `step + 1`.
+
+    `best_step` had the best validation, and `stale` validations came after it that were not better. `better` says
+    whether the best z has a better validation than the base, which has `base_accuracy`. `skipped` steps had no signal
+    and did not move z. `done` says that the run has ended.
+    """
 
     step: int = 0
     best_step: int = 0
@@ -34,18 +40,35 @@ class Progress:
     best_reward: float = -2.0
     stale: int = 0
     base_accuracy: float = -1.0
+    skipped: int = 0
+    better: bool = False
     done: bool = False
+
+    def measured(self, accuracy: float, reward: float) -> Progress:
+        """Returns where the run stands before its first step, after the base was validated."""
+        return replace(self, base_accuracy=accuracy, best_accuracy=accuracy, best_reward=reward)
+
+    def validated(self, accuracy: float, reward: float) -> Progress:
+        """Returns where the run stands after a validation of its z: accuracy counts first, then the mean reward.
+
+        The earlier of two equal ones stays the best.
+        """
+        if (accuracy, reward) <= (self.best_accuracy, self.best_reward):
+            return replace(self, stale=self.stale + 1)
+        return replace(
+            self, best_accuracy=accuracy, best_reward=reward, best_step=self.step, better=True, stale=0
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a step leaves: `tensors` are `p_K`, `best_z_K` and AdamW's `exp_avg`, `exp_avg_sq`, all (K,) float32."""
+    """The state after a step: `tensors` are `p_K`, `best_z_K` and AdamW's `exp_avg`, `exp_avg_sq`, all (K,) float32."""
 
     progress: Progress
     tensors: dict[str, Tensor]
 
     def save(self, store: Store, digest: str) -> None:
-        """Writes the checkpoint of its step, then drops those before it but for one.
+        """Writes the checkpoint of its step, then deletes those before it but for one.
 
         Raises:
             RunError: a tensor has a number that is not finite; the checkpoints before stand.
@@ -65,13 +88,13 @@ class Checkpoint:
 
 
 def steps(store: Store) -> list[int]:
-    """The steps that have a checkpoint, sound or not, rising."""
+    """Returns the steps that have a checkpoint, sound or not, rising."""
     found = (re.fullmatch(r"step_(\d{6}|[1-9]\d{6,})\.safetensors", name) for name in store.names(FOLDER))
     return sorted(int(match[1]) for match in found if match)
 
 
 def latest(store: Store, digest: str, tell: Callable[[str], None] = lambda line: None) -> Checkpoint | None:
-    """The newest sound checkpoint, or None where there is none; `tell` gets a line about each newer, damaged one.
+    """Returns the newest sound checkpoint, or None if there is none; `tell` gets a line about each newer, damaged one.
 
     Raises:
         RunError: it was made by another configuration.
@@ -94,10 +117,11 @@ def _read(store: Store, step: int, digest: str) -> Checkpoint:
     config = metadata.get("config")
     if metadata.get("digest", own := digest_of(tensors, metadata.get("progress", ""), config or "")) != own:
         raise Damaged("its digest belongs to other numbers")
-    if config is not None and config != digest:
+    if config is not None and config != digest and not _EARLIER.fullmatch(config):
         raise RunError(f"{store.uri}/{path} belongs to another configuration; use another run name")
     try:
-        progress = Progress(**json.loads(metadata["progress"]))
+        values = json.loads(metadata["progress"])
+        progress = Progress(**{"better": values["best_step"] > 0} | values)  # which earlier versions did not write
     except (KeyError, ValueError, TypeError):
         raise Damaged("it does not say where in the run it stands") from None
     if config is None or tensors.keys() != TENSORS or progress.step != step:
@@ -108,7 +132,7 @@ def _read(store: Store, step: int, digest: str) -> Checkpoint:
 
 
 def _not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """The name of a tensor with a number that is not finite."""
+    """Returns the name of a tensor with a number that is not finite, if there is one."""
     return next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
 
 
@@ -117,7 +141,7 @@ def _path(step: int) -> str:
 
 
 def moments(optimiser: torch.optim.Optimizer, p_K: Tensor) -> dict[str, Tensor]:
-    """AdamW's state of the one parameter, as tensors."""
+    """Returns AdamW's state of the one parameter, as tensors."""
     state = optimiser.state.get(p_K) or {"exp_avg": torch.zeros_like(p_K), "exp_avg_sq": torch.zeros_like(p_K)}
     return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"]}
 

@@ -1,4 +1,7 @@
-"""One domain's training inside one worker: loads the model, trains, leaves the expert in the run folder. No Ray."""
+"""The training of one domain inside one worker: it loads the model, trains, and leaves the expert in the run folder.
+
+Not here: Ray (`t2ray.cluster.train`).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model, load_model
-from t2ray.config.train import TrainConfig
+from t2ray.config.train import RLConfig, TrainConfig
+from t2ray.core import ExpertError
 from t2ray.engine.offline import OfflineEngine
 from t2ray.integrity import Damaged, digest_of, seal, unseal
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
+from t2ray.tasks.fits import long_prompts, without
+from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.metrics import note
 from t2ray.training.trainer import ReportMetrics, Trained, Trainer
@@ -22,15 +28,16 @@ from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 if TYPE_CHECKING:
     from t2ray.training.trackers import Trackers
 
-CONFIG, RESULT, EXPERT = "config.json", "result.json", "expert.safetensors"
-"""The run's configuration in its folder; a domain's result and expert in its own."""
+CONFIG, RESULT, EXPERT, START = "config.json", "result.json", "expert.safetensors", "start.safetensors"
+"""In the folder of a run its configuration; in that of a domain its result, its expert, and what it starts from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """A finished domain's figures: greedy validation accuracy of the base and of its expert, and where it was best.
+    """The figures of a finished domain: greedy validation accuracy of base and expert, and where it was best.
 
-    `expert` is the digest of the expert's vectors; earlier versions wrote none.
+    `expert` is the digest of the expert's vectors. `better` says whether it beat the base. The last `stale` validations
+    were not better than the best. Earlier versions wrote none of these three.
     """
 
     accuracy: float
@@ -38,15 +45,27 @@ class Result:
     best_step: int
     steps: int
     expert: str | None = None
+    stale: int | None = None
+    better: bool | None = None
+
+    @property
+    def beats_base(self) -> bool:
+        """Whether the expert has a better validation than the base."""
+        return self.best_step > 0 if self.better is None else self.better
+
+    def goes_on(self, rl: RLConfig) -> bool:
+        """Whether a domain with these settings has steps left: its run has been made longer."""
+        impatient = rl.patience > 0 and (self.stale is None or self.stale >= rl.patience)
+        return self.steps < rl.steps and not impatient
 
 
 def domain_store(config: TrainConfig, domain: str) -> Store:
-    """The folder of one domain's run."""
+    """Returns the folder of a domain in its run."""
     return Store(f"{config.out}/{config.run}/domains/{domain}")
 
 
 def finished(store: Store) -> Result | None:
-    """The result of a domain that ended, or None, also where it is damaged; it is written after the expert."""
+    """Returns the result of a domain that ended, or None, also if it is damaged; it is written after the expert."""
     try:
         return _result(store)
     except (FileNotFoundError, Damaged):
@@ -54,7 +73,7 @@ def finished(store: Store) -> Result | None:
 
 
 def expert_of(store: Store, result: Result) -> dict[str, Tensor]:
-    """The vectors of a finished domain's expert, by target.
+    """Returns the vectors of the expert of a finished domain, by target.
 
     Raises:
         Damaged: the file is missing, cannot be read, or holds other numbers than the result says.
@@ -71,7 +90,7 @@ def expert_of(store: Store, result: Result) -> dict[str, Tensor]:
 
 
 def damage(store: Store) -> str | None:
-    """What is wrong with the result or the expert of a domain that ended; None of one that goes on."""
+    """Returns what is wrong with the result or the expert of a domain that ended; None for one that goes on."""
     try:
         expert_of(store, _result(store))
     except FileNotFoundError:
@@ -86,13 +105,15 @@ def _result(store: Store) -> Result:
         result = Result(**unseal(store.read_bytes(RESULT)))
     except (Damaged, TypeError) as error:
         raise Damaged(f"{RESULT} is damaged: {error}") from None
-    if not all(isinstance(value, int | float) for key, value in asdict(result).items() if key != "expert"):
+    if not all(
+        isinstance(value, int | float) for key, value in asdict(result).items() if value is not None and key != "expert"
+    ):
         raise Damaged(f"{RESULT} is damaged: a figure is no number")
     return result
 
 
 def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> None:
-    """Trains one domain's expert from where its run stands.
+    """Trains the expert of one domain from where its run stands.
 
     Raises:
         T2RayError: what the user can mend: data, reward, model, disk.
@@ -101,25 +122,50 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     torch.set_num_threads(max(1, int(config.cpus)))
     torch.manual_seed(config.seed)
     store = domain_store(config, domain)
-    task = build_task(config, domain)
     model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
+    task, lines = _fitting(build_task(config, domain), model)
     engine = OfflineEngine(model)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
-        unsafe_code=config.unsafe_code,
+        unsafe_code=config.unsafe_code, success_above=task.success_above, forgive=config.on_reward_error == "abstain",
     )  # fmt: skip
     with verifier as verify:
         trainer = Trainer(
             model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
             task, verify, config.domain_rl(domain), store,
-            seed=config.seed, digest=config.digest, shares=config.span[1],
+            seed=config.seed, digest=config.digest, shares=config.span[1], start_K=_start(store, model),
         )  # fmt: skip
         first = trainer.shares.rank == 0
         if first and (lost := damage(store)):
-            note(store, f"{lost}; it was made again")
+            lines.append(f"{lost}; it was made again")
+        for line in lines if first else ():
+            note(store, line)
+        if first and finished(store) is not None:  # it goes on
+            store.delete(RESULT)
         trained = asyncio.run(trainer.run(report, _trackers(config, domain, store) if first else None))
     if first:
         _leave(store, trained, model)
+
+
+def _fitting(task: Task, model: Model) -> tuple[Task, list[str]]:
+    """Returns the task without prompts that are too long, and a line that says so; a job that refuses them has none."""
+    long = long_prompts(task, lambda messages: len(model.chat.encode(messages)), model.context)
+    return (task, []) if long is None else (without(task, long), [f"{long.text}; they are left out"])
+
+
+def _start(store: Store, model: Model) -> Tensor | None:
+    """Returns the vector that the domain starts from, (K,); None for the base.
+
+    Raises:
+        ExpertError: it adapts matrices that the job does not.
+    """
+    if not store.exists(START):
+        return None
+    parts, ranks = store.read_tensors(START), {target.name: target.rank for target in model.adapter.layout}
+    odd = [name for name, z_r in parts.items() if ranks.get(name) != len(z_r)]
+    if odd:
+        raise ExpertError(f"from: that run adapts {odd[0]}, which this job does not; use its targets and layers")
+    return model.adapter.join(parts)
 
 
 def _trackers(config: TrainConfig, domain: str, store: Store) -> Trackers | None:

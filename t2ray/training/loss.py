@@ -14,37 +14,62 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.core import Rollout
 
+ROUNDING = 1e-9
+"""An advantage below this is the rounding of a mean: AdamW would turn it into a step of full size."""
+
 CHUNK_ELEMENTS = 1 << 23
 """Logits that are in memory at once (32 MiB in float32): answer tokens go through the vocabulary in chunks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """Sums over a batch's rollouts: `loss` (of the objective, each rollout counted once), `kl` (nats) and `tokens`."""
+    """Sums over a batch of rollouts: `loss` (of the objective, each rollout counted once), `kl` (nats) and `tokens`."""
 
     loss: float
     kl: float
     tokens: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What a batch says of z: the `loss` per rollout, `kl` in nats over `tokens`, and the gradient's norm.
+
+    z has `moved` unless no rollout had an advantage: what is left of such a gradient is rounding and the penalty.
+    """
+
+    loss: float
+    kl: float
+    tokens: int
+    grad_norm: float
+    moved: bool
+
+
 def advantages(rewards: Tensor, samples: int, baseline: str, mean: float) -> Tensor:
-    """What multiplies a rollout's log-likelihood, (B,): its reward less the baseline.
+    """Returns what multiplies the log-likelihood of each rollout, (B,): its reward less the baseline.
 
     `none`: 0, as in the paper. `mean`: the batch's mean reward. `loo`: the mean of the prompt's other samples
-    (RLOO, arXiv 2402.14740, equation 3); the samples of a prompt lie side by side.
+    (RLOO, arXiv 2402.14740, equation 3). A group without variance, which is the batch for `mean` and a prompt's samples
+    for `loo`, carries nothing: its advantages are 0, not the rounding of a mean.
+
+    Args:
+        rewards: (B,), float64; the samples of a prompt lie side by side. NaN stands for a rollout without a reward,
+            whose advantage is 0.
     """
     if baseline == "none":
-        return rewards
-    if baseline == "mean":
-        return rewards - mean
+        return rewards.nan_to_num(0.0)
     groups = rewards.view(len(rewards) // samples, samples)
-    return ((groups - groups.mean(1, keepdim=True)) * samples / (samples - 1)).flatten()
+    if baseline == "mean":
+        found = groups - mean
+    else:
+        number = (~groups.isnan()).sum(1, keepdim=True)
+        found = (groups - groups.nanmean(1, keepdim=True)) * number / (number - 1).clamp(min=1)
+    return found.masked_fill(found.isnan() | (found.abs() < ROUNDING), 0.0).flatten()
 
 
 def token_losses(
     logits_NV: Tensor, base_NV: Tensor, token_N: Tensor, advantage_N: Tensor, lam: float, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Per answer token: its share of the loss, and KL(policy || base) over the whole vocabulary, both (N,), nats.
+    """Returns per answer token its share of the loss, and KL(policy || base) over the whole vocabulary: (N,), nats.
 
     `loss = -advantage * log p(token) + lam * KL`. The policy's probability is that of the distribution it was sampled
     from (`temperature`); the KL compares the models themselves.

@@ -1,12 +1,13 @@
-"""What a training says of itself in its folder, for records, trackers, status and displays: the figures of each step, a
-line of `metrics.jsonl`; and notes about files that were found damaged.
+"""What a training says of itself in its folder, for records, trackers, status and displays.
+
+The figures of each step are a line of `metrics.jsonl`. Notes are lines for people: alarms, and files that were damaged.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from t2ray.integrity import Damaged, seal, unseal
@@ -17,16 +18,22 @@ METRICS, NOTES = "metrics.jsonl", "notes.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepMetrics:
-    """One step's figures, over the rollouts of all workers.
+    """The figures of one step, over the rollouts of all workers.
 
-    `reward_mean` lies in [-1, 1]; `accuracy` is the share of rollouts with a positive reward; `kl` is nats per token to
-    the base model; `loss` is per rollout; `grad_norm` is before clipping; `z_min` and `z_max` bound the expert after
-    the step; `tokens_per_s` counts sampled tokens; `validation` is the greedy accuracy, None where it was not measured.
+    `reward_mean` lies in [-1, 1]; `accuracy` is the share of rollouts that are right; both are None where the verifier
+    abstained from all. `kl` is nats per token to the base model; `loss` is per rollout; `grad_norm` is before clipping;
+    `z_min` and `z_max` bound the expert after the step; `tokens_per_s` counts sampled tokens. `validation` is the
+    greedy accuracy, None where it was not measured.
+
+    `answer_tokens` is the mean length of an answer. `cut` is the share of answers that reached their greatest length.
+    `same_reward` is the share of prompts whose samples all have one reward, None for one sample per prompt. `abstained`
+    counts rollouts that left the batch; `timeouts` and `errors` count answers for which a reward function ran out of
+    time or failed, those of validations since the step before included. `skipped` is 1 for a step that had no signal
+    and left z as it was. `rewards` has the mean of each reward function, where the task weighs several. Rows of earlier
+    versions lack what this paragraph names.
     """
 
     step: int
-    reward_mean: float
-    accuracy: float
     kl: float
     loss: float
     grad_norm: float
@@ -34,16 +41,27 @@ class StepMetrics:
     z_max: float
     tokens_per_s: float
     seconds: float
+    reward_mean: float | None = None
+    accuracy: float | None = None
     validation: float | None = None
+    answer_tokens: float | None = None
+    cut: float | None = None
+    same_reward: float | None = None
+    abstained: int | None = None
+    timeouts: int | None = None
+    errors: int | None = None
+    skipped: int | None = None
+    rewards: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:
-        """The figures by name, without a validation that was not made."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """Returns the figures by name, without those that there are not."""
+        return {key: value for key, value in asdict(self).items() if value not in (None, {})}
 
     @property
     def values(self) -> dict[str, float]:
-        """What a tracker draws over the steps: `row` without the step's number."""
-        return {key: value for key, value in self.row().items() if key != "step"}
+        """What a tracker draws over the steps: numbers by name, such as `kl` and `reward/rewards.short`."""
+        flat = {key: value for key, value in self.row().items() if key not in ("step", "rewards")}
+        return flat | {f"reward/{name.replace(':', '.')}": mean for name, mean in self.rewards.items()}
 
     @property
     def not_finite(self) -> dict[str, float]:
@@ -53,19 +71,19 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadMetrics:
-    """A domain's figures as they can be read: the rows that are sound, and a line about each that is not."""
+    """The figures of a domain as they can be read: the rows that are sound, and a line about each that is not."""
 
     rows: list[StepMetrics]
     damage: list[str]
 
 
 def read_metrics(store: Store) -> list[StepMetrics]:
-    """The figures of the steps so far, in a domain's folder, without those that are damaged."""
+    """Returns the figures of the steps so far in a domain's folder, without those that are damaged."""
     return check_metrics(store).rows
 
 
 def check_metrics(store: Store) -> ReadMetrics:
-    """The figures of the steps so far, and what is damaged. A last line that a kill cut short is neither."""
+    """Returns the figures of the steps so far, and what is damaged. A last line that a kill cut short is neither."""
     found = ReadMetrics(rows=[], damage=[])
     try:
         lines = store.read_bytes(METRICS).split(b"\n")
@@ -77,28 +95,28 @@ def check_metrics(store: Store) -> ReadMetrics:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = StepMetrics(**unseal(line))
-            if not all(isinstance(value, int | float) for value in row.row().values()):
+            if not all(isinstance(value, int | float) for value in (row.step, *row.values.values())):
                 raise Damaged("a figure is no number")
             found.rows.append(row)
-        except (Damaged, TypeError) as error:
+        except (Damaged, TypeError, AttributeError) as error:
             what = error if isinstance(error, Damaged) else "its keys are not those of a step"
             found.damage.append(f"{METRICS}, line {number}: {what}")
     return found
 
 
 def as_lines(rows: Iterable[StepMetrics]) -> str:
-    """The file's text: a JSON object per line, with a digest of its figures."""
+    """Returns the text of the file: a JSON object per line, with a digest of its figures."""
     return "".join(seal(row.row()) + "\n" for row in rows)
 
 
 def seconds_left(rows: list[StepMetrics], steps: int) -> float:
-    """The time that the rest of `steps` takes at the pace of the last ten steps; `rows` has at least one."""
+    """Returns the time that the rest of `steps` takes at the pace of the last ten steps; `rows` has at least one."""
     recent = rows[-10:]
     return (steps - rows[-1].step) * sum(row.seconds for row in recent) / len(recent)
 
 
 def notes(store: Store) -> list[str]:
-    """The notes in a domain's folder, the oldest first."""
+    """Returns the notes in a domain's folder, the oldest first."""
     lines = store.read_bytes(NOTES).splitlines() if store.exists(NOTES) and not store.is_folder(NOTES) else []
     found = []
     for line in lines:

@@ -1,6 +1,6 @@
-"""What a run leaves for people to open: `metrics.jsonl`, TensorBoard events, the rollouts as Parquet, and its trackers.
+"""What a run leaves for people to open: `metrics.jsonl`, TensorBoard events, and the rollouts as Parquet.
 
-Written by the first worker of a domain alone. What W&B and MLflow are told is in trackers.py.
+The first worker of a domain alone writes them. Not here: what W&B and MLflow are told (`trackers`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Records:
-    """The records of one domain's run, in its folder; a resumed run forgets the steps after its checkpoint."""
+    """The records of a domain in its folder; a resumed run forgets the steps after its checkpoint."""
 
     def __init__(self, store: Store, step: int, trackers: Trackers | None = None) -> None:
         """`step` is the last step that stands; `trackers` are told every step, too."""
@@ -42,7 +42,7 @@ class Records:
         self.events = None if store.local is None else Events(store.local / "tensorboard", step)
 
     def log(self, row: StepMetrics, rollouts: Sequence[Rollout]) -> None:
-        """One step's metrics, everywhere, and its rollouts.
+        """Writes the metrics of a step everywhere, and its rollouts.
 
         Raises:
             ResourceError: the disk is full.
@@ -54,7 +54,7 @@ class Records:
             self.trackers.tell(self.rows)
 
     def close(self) -> None:
-        """Ends what is open. While an error is on its way up, the trackers are told that the run failed."""
+        """Closes what is open. While an error is on its way up, the trackers are told that the run failed."""
         if self.events is not None:
             self.events.file.close()
         if self.trackers is not None:
@@ -89,7 +89,7 @@ class Events:
         self._add(step=step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, row: StepMetrics) -> None:
-        """Every figure of a step as a scalar."""
+        """Writes every figure of a step as a scalar."""
         values = [Summary.Value(tag=key, simple_value=value) for key, value in row.values.items()]
         self._add(step=row.step, summary=Summary(value=values))
 
@@ -98,8 +98,12 @@ class Events:
 
 
 def rollouts_parquet(rollouts: Sequence[Rollout]) -> bytes:
-    """One row a rollout: prompt and completion as text and as ids, the ids' logprobs, the reward."""
+    """Returns one row per rollout: prompt and completion as text and as ids, logprobs, how it ended, the reward.
+
+    The reward is null where the verifier abstained. Where a task weighs several, each has a column of its own.
+    """
     done = [r.completion for r in rollouts]
+    names = dict.fromkeys(name for r in rollouts for name in r.grade.parts)
     table = pa.table(
         {
             "example": [r.example.id for r in rollouts],
@@ -108,7 +112,9 @@ def rollouts_parquet(rollouts: Sequence[Rollout]) -> bytes:
             "prompt_ids": pa.array([c.prompt_ids for c in done], pa.list_(pa.int32())),
             "token_ids": pa.array([c.token_ids for c in done], pa.list_(pa.int32())),
             "logprobs": pa.array([c.logprobs for c in done], pa.list_(pa.float32())),
+            "finish_reason": [c.finish_reason for c in done],
             "reward": pa.array([r.reward for r in rollouts], pa.float32()),
+            **{name: pa.array([r.grade.parts.get(name) for r in rollouts], pa.float32()) for name in names},
         }
     )
     sink = pa.BufferOutputStream()

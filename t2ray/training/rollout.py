@@ -1,4 +1,4 @@
-"""Rollouts: which prompts a step takes, their sampled completions, and the verifier's rewards. No torch, no engine.
+"""Rollouts: which prompts a step takes, their sampled completions, and the verifier's grades. No torch, no engine.
 
 Everything random is a function of (seed, step), so that a resumed run and any number of workers draw the same.
 """
@@ -16,7 +16,10 @@ from t2ray.core import Example, Generate, Mixture, Rollout, SamplingParams, Veri
 
 
 def prompts_of_step(examples: Sequence[Example], prompts: int, step: int, seed: int) -> list[Example]:
-    """The `prompts` examples of a step (from 1 on): each epoch goes through all of them once, in its own order."""
+    """Returns the `prompts` examples of a step, from step 1 on.
+
+    Each epoch goes through all examples once, in an order of its own.
+    """
     cursor = (step - 1) * prompts
     return [
         examples[_epoch_order(len(examples), position // len(examples), seed)[position % len(examples)]]
@@ -32,7 +35,7 @@ def _epoch_order(n: int, epoch: int, seed: int) -> list[int]:
 
 
 def rollout_seed(seed: int, step: int, prompt: int, sample: int) -> int:
-    """The seed of one sampled completion: the same in every process."""
+    """Returns the seed of one sampled completion, which is the same in every process."""
     digest = hashlib.blake2b(f"{seed}/{step}/{prompt}/{sample}".encode(), digest_size=7).digest()
     return int.from_bytes(digest, "big")
 
@@ -45,17 +48,17 @@ async def roll_out(
     sampling: SamplingParams,
     seeds: Sequence[Sequence[int]],
 ) -> list[Rollout]:
-    """`len(seeds[i])` rollouts of example i, prompt by prompt, generated in one batch and verified together.
+    """Generates `len(seeds[i])` rollouts of example i in one batch, verifies them together, returns them by prompt.
 
     Raises:
-        RewardError: the verifier raised or returned no number in [-1, 1].
+        RewardError: the reward function failed.
     """
     jobs = [(example, seed) for example, row in zip(examples, seeds, strict=True) for seed in row]
     completions = await asyncio.gather(
         *(generate(example.messages, mixture, replace(sampling, seed=seed)) for example, seed in jobs)
     )
-    rewards = await verify([completion.text for completion in completions], [example.row for example, _ in jobs])
+    grades = await verify([completion.text for completion in completions], [example.row for example, _ in jobs])
     return [
-        Rollout(example=example, completion=completion, reward=reward)
-        for (example, _), completion, reward in zip(jobs, completions, rewards, strict=True)
+        Rollout(example=example, completion=completion, grade=grade)
+        for (example, _), completion, grade in zip(jobs, completions, grades, strict=True)
     ]

@@ -1,5 +1,6 @@
-"""A batch in shares, and their sums over the workers: as many shares give the same sum, bit for bit, on any number of
-workers.
+"""A batch in shares, and their sums over the workers.
+
+As many shares give the same sum, bit for bit, on any number of workers.
 
 Shapes: S shares of a batch, X any shape.
 """
@@ -24,7 +25,7 @@ class Shares:
         self.own = range(self.rank, self.total, self.world)
 
     def sum(self, own: Sequence[Tensor]) -> Tensor:
-        """The sum over all shares, in their order, of which this worker has `own`, each (X): (X).
+        """Returns the sum over all shares in their order, (X), of which this worker has `own`, each (X).
 
         The shares of other workers arrive as zeros that are added in between, which change no bit of a sum.
         """

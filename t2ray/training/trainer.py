@@ -1,4 +1,5 @@
-"""Trains one expert: rollouts of the current policy, verified; REINFORCE + KL on its vector; the best one is kept.
+"""Trains one expert: rollouts of the current policy are verified, REINFORCE with a KL penalty moves its vector, and the
+best vector is kept.
 
 The algorithm is `Trainer.step` and `Trainer.run` (paper section 3.1). Not here: Ray (`t2ray.cluster.train`), the
 formats of files (`records`, `checkpoint`) and the registry.
@@ -22,8 +23,10 @@ from t2ray.config.train import RLConfig
 from t2ray.core import Generate, Mixture, Rollout, RunError, SamplingParams, Verify
 from t2ray.store import Store
 from t2ray.tasks.task import Task
+from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
-from t2ray.training.loss import LossTerms, advantages, backward
+from t2ray.training.counts import Counts, as_counts, counted
+from t2ray.training.loss import Update, advantages, backward
 from t2ray.training.metrics import StepMetrics, note
 from t2ray.training.records import Records
 from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
@@ -39,17 +42,23 @@ Publish = Callable[[str, Tensor], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """A finished run: the best z, (K,), with its validation accuracy, the base's, and the step it was reached at."""
+    """What a finished run came to: the best z, (K,), with its validation accuracy, the base's, and its step.
+
+    `better` says whether its validation was better than the base's. `steps` were made, and the last `stale` validations
+    were not better than the best.
+    """
 
     z_K: Tensor
     accuracy: float
     base_accuracy: float
     best_step: int
     steps: int
+    stale: int
+    better: bool
 
 
 class Trainer:
-    """One domain's training run in `store`, resumed from its newest sound checkpoint."""
+    """The training run of one domain in `store`, resumed from its newest sound checkpoint."""
 
     def __init__(
         self,
@@ -64,12 +73,14 @@ class Trainer:
         seed: int,
         digest: str,
         shares: int = 1,
+        start_K: Tensor | None = None,
     ) -> None:
         """
         Args:
             model: what is differentiated; `generate` samples from the same weights.
             digest: the configuration's; a checkpoint of another one is refused.
             shares: into how many parts a batch is split at least; as many give the same z on any number of workers.
+            start_K: the z that a new run starts from; None for the base.
 
         Raises:
             RunError: the newest checkpoint belongs to another configuration.
@@ -80,12 +91,15 @@ class Trainer:
         self.train = task.examples("train")
         self.validation = task.examples("validation", rl.eval_prompts)
         self.policy = Mixture.of({task.name: 1.0})
-        self.sampling = SamplingParams(max_tokens=task.max_tokens, temperature=rl.temperature)
+        self.sampling = SamplingParams(max_tokens=task.max_tokens, temperature=rl.temperature, to_end=task.to_end)
+        self.parts = () if isinstance(task.reward, str) else tuple(task.reward)
         noise_K = rl.sigma * torch.randn(model.adapter.size, generator=torch.Generator().manual_seed(seed))
-        self.p_K = model.adapter.initial(rl.init, noise_K).requires_grad_()
+        self.p_K = model.adapter.initial(rl.init, noise_K, start_K).requires_grad_()
         self.optimiser = torch.optim.AdamW([self.p_K], lr=rl.lr, weight_decay=0.0)
         self.progress = Progress()
-        self.best_z_K = self._z().detach().clone()
+        self.forked = start_K is not None
+        self.faults = Counts()  # of the validations since the last step
+        self.best_z_K = model.adapter.neutral.clone()
         damaged: list[str] = []
         checkpoint = latest(store, digest, damaged.append)
         if checkpoint is not None:
@@ -113,74 +127,77 @@ class Trainer:
                 records.close()
         p = self.progress
         return Trained(
-            z_K=self.best_z_K,
-            accuracy=p.best_accuracy,
-            base_accuracy=p.base_accuracy,
-            best_step=p.best_step,
-            steps=p.step,
-        )
+            z_K=self.best_z_K, accuracy=p.best_accuracy, base_accuracy=p.base_accuracy, best_step=p.best_step,
+            steps=p.step, stale=p.stale, better=p.better,
+        )  # fmt: skip
 
     async def _steps(self, records: Records | None, report: ReportMetrics) -> None:
+        alarms = Alarms(self.rl, f"{self.task.max_tokens} tokens{' or the context' * self.task.to_end}")
+        for row in records.rows if records is not None else ():
+            alarms.of(row)  # told before
         if self.progress.step == 0:
-            await self._validate()
+            await self._begin()
         while not self.progress.done:
             metrics, rollouts = await self.step(self.progress.step + 1)
             if metrics.step % self.rl.eval_every == 0 or metrics.step == self.rl.steps:
-                metrics = replace(metrics, validation=await self._validate())
+                metrics = replace(metrics, validation=await self._compare())
             if records is not None:
                 records.log(metrics, rollouts)
+                for line in alarms.of(metrics):
+                    note(self.store, line)
             if metrics.validation is not None:
                 self._save()
             report(metrics)
 
     async def step(self, step: int) -> tuple[StepMetrics, list[Rollout]]:
-        """Rolls out, rewards, and moves z along the gradient once.
+        """Rolls out, rewards, and moves z along the gradient once, unless no rollout has an advantage.
 
         Raises:
             RunError: z, the loss or the gradient is not finite; nothing of the step is kept.
         """
         start = time.perf_counter()
         parts = [await self._roll_out(step, share) for share in self.shares.own]
-        rewards = [torch.tensor([r.reward for r in part], dtype=torch.float64) for part in parts]
-        total, right, batch = self.shares.sum([_counted(reward_B) for reward_B in rewards]).tolist()
-        advantage = [advantages(r_B, self.rl.samples, self.rl.baseline, total / batch).tolist() for r_B in rewards]
-        terms, grad_norm = self.update(parts, advantage, int(batch), step)
+        counts = self._counts(parts, self.rl.samples)
+        mean = counts.reward / max(counts.graded, 1.0)
+        advantage = [advantages(_rewards(part), self.rl.samples, self.rl.baseline, mean).tolist() for part in parts]
+        done = self.update(parts, advantage, max(int(counts.graded), 1), step)
         z_K = self._z().detach().clone()
+        faults, self.faults = self.faults, Counts()
         metrics = StepMetrics(
-            step=step, reward_mean=total / batch, accuracy=right / batch, kl=terms.kl / max(terms.tokens, 1),
-            loss=terms.loss, grad_norm=grad_norm, z_min=float(z_K.min()), z_max=float(z_K.max()),
-            seconds=(seconds := time.perf_counter() - start), tokens_per_s=terms.tokens / seconds,
+            step=step, kl=done.kl / max(done.tokens, 1), loss=done.loss, grad_norm=done.grad_norm,
+            z_min=float(z_K.min()), z_max=float(z_K.max()), seconds=(seconds := time.perf_counter() - start),
+            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), **counts.figures,
+            timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors),
         )  # fmt: skip
         if odd := metrics.not_finite:
             what = ", ".join(f"{name} is {value}" for name, value in odd.items())
             raise RunError(f"step {step}: {what}; the checkpoint before stands: lower rl.lr, in another run=NAME")
         self.publish(self.task.name, z_K)
-        self.progress = replace(self.progress, step=step, done=step >= self.rl.steps)
+        skipped = self.progress.skipped + int(not done.moved)
+        self.progress = self._ended(replace(self.progress, step=step, skipped=skipped))
         return metrics, [rollout for part in parts for rollout in part]
 
-    def update(
-        self, parts: list[list[Rollout]], advantage: list[list[float]], batch: int, step: int
-    ) -> tuple[LossTerms, float]:
-        """One AdamW step on z from the whole batch, of which these are this worker's shares with their advantages.
+    def update(self, parts: list[list[Rollout]], advantage: list[list[float]], batch: int, step: int) -> Update:
+        """Makes one AdamW step on z from a whole batch, of which these are this worker's shares with their advantages.
 
-        Returns:
-            The loss's sums and the gradient's norm.
+        Where no rollout of the batch has an advantage, z and AdamW's moments stay as they are.
         """
         z_K = self._z()
         own = [self._gradient(z_K, *share, batch) for share in zip(parts, advantage, strict=True)]
         gradient_K = self.shares.sum([share_K for share_K, _ in own])
-        loss, kl, tokens = self.shares.sum([terms for _, terms in own]).tolist()
+        loss, kl, tokens, signals = self.shares.sum([sums for _, sums in own]).tolist()
         self.optimiser.zero_grad()
         z_K.backward(gradient_K)
         grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip))
         self.optimiser.param_groups[0]["lr"] = self._lr(step)
-        self.optimiser.step()
-        return LossTerms(loss=loss, kl=kl, tokens=int(tokens)), grad_norm
+        if signals:
+            self.optimiser.step()
+        return Update(loss=loss, kl=kl, tokens=int(tokens), grad_norm=grad_norm, moved=signals > 0)
 
     # ------------------------------------------------------------------------------------------------------ its parts
 
     async def _roll_out(self, step: int, share: int) -> list[Rollout]:
-        """A share of the step's rollouts."""
+        """Returns the rollouts of one share of a step."""
         places = range(share, self.rl.prompts, self.shares.total)
         chosen = prompts_of_step(self.train, self.rl.prompts, step, self.seed)
         seeds = [[rollout_seed(self.seed, step, i, j) for j in range(self.rl.samples)] for i in places]
@@ -190,42 +207,57 @@ class Trainer:
     def _gradient(
         self, z_K: Tensor, rollouts: list[Rollout], advantage_B: list[float], batch: int
     ) -> tuple[Tensor, Tensor]:
-        """A share's gradient, (K,), and its loss, KL and tokens, in micro-batches."""
+        """Returns the gradient of a share, (K,), and its loss, KL, tokens and advantages that are not 0."""
         leaf_1K = z_K.detach()[None].requires_grad_()
         leaf_1K.grad = torch.zeros_like(leaf_1K)
-        order = sorted(range(len(rollouts)), key=lambda i: _length(rollouts[i]))  # rows of like length pad little
-        sums = torch.zeros(3, dtype=torch.float64)
+        graded = [i for i, rollout in enumerate(rollouts) if rollout.reward is not None]
+        order = sorted(graded, key=lambda i: _length(rollouts[i]))  # rows of like length pad little
+        sums = torch.tensor([0.0, 0.0, 0.0, sum(map(bool, advantage_B))], dtype=torch.float64)
         for start in range(0, len(order), self.rl.micro_batch):
             part = order[start : start + self.rl.micro_batch]
             terms = backward(
                 self.model, leaf_1K, [rollouts[i] for i in part], [advantage_B[i] for i in part],
                 lam=self.rl.kl, temperature=self.rl.temperature, batch=batch,
             )  # fmt: skip
-            sums += torch.tensor([terms.loss, terms.kl, terms.tokens], dtype=torch.float64)
+            sums += torch.tensor([terms.loss, terms.kl, terms.tokens, 0.0], dtype=torch.float64)
         return leaf_1K.grad[0], sums
 
-    async def _validate(self) -> float:
-        """Greedy accuracy on the validation prompts; keeps z when it is at least as good as the best so far."""
+    async def _begin(self) -> None:
+        """Validates what a run starts from: the base, and the z that it goes on from, if that is another."""
+        self.progress = self.progress.measured(*await self._validate(Mixture.base()))
+        if self.forked:
+            await self._compare()
+            self.progress = replace(self.progress, stale=0, done=False)
+
+    async def _compare(self) -> float:
+        """Validates z, keeps it when it is the best so far, and returns its accuracy."""
+        accuracy, reward = await self._validate(self.policy)
+        before, self.progress = self.progress, self._ended(self.progress.validated(accuracy, reward))
+        if self.progress.best_reward != before.best_reward or self.progress.best_accuracy != before.best_accuracy:
+            self.best_z_K = self._z().detach().clone()
+        return accuracy
+
+    async def _validate(self, mixture: Mixture) -> tuple[float, float]:
+        """Returns the greedy accuracy and the mean reward on the validation prompts."""
         greedy = replace(self.sampling, temperature=0.0)
-        mixture = self.policy if self.progress.step else Mixture.base()
-        sums = []
+        parts = []
         for share in self.shares.own:
             chosen = self.validation[share :: self.shares.total]
-            rollouts = await roll_out(self.generate, self.verify, chosen, mixture, greedy, [[0]] * len(chosen))
-            sums.append(_counted(torch.tensor([r.reward for r in rollouts], dtype=torch.float64)))
-        reward, accuracy, _ = (self.shares.sum(sums) / len(self.validation)).tolist()
-        p = self.progress
-        if p.step == 0:
-            self.progress = replace(p, base_accuracy=accuracy, best_accuracy=accuracy, best_reward=reward)
-        elif (accuracy, reward) >= (p.best_accuracy, p.best_reward):
-            stale = p.stale + 1 if (accuracy, reward) == (p.best_accuracy, p.best_reward) else 0
-            self.progress = replace(p, best_accuracy=accuracy, best_reward=reward, best_step=p.step, stale=stale)
-            self.best_z_K = self._z().detach().clone()
-        else:
-            self.progress = replace(p, stale=p.stale + 1)
-        if self.rl.patience and self.progress.stale >= self.rl.patience:
-            self.progress = replace(self.progress, done=True)
-        return float(accuracy)
+            parts.append(await roll_out(self.generate, self.verify, chosen, mixture, greedy, [[0]] * len(chosen)))
+        counts = self._counts(parts, samples=1)
+        faults = self.faults
+        self.faults = Counts(timeouts=counts.timeouts + faults.timeouts, errors=counts.errors + faults.errors)
+        whole = max(counts.graded, 1.0)
+        return counts.right / whole, counts.reward / whole if counts.graded else -1.0
+
+    def _counts(self, parts: list[list[Rollout]], samples: int) -> Counts:
+        """Returns what is counted of a batch, of which these are this worker's shares."""
+        return as_counts(self.shares.sum([counted(part, samples, self.parts) for part in parts]), self.parts)
+
+    def _ended(self, progress: Progress) -> Progress:
+        """Returns where the run stands, with whether it has ended: by its steps, or by `rl.patience`."""
+        impatient = self.rl.patience > 0 and progress.stale >= self.rl.patience
+        return replace(progress, done=progress.step >= self.rl.steps or impatient)
 
     def _z(self) -> Tensor:
         return self.model.adapter.vector(self.rl.init, self.p_K)
@@ -241,16 +273,17 @@ class Trainer:
             Checkpoint(progress=self.progress, tensors=tensors).save(self.store, self.digest)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.progress = checkpoint.progress
+        self.progress = self._ended(checkpoint.progress)  # the run may have been made longer
         with torch.no_grad():
             self.p_K.copy_(checkpoint.tensors["p_K"])
         self.best_z_K = checkpoint.tensors["best_z_K"].to(self.model.device)
-        restore_moments(self.optimiser, self.p_K, checkpoint.tensors, checkpoint.progress.step)
+        made = self.progress.step - self.progress.skipped
+        restore_moments(self.optimiser, self.p_K, checkpoint.tensors, made)
 
 
-def _counted(reward_B: Tensor) -> Tensor:
-    """The sum of the rewards, the number of right answers, and the number of answers: (3,), float64."""
-    return torch.stack([reward_B.sum(), (reward_B > 0).sum(), torch.tensor(len(reward_B))])
+def _rewards(rollouts: list[Rollout]) -> Tensor:
+    """Returns the rewards of rollouts, (B,), float64; NaN where the verifier abstained."""
+    return torch.tensor([math.nan if r.reward is None else r.reward for r in rollouts], dtype=torch.float64)
 
 
 def _length(rollout: Rollout) -> int:

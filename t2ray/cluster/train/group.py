@@ -1,10 +1,11 @@
-"""A domain as a job of Ray Train: a `TorchTrainer`, whose workers sum their gradients of z; one worker sums nothing.
+"""A domain as a job of Ray Train: a `TorchTrainer`, whose workers sum their gradients of z.
 
-It is run once: what becomes of one that fails is for `domains`.
+It is run once. Not here: what becomes of one that fails (`domains`).
 """
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +22,7 @@ from t2ray.core import T2RayError
 
 
 class WorkersDied(Exception):
-    """The exception of each rank of a group that failed."""
+    """The workers of a group failed; `causes` has the exception of each, by its rank."""
 
     def __init__(self, causes: Mapping[int, BaseException]) -> None:
         super().__init__(causes)
@@ -29,7 +30,7 @@ class WorkersDied(Exception):
 
 
 class _Metrics(UserCallback):
-    """What the first worker reports, as metrics of the cluster: `t2ray_train_validation{run, domain}` and the others.
+    """Makes metrics of the cluster, such as `t2ray_train_validation{run, domain}`, of what the first worker reports.
 
     Ray Train itself keeps no figures of a report without a checkpoint.
     """
@@ -42,14 +43,15 @@ class _Metrics(UserCallback):
         for name, value in metrics[0].items():
             if name not in self.gauges:
                 text = "of the newest step with a validation"
-                self.gauges[name] = Gauge(f"t2ray_train_{name}", description=text, tag_keys=tuple(self.tags))
+                plain = re.sub(r"\W", "_", name)  # as Prometheus has names
+                self.gauges[name] = Gauge(f"t2ray_train_{plain}", description=text, tag_keys=tuple(self.tags))
             self.gauges[name].set(value, self.tags)
 
 
 class Groups:
     """An actor beside the driver that holds a run's jobs of Ray Train, a thread for each; with it they all end.
 
-    A process for each would take 0.29 GB and 3 s of a core more: it is another Python that imports torch and Ray Train.
+    A process for each would take 0.29 GB and 3 s of a core more, to import torch and Ray Train again.
     """
 
     def fit(self, job: dict[str, Any], most: int) -> None:
@@ -89,11 +91,15 @@ class Groups:
 
 
 def _raised(cause: Exception) -> BaseException:
-    """The mistake of the user's that a worker raised, without the traceback that Ray wraps it in; else the cause."""
+    """Returns the user's mistake that a worker raised, without the traceback that Ray wraps it in; else the cause."""
     own = getattr(cause, "_base_exc", None)
     return own if isinstance(own, T2RayError) else cause
 
 
 def _worker(job: dict[str, Any]) -> None:
     """Runs in each Ray Train worker."""
-    work(job, ray_train.get_context().get_world_rank(), lambda metrics: ray_train.report(metrics.row()))
+    work(
+        job,
+        ray_train.get_context().get_world_rank(),
+        lambda metrics: ray_train.report({"step": metrics.step, **metrics.values}),
+    )

@@ -20,11 +20,13 @@ from t2ray.integrity import Damaged
 from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
 from t2ray.runs.folder import open_run
+from t2ray.runs.fork import starts
 from t2ray.runs.heartbeat import note_fault, start_heartbeat
 from t2ray.runs.lease import lease
-from t2ray.runs.prepare import check_run, prepare
+from t2ray.runs.prepare import check_run, job_tasks, prepare
+from t2ray.runs.rows import check_rows
 from t2ray.store import Store
-from t2ray.training.domain import Result, damage, domain_store, expert_of, finished, train_domain
+from t2ray.training.domain import CONFIG, START, Result, damage, domain_store, expert_of, finished, train_domain
 from t2ray.training.metrics import StepMetrics
 
 
@@ -97,7 +99,7 @@ def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
 
 
 def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, wait_s: float) -> Tick:
-    """What a job that fits begins with: its model's factors, which may take long, its lease and its run folder.
+    """Makes the model's factors, which may take long, and takes the run's lease; opens its folder, or checks it again.
 
     Returns `tick` that also ends a driver that has lost its lease.
     """
@@ -105,6 +107,10 @@ def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, w
     decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
     held = stack.enter_context(lease(f"{config.out}/{config.run}", wait_s=wait_s))
     check_run(config, resume)  # another driver may have begun it since
+    new = not Store(f"{config.out}/{config.run}").exists(CONFIG)
+    check_rows(config, job_tasks(config), new=new)
+    for domain, z in starts(config).items() if new and config.source is not None else ():
+        domain_store(config, domain).write_tensors(START, z, {})
     open_run(config)
 
     def watched(config: TrainConfig) -> None:
@@ -115,17 +121,23 @@ def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, w
 
 
 def _unfinished(config: TrainConfig) -> list[str]:
-    """The domains that are still to train: also those whose expert was lost before the registry had it."""
+    """Returns the domains that are still to train.
+
+    These are also those whose run was made longer, and those whose expert was lost before the registry had it.
+    """
     stores = {domain: domain_store(config, domain) for domain in config.domains}
+    results = {domain: finished(store) for domain, store in stores.items()}
     return [
         domain
-        for domain, store in stores.items()
-        if finished(store) is None or (damage(store) and not _registered(config, domain))
+        for domain, result in results.items()
+        if result is None
+        or result.goes_on(config.domain_rl(domain))
+        or (damage(stores[domain]) and not _registered(config, domain, result))
     ]
 
 
 def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, Share]:
-    """The job with its CPUs per worker decided, and its domains' share of the cluster."""
+    """Returns the job with its CPUs per worker decided, and the share of the cluster that its domains have."""
     least, most = config.span
     # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
     even = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
@@ -145,7 +157,10 @@ def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfi
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:
-    """Puts the expert of each domain that is done into the registry, once, and returns the figures."""
+    """Puts the expert of each domain that is done into the registry, once, and returns the figures.
+
+    An expert that has not beaten its base is left out, unless the job asks for all of them.
+    """
     assert config.experts is not None
     registry, results, digest = Registry(config.experts), {}, open_weights(config.model).digest
     for domain in config.domains:
@@ -154,7 +169,8 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
         if result is None:
             continue
         metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
-        if not _registered(config, domain):
+        wanted = result.beats_base or config.publish == "always"
+        if wanted and not _registered(config, domain, result):
             try:
                 z = expert_of(store, result)
             except Damaged as error:
@@ -171,15 +187,20 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
     return results
 
 
-def _registered(config: TrainConfig, domain: str) -> bool:
-    """Whether the registry's expert of that name is this run's."""
+def _registered(config: TrainConfig, domain: str, result: Result) -> bool:
+    """Whether the newest expert of that name in the registry is what this run ended with."""
     assert config.experts is not None
     registry = Registry(config.experts)
-    return domain in registry.names() and registry.manifest(domain).config == _origin(config, domain)
+    if domain not in registry.names():
+        return False
+    manifest = registry.manifest(domain)
+    if None in (result.expert, manifest.digest):  # of an earlier version
+        return manifest.config.get("run") == config.run and manifest.metrics.get("best_step") == result.best_step
+    return manifest.config.get("run") == config.run and manifest.digest == result.expert
 
 
 def _origin(config: TrainConfig, domain: str) -> dict[str, Any]:
-    """What the registry keeps of where a domain's expert comes from."""
+    """Returns what the registry keeps of where the expert of a domain comes from."""
     run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
     if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert
         run["labels"] = [*(name for name, other in config.domains.items() if other.others is None), OTHERS]

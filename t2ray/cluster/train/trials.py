@@ -1,4 +1,4 @@
-"""What one trial of a sweep does: trains a job (kind rl), or searches a mixture and scores it on unseen prompts (cem).
+"""One trial of a sweep: it trains a job (kind rl), or searches a mixture and scores it on unseen prompts (kind cem).
 
 `tune` runs these functions in processes of their own; training goes through the same launcher as `t2ray train`.
 """
@@ -15,7 +15,7 @@ from t2ray.adapt.strategies import fixed
 from t2ray.cluster.train.launch import train
 from t2ray.config.search import CEMJob, SweepConfig, job_at
 from t2ray.config.train import TrainConfig
-from t2ray.core import Example, SamplingParams
+from t2ray.core import Example
 from t2ray.evals.evaluate import evaluate
 from t2ray.sweep.results import ReportScore, Trial
 from t2ray.tasks import builtin
@@ -32,7 +32,7 @@ _VERIFIERS = 1
 
 
 def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
-    """Trains the job at the trial's point into a run folder of its own; the mean accuracy of its domains' best z.
+    """Trains the job at the trial's point in a run folder of its own; returns the mean accuracy of its domains' best z.
 
     Each validation of all domains is reported, as the best so far, which is what the run would end with.
     """
@@ -56,7 +56,7 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
 
 
 def training_job(sweep: SweepConfig, trial: Trial) -> TrainConfig:
-    """The training job of a trial: the sweep's at the trial's point, in the sweep's folder.
+    """Returns the training job of a trial: the sweep's at the trial's point, in the sweep's folder.
 
     A trial without one of its domains has no score, so that a domain that fails ends the trial at once.
     """
@@ -68,7 +68,7 @@ def training_job(sweep: SweepConfig, trial: Trial) -> TrainConfig:
 
 
 def search_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
-    """Searches a mixture for each task from its shots; the mean accuracy on prompts that the search has not seen."""
+    """Searches a mixture for each task from its shots; returns the mean accuracy on prompts that it has not seen."""
     job = job_at(sweep, trial.point)
     assert isinstance(job, CEMJob), job
     bench = _bench(job.run, job.model, job.factors, job.experts)
@@ -85,10 +85,10 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
     # Shots of further seeds are other prompts: a setting that is good for one draw of shots alone should not win.
     shots = _slice(task.examples("train"), seed, job.shots)
     experts = tuple(word.strip() for word in job.only.split(",")) if job.only else bench.experts
-    sampling = SamplingParams(max_tokens=bench.answer_tokens(job.max_tokens, task.max_tokens))
+    sampling = bench.sampling(job.max_tokens, task)
     layers = max(target.layer for target in bench.engine.layout) + 1 if job.per_layer else None
     path = (bench.place.run.code or None) if bench.place.run else str(Path.cwd())
-    with Verifier(task.reward, workers=_VERIFIERS, path=path) as verify:
+    with Verifier(task.reward, workers=_VERIFIERS, path=path, success_above=task.success_above) as verify:
         found = await fewshot(
             bench.engine.generate, bench.engine.score, verify, shots, experts,
             settings=job.settings.model_copy(update={"seed": seed}), sampling=sampling, gold=task.gold,
@@ -105,6 +105,6 @@ def _task(bench: Workbench, name: str) -> Task:
 
 
 def _slice(examples: list[Example], seed: int, count: int) -> list[Example]:
-    """`count` examples, other ones for each of the first seeds as far as they go."""
+    """Returns `count` examples, other ones for each of the first seeds as far as they go."""
     start = seed * count % max(1, len(examples) - count + 1)
     return examples[start : start + count]

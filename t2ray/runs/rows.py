@@ -1,0 +1,72 @@
+"""The rows that a run trains on: those that are too long are found, and a change under a resume is noticed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+
+from t2ray.config.train import TrainConfig
+from t2ray.core import DataError, RunError
+from t2ray.integrity import Damaged, seal, unseal
+from t2ray.models.load import load_chat
+from t2ray.models.weights import resolve
+from t2ray.tasks.fits import SPLITS, long_prompts
+from t2ray.tasks.task import Task
+from t2ray.training.domain import domain_store
+
+ROWS = "rows.json"
+
+
+def check_lengths(config: TrainConfig, tasks: Mapping[str, Task]) -> None:
+    """Counts the tokens of every prompt of a job.
+
+    Raises:
+        DataError: prompts are too long, and `on_long_prompt` is refuse; the first ones by file and line.
+    """
+    chat, context = load_chat(resolve(config.model))
+    for domain, task in tasks.items():
+        long = long_prompts(task, lambda messages: len(chat.encode(messages)), context)
+        if long is not None and config.on_long_prompt == "refuse":
+            raise DataError(
+                f"domain {domain!r}: {long.text}; shorten them, lower max_tokens, or leave them out by "
+                "on_long_prompt=skip"
+            )
+
+
+def check_rows(config: TrainConfig, tasks: Mapping[str, Task], *, new: bool) -> None:
+    """Compares the rows of every domain with those that its run began with, which a `new` run notes.
+
+    Raises:
+        RunError: they are others, so that the run would go on with a mixture of both.
+    """
+    for domain, task in tasks.items():
+        store, now = domain_store(config, domain), _digests(task)
+        try:
+            before = None if new else unseal(store.read_bytes(ROWS))
+        except (FileNotFoundError, Damaged):  # a run of an earlier version has none
+            before = None
+        if before is None:
+            store.write_text(ROWS, seal(now, indent=1))
+            continue
+        changed = [split for split in SPLITS if before.get(split) != now[split]]
+        if changed:
+            folder = f"{config.out}/{config.run}"
+            raise RunError(
+                f"domain {domain!r}: its {' and '.join(changed)} rows have changed since run {config.run!r} began; put "
+                f"them back, or go on from its expert in another run: run=NAME from={folder}"
+            )
+
+
+def _digests(task: Task) -> dict[str, str]:
+    """Returns a digest of a task's rows and their prompts, by split."""
+    found = {}
+    for split in SPLITS:
+        digest = hashlib.blake2b(digest_size=16)
+        for example in task.examples(split):
+            turns = [[message.role, message.content] for message in example.messages]
+            # What is no JSON, such as an image, is known by its kind: its text may be another in each process.
+            line = json.dumps([turns, dict(example.row)], sort_keys=True, default=lambda value: type(value).__name__)
+            digest.update(line.encode())
+        found[split] = digest.hexdigest()
+    return found
