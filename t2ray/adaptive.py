@@ -21,7 +21,6 @@ from t2ray.core import (
     Completion,
     ConfigError,
     Example,
-    Grade,
     Message,
     Mixture,
     SamplingParams,
@@ -29,6 +28,7 @@ from t2ray.core import (
     check_name,
     user,
 )
+from t2ray.grades import Grade
 from t2ray.tasks.equal import reward as equal
 from t2ray.tasks.grading import Grader, weighed
 from t2ray.tasks.task import Reward

@@ -17,9 +17,10 @@ from waiting import GUARD_S
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
-from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Generate, Grade, Mixture, Rollout, Token, user
+from t2ray.config.rl import RLConfig
+from t2ray.core import Completion, Example, Generate, Mixture, Token, user
 from t2ray.engine.offline import OfflineEngine
+from t2ray.grades import Grade, Rollout
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.metrics import StepMetrics

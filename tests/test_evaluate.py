@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2ray.adapt.strategies import classify, fixed
-from t2ray.core import DataError, Example, Grade, Mixture, SamplingParams, user
+from t2ray.core import DataError, Example, Mixture, SamplingParams, user
 from t2ray.evals.evaluate import Cell, build_report, confusion, dispatch_counts, evaluate, methods, targets
 from t2ray.evals.intervals import wilson
+from t2ray.grades import Grade
 from t2ray.testing import FakeGenerate, FakeScore
 
 EXAMPLES = [Example(id=f"math/test/{i}", messages=user(f"math {i}"), row={"answer": str(i)}) for i in range(10)]

@@ -7,7 +7,8 @@ import pytest
 
 from t2ray.adapt.fewshot import fewshot
 from t2ray.config.search import CEMConfig
-from t2ray.core import ConfigError, Example, Grade, Mixture, SamplingParams, user
+from t2ray.core import ConfigError, Example, Mixture, SamplingParams, user
+from t2ray.grades import Grade
 from t2ray.testing import FakeGenerate, FakeScore
 
 SHOTS = [Example(id=f"t/train/{i}", messages=user(f"q{i}"), row={"answer": str(i), "i": i}) for i in range(10)]

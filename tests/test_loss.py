@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from t2ray.adapters.model import Model
-from t2ray.core import Rollout
+from t2ray.grades import Rollout
 from t2ray.training import loss
 from t2ray.training.loss import LossTerms, advantages, backward, token_losses
 

@@ -34,7 +34,8 @@ from benchmarks.endpoint.processes import pss
 from t2ray.adapters.factors import decompose, prepare
 from t2ray.adapters.model import load_model
 from t2ray.cluster.train.launch import train
-from t2ray.config.train import RLConfig, TrainConfig, resolve
+from t2ray.config.rl import RLConfig
+from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ConfigError, ResourceError
 from t2ray.store import Store
 from t2ray.training.domain import EXPERT, domain_store, finished

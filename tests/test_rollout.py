@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from t2ray.core import Example, Grade, Mixture, RewardError, SamplingParams, user
+from t2ray.core import Example, Mixture, RewardError, SamplingParams, user
+from t2ray.grades import Grade
 from t2ray.testing import FakeGenerate
 from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 

@@ -25,9 +25,11 @@ from waiting import GUARD_S, wait_until
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model
 from t2ray.cluster.train.launch import train
-from t2ray.config.train import RLConfig, resolve
-from t2ray.core import ConfigError, Grade, ResourceError, RewardError, RunError, user
+from t2ray.config.rl import RLConfig
+from t2ray.config.train import resolve
+from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
 from t2ray.experts.registry import Registry
+from t2ray.grades import Grade
 from t2ray.integrity import unseal
 from t2ray.runs.folder import open_run, read_run
 from t2ray.runs.prepare import prepare

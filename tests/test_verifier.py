@@ -16,7 +16,8 @@ import psutil
 import pytest
 from waiting import GUARD_S, lives, wait_until
 
-from t2ray.core import ConfigError, Grade, RewardError, user
+from t2ray.core import ConfigError, RewardError, user
+from t2ray.grades import Grade
 from t2ray.tasks.task import Task, load_reward
 from t2ray.tasks.verifier import Verifier, verify
 

@@ -26,9 +26,10 @@ from benchmarks.core.shape import SPECIAL, BenchShape, make
 from benchmarks.harness import Figures
 from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import load_model
-from t2ray.config.train import RLConfig
-from t2ray.core import Grade, SamplingParams, user
+from t2ray.config.rl import RLConfig
+from t2ray.core import SamplingParams, user
 from t2ray.engine.offline import OfflineEngine
+from t2ray.grades import Grade
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer

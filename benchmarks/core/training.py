@@ -19,8 +19,9 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.core.reference import Reference
 from benchmarks.core.shape import Subject
 from benchmarks.harness import Figures, interleaved, measure, ratio
-from t2ray.config.train import RLConfig
-from t2ray.core import Completion, Example, Grade, Mixture, Rollout, Token
+from t2ray.config.rl import RLConfig
+from t2ray.core import Completion, Example, Mixture, Token
+from t2ray.grades import Grade, Rollout
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.trainer import Trainer

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from t2ray.adapt.cem import Array, Fitness, Round, cem
 from t2ray.config.search import CEMConfig
-from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score, Verify
+from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score
+from t2ray.grades import Verify
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

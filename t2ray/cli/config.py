@@ -21,6 +21,7 @@ from t2ray.cli.output import console
 from t2ray.config import search, serve, train
 from t2ray.config.files import dump_yaml, nearest, override, read_yaml
 from t2ray.config.keys import ConfigKey, keys, shown_default
+from t2ray.config.rl import PRESETS
 from t2ray.core import ConfigError
 
 _WIDTH, _INDENT = 80, "    "
@@ -168,7 +169,7 @@ KINDS = {
         mark="domains",
         list_keys=lambda: keys(train.TrainConfig),
         read=_train,
-        presets={name: {f"rl.{key}": value for key, value in rl.items()} for name, rl in train.PRESETS.items()},
+        presets={name: {f"rl.{key}": value for key, value in rl.items()} for name, rl in PRESETS.items()},
     ),
     "serve": Kind(
         text="An endpoint, for `t2ray serve --config FILE`: the `args` of the application in a serve_config.yaml.",

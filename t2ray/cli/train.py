@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
             f"best at step {result.best_step} of {result.steps}"
         )
         if not result.beats_base:
-            kept = "it is published all the same" if config.publish == "always" else (
-                "it is not published; --resume publish=always publishes it"
+            kept = "it is published all the same" if config.domains[domain].publish == "always" else (
+                f"it is not published; --resume domains.{domain}.publish=always publishes it"
             )  # fmt: skip
             console.print(f"{domain}: it never beat its base in validation: {kept}", markup=False)
     console.print(f"experts: {config.experts or f'{config.out}/{config.run}/experts'}")

@@ -16,69 +16,8 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from t2ray.config.files import Strict, nearest, override, read_yaml, validate
+from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.core import ConfigError, check_name
-
-
-class RLConfig(Strict):
-    """REINFORCE with a KL penalty on z (paper section 3.1). Defaults for small models; `preset: paper` is Table 6."""
-
-    steps: int = Field(30, ge=1, description="Number of optimiser steps.")
-    prompts: int = Field(24, ge=1, description="Number of prompts per step.")
-    samples: int = Field(4, ge=1, description="Number of rollouts per prompt.")
-    baseline: Literal["none", "mean", "loo"] = Field(
-        "mean",
-        description="What is subtracted from a reward: 0 (none), the mean of the batch (mean), or the mean of the same "
-        "prompt's other samples (loo).",
-    )
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature of the rollouts.")
-    max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Greatest number of tokens of a rollout, where neither the domain nor its task says one; without "
-        "one, 512, or as many as the model's context has room for.",
-    )
-    lr: float = Field(2e-2, gt=0, description="Highest learning rate of AdamW.")
-    schedule: Literal["cosine", "constant"] = Field(
-        "cosine", description="How the learning rate goes on from its highest: down to a tenth (cosine), or unchanged."
-    )
-    kl: float = Field(
-        0.02, ge=0, description="Weight lambda of the penalty KL(policy || base), which is counted in nats per token."
-    )
-    clip: float = Field(1.0, gt=0, description="Greatest norm of the gradient; a longer gradient is scaled down to it.")
-    init: Literal["scale", "sigmoid"] = Field(
-        "scale",
-        description="How z begins: as 1 + N(0, sigma^2) (scale), or as the sigmoid of the parameters (sigmoid), which "
-        "is the reference code's way.",
-    )
-    sigma: float = Field(0.0, ge=0, description="Standard deviation of the initial parameters.")
-    micro_batch: int = Field(
-        32, ge=1, description="Number of sequences that are differentiated at once; it bounds the memory."
-    )
-    eval_every: int = Field(
-        10, ge=1, description="Number of steps from one greedy validation, with its checkpoint, to the next."
-    )
-    eval_prompts: int = Field(128, ge=1, description="Number of validation prompts.")
-    patience: int = Field(
-        0,
-        ge=0,
-        description="Number of validations without a better one after which the run stops early; 0 means never.",
-    )
-
-    @model_validator(mode="after")
-    def _loo_needs_siblings(self) -> RLConfig:
-        if self.baseline == "loo" and self.samples < 2:
-            raise ValueError("baseline: loo (leave-one-out) needs samples >= 2; use baseline: mean, or more samples")
-        return self
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "default": {},
-    # Table 6 and the reference code: one sample a prompt, no baseline, batch 256.
-    "paper": {
-        "prompts": 256, "samples": 1, "baseline": "none", "lr": 2e-3, "schedule": "constant", "kl": 0.2, "clip": 1e-3,
-        "init": "sigmoid", "sigma": 1e-3**0.5, "max_tokens": 512, "micro_batch": 8,
-    },
-}  # fmt: skip
 
 
 class WeightedReward(Strict):
@@ -125,6 +64,20 @@ class DomainConfig(Strict):
         None,
         description="Task or file of the prompts that fit no other domain; it makes this the classification domain.",
     )
+    on_reward_error: Literal["stop", "abstain"] = Field(
+        "stop",
+        description="What becomes of a completion for which a reward function fails: it stops the run (stop), or it "
+        "leaves the batch and is counted (abstain).",
+    )
+    on_long_prompt: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="What becomes of a prompt that does not fit the model's context together with its answer: the job "
+        "is refused before its first step (refuse), or the row is left out and counted (skip).",
+    )
+    publish: Literal["better", "always"] = Field(
+        "better",
+        description="When the registry receives the expert: if it beat its base in validation (better), or always.",
+    )
     rl: dict[str, Any] = Field(
         default_factory=dict, description="RL settings of this domain alone: keys of `rl`, which they win over."
     )
@@ -170,8 +123,9 @@ class DomainConfig(Strict):
 # may grow.
 FREE = frozenset(
     {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
-     "publish", "preset", "unsafe_code", "verify_timeout_s", "on_reward_error", "on_long_prompt"}
+     "preset", "unsafe_code", "verify_timeout_s"}
 )  # fmt: skip
+FREE_DOMAIN = frozenset({"gold", "on_reward_error", "on_long_prompt", "publish"})
 FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
 
 
@@ -232,16 +186,6 @@ class TrainConfig(Strict):
     verify_timeout_s: float = Field(
         10.0, gt=0, description="Time limit of one call of a reward function, in seconds; one that is late scores -1."
     )
-    on_reward_error: Literal["stop", "abstain"] = Field(
-        "stop",
-        description="What becomes of a completion for which a reward function fails: it stops the domain (stop), or it "
-        "leaves the batch and is counted (abstain).",
-    )
-    on_long_prompt: Literal["refuse", "skip"] = Field(
-        "refuse",
-        description="What becomes of a prompt that does not fit the model's context together with its answer: the job "
-        "is refused before its first step (refuse), or the row is left out and counted (skip).",
-    )
     unsafe_code: bool = Field(
         False, description="Whether model-written code may run on a machine that cannot isolate it."
     )
@@ -251,11 +195,6 @@ class TrainConfig(Strict):
     )
     fail_fast: bool = Field(
         False, description="Whether a domain that fails ends the others at once; else they train to their end."
-    )
-    publish: Literal["better", "always"] = Field(
-        "better",
-        description="Which experts the registry receives: those that beat the base in validation (better), or all "
-        "(always).",
     )
     track: tuple[Literal["wandb", "mlflow"], ...] = Field(
         (), description="Trackers that are told of each step beside TensorBoard; each needs the extra of its name."
@@ -315,7 +254,9 @@ class TrainConfig(Strict):
     def resume_fields(self) -> dict[str, Any]:
         """What a resume must not change, as plain values: everything that changes what a step does to z."""
         fields = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
-        domains = {name: {k: v for k, v in one.items() if k != "gold"} for name, one in fields["domains"].items()}
+        domains = {
+            name: {k: v for k, v in one.items() if k not in FREE_DOMAIN} for name, one in fields["domains"].items()
+        }
         for settings in (fields, *domains.values()):
             settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
         return portable(fields | {"domains": domains})

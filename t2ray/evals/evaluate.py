@@ -15,8 +15,9 @@ from statistics import fmean
 from typing import Any
 
 from t2ray.adapt.strategies import Strategy
-from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams, Verify
+from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams
 from t2ray.evals.intervals import wilson
+from t2ray.grades import Verify
 
 METHODS = ("base", "expert", "oracle", "prompt", "cls", "fewshot")
 """The columns of a table, in their order; `methods` says what each is."""

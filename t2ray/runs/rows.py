@@ -27,10 +27,10 @@ def check_lengths(config: TrainConfig, tasks: Mapping[str, Task]) -> None:
     chat, context = load_chat(resolve(config.model))
     for domain, task in tasks.items():
         long = long_prompts(task, lambda messages: len(chat.encode(messages)), context)
-        if long is not None and config.on_long_prompt == "refuse":
+        if long is not None and config.domains[domain].on_long_prompt == "refuse":
             raise DataError(
                 f"domain {domain!r}: {long.text}; shorten them, lower max_tokens, or leave them out by "
-                "on_long_prompt=skip"
+                f"domains.{domain}.on_long_prompt=skip"
             )
 
 

@@ -187,8 +187,8 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     """
     rewards = domain.rewards
     assert domain.data and domain.prompt and rewards, domain
-    for name in [rewards] if isinstance(rewards, str) else rewards:
-        load_reward(name, folder)
+    for reward in [rewards] if isinstance(rewards, str) else rewards:
+        load_reward(reward, folder)
     table = read(domain.data, domain.split, folder)
     messages = _prompt(domain.prompt, table)
     gold = domain.gold

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from t2ray.core import Grade, RewardError, T2RayError
+from t2ray.core import RewardError, T2RayError
+from t2ray.grades import Grade
 from t2ray.tasks.task import Reward
 
 TIMED_OUT = -1.0

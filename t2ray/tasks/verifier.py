@@ -22,7 +22,8 @@ from typing import Any
 
 import pebble
 
-from t2ray.core import ConfigError, Grade, RewardError
+from t2ray.core import ConfigError, RewardError
+from t2ray.grades import Grade
 from t2ray.tasks.grading import Grader, Item, Marks, named, weighed
 from t2ray.tasks.task import Task, load_reward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from t2ray.config.train import RLConfig
+from t2ray.config.rl import RLConfig
 from t2ray.training.metrics import StepMetrics
 
 _MOST = 0.5

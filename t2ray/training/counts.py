@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t2ray.core import Rollout
+from t2ray.grades import Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

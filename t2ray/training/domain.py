@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model, load_model
-from t2ray.config.train import RLConfig, TrainConfig
+from t2ray.config.rl import RLConfig
+from t2ray.config.train import TrainConfig
 from t2ray.core import ExpertError
 from t2ray.engine.offline import OfflineEngine
 from t2ray.integrity import Damaged, digest_of, seal, unseal
@@ -127,7 +128,8 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     engine = OfflineEngine(model)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
-        unsafe_code=config.unsafe_code, success_above=task.success_above, forgive=config.on_reward_error == "abstain",
+        unsafe_code=config.unsafe_code, success_above=task.success_above, 
+        forgive=config.domains[domain].on_reward_error == "abstain",
     )  # fmt: skip
     with verifier as verify:
         trainer = Trainer(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Rollout
+from t2ray.grades import Rollout
 
 ROUNDING = 1e-9
 """An advantage below this is the rounding of a mean: AdamW would turn it into a step of full size."""

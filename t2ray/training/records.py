@@ -19,7 +19,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from t2ray.core import ResourceError, Rollout
+from t2ray.core import ResourceError
+from t2ray.grades import Rollout
 from t2ray.store import Store
 from t2ray.training.metrics import METRICS, StepMetrics, as_lines, check_metrics, note
 

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
-from t2ray.core import Example, Generate, Mixture, Rollout, SamplingParams, Verify
+from t2ray.core import Example, Generate, Mixture, SamplingParams
+from t2ray.grades import Rollout, Verify
 
 
 def prompts_of_step(examples: Sequence[Example], prompts: int, step: int, seed: int) -> list[Example]:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.config.train import RLConfig
-from t2ray.core import Generate, Mixture, Rollout, RunError, SamplingParams, Verify
+from t2ray.config.rl import RLConfig
+from t2ray.core import Generate, Mixture, RunError, SamplingParams
+from t2ray.grades import Rollout, Verify
 from t2ray.store import Store
 from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms

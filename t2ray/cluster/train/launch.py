@@ -169,7 +169,7 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
         if result is None:
             continue
         metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
-        wanted = result.beats_base or config.publish == "always"
+        wanted = result.beats_base or config.domains[domain].publish == "always"
         if wanted and not _registered(config, domain, result):
             try:
                 z = expert_of(store, result)
