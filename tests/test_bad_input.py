@@ -413,8 +413,11 @@ def test_a_job_whose_registry_has_experts_of_another_base_is_refused(expert: Pat
     )
 
 
-def test_a_run_that_began_with_another_base_is_not_resumed(other: Path, refused: Refused) -> None:
+def test_a_run_that_began_with_another_base_is_not_resumed(
+    other: Path, refused: Refused, capsys: pytest.CaptureFixture[str]
+) -> None:
     main(["train", "job.yaml"])
+    capsys.readouterr()  # its alarms
     line = refused("train", "job.yaml", "model=copy", "--resume")
     assert re.search(r"started with another configuration: model: .*model.*, now .*copy\"; use another run=NAME", line)
 

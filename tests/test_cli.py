@@ -33,6 +33,8 @@ def vowel(completion, row):
 
 def letter(completion, row):
     return 1.0 if completion[:1].isalpha() else -1.0
+
+
 """
 
 
@@ -44,14 +46,15 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("vowels", "letters", "rest"):
         rows = [{"prompt": f"{name} {i}", "answer": "a"} for i in range(20)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = {"prompt": "{prompt}", "gold": "answer", "max_tokens": 3}
+    own = {"prompt": "{prompt}", "gold": "answer", "max_tokens": 3, "publish": "always"}
     job = {
         "model": str(tiny_llama), "run": "small", "out": str(folder / "runs"), "workers": 0, "verifiers": 0,
         "rl": {"steps": 2, "prompts": 4, "samples": 2, "sigma": 0.3, "eval_prompts": 2},
         "domains": {
             "vowels": {"data": str(folder / "vowels.jsonl"), "reward": "cli_rewards:vowel", **own},
             "letters": {"data": str(folder / "letters.jsonl"), "reward": "cli_rewards:letter", **own},
-            "sorter": {"others": str(folder / "rest.jsonl"), "prompt": "{prompt}", "max_tokens": 12},
+            "sorter": {"others": str(folder / "rest.jsonl"), "prompt": "{prompt}", "max_tokens": 12,
+                       "publish": "always"},
         },
     }  # fmt: skip
     (folder / "job.yaml").write_text(json.dumps(job))
@@ -99,7 +102,7 @@ def test_every_expert_is_in_the_bank_as_the_registry_has_it(bench: Workbench, tr
     for name in ("letters", "sorter", "vowels"):
         expert = Registry(trained / "runs/small/experts").load(name)
         assert torch.equal(svf.bank[name], svf.join(expert.z))
-        assert not torch.equal(svf.bank[name], svf.neutral)
+        assert expert.manifest.metrics["best_step"] == 0 or not torch.equal(svf.bank[name], svf.neutral)
 
 
 def test_factors_are_shared_with_training_and_made_once(
@@ -166,13 +169,13 @@ def test_a_generated_label_stands_in_for_a_scored_one(run: str) -> None:
 def test_a_built_in_task_reads_its_rows_from_a_file_and_too_long_prompts_count_as_wrong(
     tiny_llama: Path, run: str, capsys: pytest.CaptureFixture
 ) -> None:
-    questions = ["What is 1+1?", "What? " * 60, "What is 2+2?"]
+    questions = ["What is 1+1?", "What? " * 600, "What is 2+2?"]
     rows = [{"question": q, "answer": "So.\n#### 2"} for q in questions]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["eval", "--tasks", "gsm8k=rows.jsonl", "--split", "all", "--model", str(tiny_llama), "--json", "e.json"]
     assert main([*argv, "--limit", "2"]) == 0
     result = json.loads(Path("e.json").read_text())["tasks"]["gsm8k"]
-    assert result["n"] == 2 and result["max_tokens"] == 256  # half of the model's context of 512
+    assert result["n"] == 2 and result["max_tokens"] == 512  # or what the context has room for
     assert result["strategies"]["base"]["too_long"] == 1
     assert "gsm8k base: 1 of 2 prompts exceed the model's context" in capsys.readouterr().out
 
@@ -211,8 +214,8 @@ def test_the_default_reward_of_a_file_is_its_gold_column(run: str) -> None:
     task, examples = adapt._labelled(build_parser().parse_args(argv))
     assert [example.messages[0].content for example in examples] == ["shot 0", "shot 1", "shot 2"]
     with Verifier(task.reward, workers=0) as verify:
-        rewards = asyncio.run(verify(["a", " a\n", "b", "", "a b"], [examples[0].row] * 5))
-    assert rewards == [1.0, 1.0, -1.0, -1.0, -1.0]
+        grades = asyncio.run(verify(["a", " a\n", "b", "", "a b"], [examples[0].row] * 5))
+    assert [grade.reward for grade in grades] == [1.0, 1.0, -1.0, -1.0, -1.0]
     assert task.gold is not None and task.gold(examples[0].row) == "a"
 
 

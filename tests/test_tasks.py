@@ -27,6 +27,10 @@ FILES = {
 }
 
 
+def rewards_of(check: Verifier, completions: list[str], rows: Any) -> list[float | None]:
+    return [grade.reward for grade in asyncio.run(check(completions, rows))]
+
+
 def real(name: str) -> Task:
     return builtin(name, str(needs.real(f"data/{FILES[name][0]}")))
 
@@ -54,9 +58,9 @@ def test_tiny_tasks_grade_their_golds_and_nothing_else(name: str) -> None:
     rows = [example.row for example in examples]
     prompts = [example.messages[-1].content for example in examples]
     with Verifier(task.reward, workers=0) as check:
-        assert asyncio.run(check(golds, rows)) == [1.0] * 50
+        assert rewards_of(check, golds, rows) == [1.0] * 50
         for wrong in ([""] * 50, prompts, [gold[:-1] for gold in golds], [f"{gold} {gold}" for gold in golds]):
-            assert asyncio.run(check(wrong, rows)) == [-1.0] * 50
+            assert rewards_of(check, wrong, rows) == [-1.0] * 50
     assert len(task.rows("all")) == sum(len(task.rows(split)) for split in ("train", "validation", "test"))
 
 
@@ -97,7 +101,7 @@ def test_every_real_gold_passes_and_wrong_answers_fail(name: str) -> None:
         for answers in (wrong, [""] * len(rows), [task.messages(row)[-1].content for row in rows]):
             if name == "gsm8k" and answers is not wrong:
                 continue  # a text without the mark answers with its last number, which may be right by chance
-            assert set(asyncio.run(check(answers, rows))) == {-1.0}
+            assert set(rewards_of(check, answers, rows)) == {-1.0}
 
 
 def _other(row: Any) -> str:
@@ -132,7 +136,7 @@ def test_mbpp_reference_solutions_pass_and_others_fail() -> None:
         assert verify(task, check, sample) == {"rows": len(sample), "passed": len(sample), "failed": []}
         shifted = [*sample[1:], sample[0]]
         wrong = [f"```python\n{row['code']}\n```" for row in shifted]
-        assert asyncio.run(check(wrong, sample)) == [-1.0] * len(sample)
+        assert rewards_of(check, wrong, sample) == [-1.0] * len(sample)
 
 
 # ---------------------------------------------------------------------------------------------------------------- gsm8k
@@ -248,7 +252,7 @@ def test_dispatch_accepts_the_bare_label_alone() -> None:
     with Verifier(task.reward, workers=0) as check:
         row = task.rows("validation")[1]
         answers = ["code", " code\n", "math", "others", "", "code math", "Code", "code.", task.messages(row)[0].content]
-        assert asyncio.run(check(answers, [row] * 9)) == [1.0, 1.0] + [-1.0] * 7
+        assert rewards_of(check, answers, [row] * 9) == [1.0, 1.0] + [-1.0] * 7
         assert verify(task, check, task.rows("test"))["failed"] == []
 
 
