@@ -95,7 +95,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": f"hello {i}", "switch": str(folder / "switch")} for i in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     small = {"steps": 4, "prompts": 2, "samples": 2, "eval_every": 2, "eval_prompts": 4}
-    own = {"data": "rows.jsonl", "prompt": "{text}", "reward": "rewards_of_jobs:short", "max_tokens": 4}
+    own = {
+        "data": "rows.jsonl",
+        "prompt": "{text}",
+        "reward": "rewards_of_jobs:short",
+        "max_tokens": 4,
+        "publish": "always",
+    }
     (folder / "own.yaml").write_text(json.dumps({"model": "tiny", "domains": {"own": own}, "cpus": 1, "rl": small}))
     return folder
 

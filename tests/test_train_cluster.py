@@ -107,11 +107,11 @@ def of_domains(
     (folder / f"{module}.py").write_text(REWARDS)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps({"text": f"hello {i}"}) + "\n" for i in range(40)))
-    own = {"data": str(data), "prompt": "{text}", "max_tokens": 6}
+    own = {"data": str(data), "prompt": "{text}", "max_tokens": 6, "publish": "always"}
     values = {
         "model": "tiny", "out": str(folder / "runs"), "run": name, "factors": str(folder / "factors"),
         "domains": {
-            domain: own | {"reward": f"{module}:{reward}"} if reward else {"task": "pick"}
+            domain: own | {"reward": f"{module}:{reward}"} if reward else {"task": "pick", "publish": "always"}
             for domain, reward in rewards.items()
         },
         "code": str(folder), "cpus": 1,
@@ -226,7 +226,7 @@ def test_each_domain_that_fails_has_a_line(tmp_path: Path) -> None:
 def test_the_classifier_is_trained_beside_a_domain_that_fails(tmp_path: Path) -> None:
     """Its prompts are those of the other tasks; what they have learned is nothing to it."""
     config = of_domains(tmp_path, "sorted", {"own": "broken", "pick": None}, workers=0, verifiers=0, steps=3)
-    sorter = DomainConfig(others=str(tmp_path / "rows.jsonl"), prompt="{text}")
+    sorter = DomainConfig(others=str(tmp_path / "rows.jsonl"), prompt="{text}", publish="always")
     config = config.model_copy(update={"domains": config.domains | {"sorter": sorter}})
     with pytest.raises(DomainsFailed, match=FAILED):
         train(config)
