@@ -27,6 +27,7 @@ def test_a_text_is_answered_and_says_how_it_was_made() -> None:
             max_output_tokens=5,
             temperature=0,
             store=False,
+            include=["reasoning.encrypted_content"],
         )
         assert answer.output_text.startswith("math:1 answers")
         assert answer.status == "incomplete" and answer.incomplete_details.reason == "max_output_tokens"

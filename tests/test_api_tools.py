@@ -205,6 +205,7 @@ def test_what_cannot_be_is_refused_by_name(asked: dict[str, Any], param: str, sa
 
 def test_without_the_library_a_form_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
+    check.cache_clear()
 
     async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         with pytest.raises(openai.BadRequestError, match=r"t2ray\[structured\]"):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import sys
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx2
+import pytest
 import uvicorn
 from endpoint import free_port
 from ray.serve._private.http_util import RequestIdMiddleware
@@ -19,6 +22,8 @@ from waiting import GUARD_S
 from t2ray.cluster.serve.deploy import CALLBACK
 from t2ray.cluster.serve.proxy import OneRequestId, Punctual, middlewares
 from t2ray.cluster.serve.scrape import own
+from t2ray.cluster.serve.traces import TRACED, processors, traced
+from t2ray.core import ConfigError
 
 
 class Hasty(Punctual):
@@ -146,3 +151,19 @@ def test_metrics_are_t2ray_s_own_each_family_together_and_vllm_s_names_beside() 
         'ray_t2ray_batch_rows{WorkerId="a"} 2.0',
         'ray_t2ray_batch_rows{WorkerId="b"} 2.0',
     ]
+
+
+def test_traces_are_sent_where_a_collector_is_named_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert traced({}) == traced({"OTEL_EXPORTER_OTLP_ENDPOINT": ""}) == {}
+    collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http", None)
+    monkeypatch.delitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", raising=False)
+    with pytest.raises(ConfigError, match=r"t2ray\[traces\]"):
+        traced(collector)
+    monkeypatch.undo()
+    assert traced(collector) == TRACED
+    assert traced(collector | {"RAY_SERVE_TRACING_SAMPLING_RATIO": "0.1"}).keys() == {
+        "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"
+    }
+    path = TRACED["RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH"]
+    assert path == f"{processors.__module__}:{processors.__name__}" and not inspect.signature(processors).parameters

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from t2ray.api.body import EMPTY, FALSE, MOST, NULL, ZERO, Body
+from t2ray.api.body import FALSE, MOST, NULL, ZERO, Body
 from t2ray.api.errors import Refusal
 from t2ray.api.formats import Name, Schema
 from t2ray.api.limits import explained
@@ -137,9 +137,9 @@ class ResponsesRequest(Body):
     neutral = {
         **dict.fromkeys(("previous_response_id", "conversation", "prompt", "context_management"), NULL),
         **dict.fromkeys(("max_tool_calls", "moderation"), NULL),
-        **dict.fromkeys(("include",), EMPTY),
-        **dict.fromkeys(("background",), FALSE),
-        **dict.fromkeys(("top_logprobs",), ZERO),
+        "include": (None, [], ["reasoning.encrypted_content"]),  # there is no reasoning to encrypt
+        "background": FALSE,
+        "top_logprobs": ZERO,
         "reasoning": (None, {}, {"effort": None}, {"effort": None, "summary": None}),
         "stream_options": (None, {}, {"include_obfuscation": False}),
         "service_tier": (None, "auto", "default"),

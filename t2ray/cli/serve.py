@@ -59,12 +59,14 @@ def run(args: argparse.Namespace) -> None:
 
     from t2ray.cluster.serve.app import resolved
     from t2ray.cluster.serve.deploy import CALLBACK, deployed, drain, stay, wait_for_registry
+    from t2ray.cluster.serve.traces import traced
     from t2ray.cluster.session import session
 
+    traces = traced(os.environ)
     application, fixed = document["applications"][0], resolved(config)
     application["args"] = fixed.model_dump(mode="json")
     wait_for_registry(str(fixed.experts), console.print)
-    os.environ.update(CALLBACK)  # a private Ray's processes inherit it
+    os.environ.update(CALLBACK | traces)  # a private Ray's processes inherit it
     with session():
         for number in (signal.SIGTERM, signal.SIGINT):  # Ray's own handlers would end this process at once
             signal.signal(number, signal.default_int_handler)

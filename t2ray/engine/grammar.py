@@ -16,8 +16,8 @@ from t2ray.models.chat import Chat
 KEPT = 64
 """Grammars whose compiled form is kept: a client asks with few schemas, and each takes milliseconds to compile."""
 
-# One line break and its indentation at most between two signs: with any white space, small models write nothing else.
-SPACES = {"whitespace_flexible": True, "whitespace_pattern": r"\n?[ ]{0,24}"}
+# One space at most between two signs: where there may be more, small models write nothing else.
+SPACES = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
 
 
 def following(schema: Mapping[str, Any]) -> str:
@@ -25,6 +25,7 @@ def following(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': SPACES})}"
 
 
+@lru_cache(KEPT)
 def check(grammar: str) -> None:
     """Checks that answers can be held to a grammar.
 
@@ -102,5 +103,4 @@ def _library() -> Any:
 
 
 def _said(error: str) -> str:
-    """One line of llguidance's, which shows the grammar below it."""
-    return f"the grammar cannot be followed: {error.strip().splitlines()[0][:300]}"
+    return f"the grammar cannot be followed: {' '.join(error.split())[:300]}"

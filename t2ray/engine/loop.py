@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
+from t2ray.core import ConfigError, Delta, ExpertError, FinishReason, GenerationError, SamplingParams, T2RayError, Token
 from t2ray.engine.batches import StaticBatches
 from t2ray.engine.grammar import Guide
 from t2ray.engine.requests import Request
@@ -148,7 +148,7 @@ class Loop:
                 )
             elif row.guide is not None:
                 row.guide.push(token)
-                error = GenerationError(row.guide.error) if row.guide.error else None
+                error = ConfigError(row.guide.error) if row.guide.error else None
             if error is not None:
                 self.fail(row.id, error)
                 self.cancel(row.id)

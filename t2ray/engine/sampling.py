@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
-from t2ray.core import GenerationError, SamplingParams, Token
+from t2ray.core import ConfigError, SamplingParams, Token
 from t2ray.models.chat import Chat
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class RowSampler(LogitsProcessor):
             if guide is not None:
                 guide.push(int(token_B1[i]))
                 if guide.error:
-                    raise GenerationError(guide.error)
+                    raise ConfigError(guide.error)
         self.logprobs.append(logprob_BV.gather(-1, token_B1)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(-1, token_B1, 0.0)
 
