@@ -87,6 +87,15 @@ def steer(case: Any, model: str) -> None:
     """Names what there is, which a generated text never does, so that a request comes as far as an answer."""
     if isinstance(case.body, dict) and "model" in case.body:
         case.body["model"] = model
+    if isinstance(case.body, dict):  # a schema made at random can seldom be followed, nor its tools be told of
+        for form in ("response_format", "tools", "tool_choice", "text"):
+            case.body.pop(form, None)
+        for message in case.body.get("messages", ()):  # what goes with which role, the schema cannot say
+            for part in ("tool_calls", "tool_call_id"):
+                message.pop(part, None)
+            message |= {"content": message.get("content") or "2+2"}
+            if message["role"] == "tool":
+                message["role"] = "user"
     if isinstance(case.body, dict) and "verifier" in case.body:
         case.body |= {"verifier": "exact", "experts": ["math"]}
         for example in case.body["examples"]:  # either messages or a prompt, which the schema cannot say
