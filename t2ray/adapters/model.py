@@ -44,6 +44,11 @@ class Model:
         """Tokens that prompt and answer may have together."""
         return self.family.context
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of tokens that have an embedding."""
+        return int(self.hf.get_input_embeddings().num_embeddings)
+
     def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
         return self.family.hidden(ids_BT, mask_BT).to(self.device)

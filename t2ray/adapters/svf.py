@@ -155,10 +155,7 @@ class SVF:
             UnknownExpert: the mixture names an expert that is not in the bank.
             ExpertError: it has weights by layer, and not one for each layer.
         """
-        z_K = self.neutral.clone()
-        for alpha, expert_K in terms(mixture, self.bank, self.layer_of_K):
-            z_K = z_K + alpha * (expert_K - 1)
-        return z_K
+        return mixed(mixture, self.bank, self.layer_of_K)
 
     def split(self, z_K: Tensor) -> Mapping[str, Tensor]:
         """z as one vector per target, by the target's name: what an expert's file holds."""
@@ -205,6 +202,17 @@ class SVF:
     def vector(self, kind: str, p_K: Tensor) -> Tensor:
         """z of trained parameters, (K,); see `parametrise`."""
         return parametrise(p_K, kind, self.s_K, self.ranks)
+
+
+def mixed(mixture: Mixture, bank: Mapping[str, Tensor], layer_of_K: Tensor) -> Tensor:
+    """`z' = 1 + sum_k alpha_k (z_k - 1)`, (K,), float32 (paper section 3.2), of experts in `bank`.
+
+    Arguments and errors are those of `terms`.
+    """
+    z_K = torch.ones(len(layer_of_K), device=layer_of_K.device)
+    for alpha, expert_K in terms(mixture, bank, layer_of_K):
+        z_K = z_K + alpha * (expert_K - 1)
+    return z_K
 
 
 def parametrise(p_K: Tensor, kind: str, s_K: Tensor, ranks: Sequence[int]) -> Tensor:

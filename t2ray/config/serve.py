@@ -29,6 +29,7 @@ class EngineConfig(Strict):
     )
     batch_rows: int = Field(64, ge=1, description="Greatest number of requests of one step.")
     threads: int = Field(1, ge=1, description="Number of torch's threads on a CPU.")
+    tensor_parallel: int = Field(1, ge=1, description="Number of GPUs over which vLLM divides the model.")
 
 
 class ApiConfig(Strict):

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from t2ray.adapters.model import Model
 from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
+from t2ray.models.chat import Chat
 
 if TYPE_CHECKING:
     from t2ray.engine.grammar import Guide
+
+
+class Reader(Protocol):
+    """What a prompt is read by: a model, or an engine that has its model elsewhere.
+
+    `vocabulary` is the number of its tokens, `context` of those that prompt and answer may have together.
+    """
+
+    @property
+    def chat(self) -> Chat: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def vocabulary(self) -> int: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +61,7 @@ class Request:
 
 
 def fitting(
-    model: Model, prompt: Prompt, sampling: SamplingParams, context: int
+    model: Reader, prompt: Prompt, sampling: SamplingParams, context: int
 ) -> tuple[tuple[int, ...], SamplingParams]:
     """The ids of a prompt, and its sampling with `max_tokens` that fit; raises as `prompt_ids` does."""
     ids = prompt_ids(model, prompt, 1 if sampling.to_end else sampling.max_tokens, sampling.logit_bias)
@@ -56,7 +70,7 @@ def fitting(
     return ids, sampling
 
 
-def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
+def prompt_ids(model: Reader, prompt: Prompt, answer: int, bias: Sequence[tuple[int, float]] = ()) -> tuple[int, ...]:
     """The ids of a prompt (`Chat.ids`) that is answered with a `bias` of some tokens.
 
     Raises:
@@ -66,10 +80,9 @@ def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[i
     ids = model.chat.ids(prompt)
     if not ids:
         raise ConfigError("the prompt is empty: it has no tokens; write something")
-    vocabulary = model.hf.get_input_embeddings().num_embeddings
     for what, tokens in (("the prompt", ids), ("logit_bias", [id for id, _ in bias])):
-        if wrong := [id for id in tokens if not 0 <= id < vocabulary]:
-            raise ConfigError(f"{what} has the token {wrong[0]}; the model's tokens are 0..{vocabulary - 1}")
+        if wrong := [id for id in tokens if not 0 <= id < model.vocabulary]:
+            raise ConfigError(f"{what} has the token {wrong[0]}; the model's tokens are 0..{model.vocabulary - 1}")
     if len(ids) + answer > model.context:
         raise ContextExceeded(
             f"a prompt of {len(ids)} tokens and {answer} for the answer exceed the model's context of "
@@ -79,13 +92,13 @@ def prompt_ids(model: Model, prompt: Prompt, answer: int, bias: Sequence[tuple[i
     return ids
 
 
-def scoring(model: Model, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> Request:
+def scoring(model: Reader, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> Request:
     """The request for the log-likelihoods of `labels`; raises as `prompt_ids` does."""
     label_ids = tuple(model.chat.encode_answer(label) for label in labels)
     ids = prompt_ids(model, prompt, max(map(len, label_ids)))
     return Request(prompt_ids=ids, mixture=mixture, labels=label_ids)
 
 
-def reading(model: Model, prompt: Prompt, mixture: Mixture, top: int) -> Request:
+def reading(model: Reader, prompt: Prompt, mixture: Mixture, top: int) -> Request:
     """The request for the log-probabilities of a prompt's own tokens; raises as `prompt_ids` does."""
     return Request(prompt_ids=prompt_ids(model, prompt, 0), mixture=mixture, top=top)

@@ -48,9 +48,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
             "with config.json and tokenizer.json"
         ) from None
     hf = (hf if divided else hf.to(device)).eval().requires_grad_(False)
-    eos = hf.generation_config.eos_token_id
-    eos = tokenizer.eos_token_id if eos is None else eos
-    chat = Chat(tokenizer, eos if isinstance(eos, list) else [eos])
+    chat = _chat(tokenizer, hf.generation_config.eos_token_id)
     hf.generation_config = GenerationConfig()  # else the model's own penalties and defaults would apply too
     # A prefill asks for the last token's logits alone, a slice that lies scattered in memory: its product with a
     # vocabulary of 49,152 takes 7.3 s for 64 rows of bfloat16 on a CPU, and 24 ms where the slice is copied first.
@@ -59,26 +57,37 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
 
 
 def load_chat(folder: Path) -> tuple[Chat, int]:
-    """Loads the tokenizer alone, to count the tokens of prompts; returns it with the model's context in tokens.
+    """Loads the tokenizer alone, for those who count tokens and for engines that have the weights elsewhere.
+
+    Returns:
+        The model's chat, and its context in tokens.
 
     Raises:
         ModelError: the folder has no tokenizer that transformers knows without remote code.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, GenerationConfig
 
     try:
         tokenizer, config = _tokenizer(folder), AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
+        eos = getattr(text, "eos_token_id", None)
+        if (folder / "generation_config.json").exists():
+            eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder}: transformers cannot load its tokenizer: {' '.join(str(error).split())}") from None
-    eos = tokenizer.eos_token_id
-    return Chat(tokenizer, [0 if eos is None else eos]), context_of(config.get_text_config(decoder=True))
+    return _chat(tokenizer, eos), context_of(text)
 
 
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     # The length of a prompt is checked with each request; the tokenizer would only print a warning.
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
+
+
+def _chat(tokenizer: Any, eos: int | list[int] | None) -> Chat:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    eos = tokenizer.eos_token_id if eos is None else eos
+    eos = 0 if eos is None else eos
+    return Chat(tokenizer, eos if isinstance(eos, list) else [eos])
