@@ -5,6 +5,7 @@
 | `python -m benchmarks [rows folded ...]` | the core, compared with the plain model, PEFT and the reference |
 | `python -m benchmarks serve` | a private endpoint, compared with its engine alone |
 | `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
+| `python -m benchmarks gpu` | both engines and a training step on one GPU, a model of 8 B parameters |
 | `python -m benchmarks scaling [PART ...]` | the gain of more cores and workers, and cost models |
 
 They need the `bench` extra and a checkout of the repository. `t2ray load` measures a running endpoint.
@@ -54,7 +55,7 @@ def _parser(name: str, module: str, function: str, text: str) -> argparse.Argume
 
 def _core() -> argparse.ArgumentParser:
     p = _parser("", "core", "core", "Compares the core with the plain model, PEFT and the reference's algorithm.")
-    p.epilog = "Other commands: serve, soak, scaling; each has its own --help."
+    p.epilog = "Other commands: serve, soak, scaling, gpu; each has its own --help."
     p.add_argument(
         "benches", nargs="*", metavar="BENCH", help="Of rows, folded, update, rollout, cem, dispatch (default: all)."
     )
@@ -85,7 +86,13 @@ def _scaling() -> argparse.ArgumentParser:
     return p
 
 
-_KINDS = {"core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling}
+def _gpu() -> argparse.ArgumentParser:
+    p = _parser(" gpu", "gpu", "gpu", "Measures both engines and a training step on one GPU, with random weights.")
+    p.add_argument("--small", action="store_true", help="A model that any machine runs, to see that it runs.")
+    return p
+
+
+_KINDS = {"core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling, "gpu": _gpu}
 
 if __name__ == "__main__":
     sys.exit(main())

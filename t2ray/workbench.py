@@ -5,6 +5,7 @@ Not here: what they do with it, and training, which loads models in its workers.
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -13,9 +14,12 @@ from pathlib import Path
 from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import Model, load_model
+from t2ray.adapters.svf import joined
 from t2ray.config.files import nearest
+from t2ray.config.serve import EngineConfig
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, Mixture, SamplingParams, UnknownExpert
+from t2ray.engine.choose import vllm_engine
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Expert, Registry
@@ -192,10 +196,22 @@ def load_experts(place: Place, names: Sequence[str], bar: Bar = quiet) -> tuple[
     return model, experts
 
 
-def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
-    """Loads the model and every expert.
+def _with_vllm(place: Place, names: Sequence[str], bar: Bar) -> Engine:
+    """vLLM with the model and these experts; raises as `load_experts`. It ends with the process."""
+    factors = open_factors(place, bar)
+    loaded = [place.registry().load(name, base_digest=factors.base_digest, layout=factors.layout) for name in names]
+    engine = vllm_engine(place.model, factors, EngineConfig(kind="vllm"), mode="mixtures")
+    engine.set_experts({expert.name: joined(factors.layout, expert.z) for expert in loaded})
+    engine.start()
+    atexit.register(engine.stop)
+    return engine
+
+
+def open_workbench(place: Place, bar: Bar = quiet, engine: str = "transformers") -> Workbench:
+    """Loads the model and every expert into an engine, "transformers" or "vllm".
 
     Raises:
+        ResourceError: vLLM is not installed.
         ConfigError: a registry was named that has no experts.
         ExpertError: an expert of another base model.
         ModelError: the model cannot be read.
@@ -205,12 +221,12 @@ def open_workbench(place: Place, bar: Bar = quiet) -> Workbench:
         raise ConfigError(
             f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
         )
-    model, _ = load_experts(place, [manifest.name for manifest in manifests], bar)
+    names = [manifest.name for manifest in manifests]
     labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
     experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(
         place=place,
-        engine=OfflineEngine(model),
+        engine=_with_vllm(place, names, bar) if engine == "vllm" else OfflineEngine(load_experts(place, names, bar)[0]),
         experts=experts,
         classifiers=labels,
     )

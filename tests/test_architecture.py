@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 RIMS = {
     "ray": ("t2ray.cluster", "benchmarks.capacity.stamps"),
     "fastapi": ("t2ray.api", "t2ray.cluster.serve.ingress"),
+    "vllm": ("t2ray.engine.vllm.seams",),
     "transformers": ("t2ray.models", "t2ray.engine", "t2ray.tiny.pretrain", "jobs", "benchmarks"),
 }
 
@@ -57,6 +58,7 @@ CATCH_ALL = {
     "t2ray.sandbox.child",
     "t2ray.tasks.grading",
     "t2ray.engine.loop",
+    "t2ray.engine.vllm.pump",
     "t2ray.experts.follow",
     "t2ray.cluster.serve.looking",
 }
@@ -72,7 +74,7 @@ TORCH_FREE = (
     "t2ray.training.rollout",
     "t2ray.evals",
 )
-HEAVY = {"torch", "transformers", "ray", "fastapi"}
+HEAVY = {"torch", "transformers", "ray", "fastapi", "vllm"}
 
 
 def picture() -> str:
@@ -363,6 +365,7 @@ def test_what_the_package_imports_is_declared() -> None:
     distributions = packages_distributions()
     roots = {name.partition(".")[0] for module in FILES for _, name in imports(module)}
     own = {"t2ray", "jobs", "benchmarks", *(module.rpartition(".")[2] for module in FILES)}  # scripts name neighbours
+    own |= {"vllm"}  # a GPU's own build, which users choose: docs/vllm.md
     third_party = roots - sys.stdlib_module_names - own
     undeclared = [
         root

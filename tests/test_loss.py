@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch.func import functional_call
 from t2ray.adapters.model import Model
 from t2ray.grades import Rollout
 from t2ray.training import loss
-from t2ray.training.loss import LossTerms, advantages, backward, token_losses
+from t2ray.training.loss import LossTerms, advantages, backward, importance, token_losses
 
 A, B = (0.9, 0.1), (0.5, 0.5)
 KL_AB = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
@@ -46,10 +47,14 @@ def gradient(
     *,
     lam: float = 0.3,
     temperature: float = 1.0,
+    truncate: float | None = None,
 ) -> tuple[Tensor, LossTerms]:
     """The gradient of one micro-batch of a batch of 5 at z, (K,), and its sums."""
     leaf_1K = z_K.double()[None].requires_grad_()
-    terms = backward(model, leaf_1K, rollouts, advantage_B, lam=lam, temperature=temperature, batch=len(ROLLOUTS))
+    terms = backward(
+        model, leaf_1K, rollouts, advantage_B,
+        lam=lam, temperature=temperature, batch=len(ROLLOUTS), truncate=truncate,
+    )  # fmt: skip
     assert leaf_1K.grad is not None
     return leaf_1K.grad[0], terms
 
@@ -211,3 +216,37 @@ def test_a_rewarded_answer_becomes_likelier(model: Model) -> None:
     _, after = gradient(model, z_K - 1e-3 * grad_K / grad_K.norm(), ROLLOUTS[:1], [1.0], lam=0.0)
     assert after.loss < before.loss
     assert after.loss - before.loss == pytest.approx(-1e-3 * float(grad_K.norm()), rel=0.05)
+
+
+# --------------------------------------------------------------------------------------------------- importance weights
+
+
+def test_an_importance_weight_is_the_ratio_of_the_probabilities_and_cut() -> None:
+    weight_N, ratio_N = importance(torch.tensor([0.3, 0.2, 0.5]).log(), torch.tensor([0.3, 0.4, 0.1]).log(), 2.0)
+    assert weight_N.tolist() == pytest.approx([1.0, 0.5, 2.0]) and ratio_N.tolist() == pytest.approx([1.0, 0.5, 5.0])
+
+
+def sampled(model: Model, z_K: Tensor, over: float) -> list[Rollout]:
+    """The rollouts, as a sampler says them that gives every token `1 / over` of the trainer's own probability."""
+    found = []
+    for one in ROLLOUTS:
+        prompt, answer = one.completion.prompt_ids, one.completion.token_ids
+        ids_1T = torch.tensor([[*prompt, *answer]])
+        with torch.no_grad(), model.adapter.rows(z_K.double()[None]):
+            logp_TV = model.logits(model.hidden(ids_1T, torch.ones_like(ids_1T)))[0].log_softmax(-1)
+        at = range(len(prompt) - 1, ids_1T.shape[1] - 1)
+        tokens = tuple(
+            replace(token, logprob=float(logp_TV[i, token.id]) - math.log(over))
+            for i, token in zip(at, one.completion.tokens, strict=True)
+        )
+        found.append(replace(one, completion=replace(one.completion, tokens=tokens)))
+    return found
+
+
+@pytest.mark.parametrize(("over", "factor", "cut"), [(1.0, 1.0, 0), (0.5, 0.5, 0), (1.9, 1.9, 0), (3.0, 2.0, 1)])
+def test_every_advantage_is_multiplied_by_its_weight(model: Model, over: float, factor: float, cut: int) -> None:
+    z_K = random_z(model.adapter.size, 3)
+    plain_K, _ = gradient(model, z_K, lam=0.0)
+    weighted_K, terms = gradient(model, z_K, sampled(model, z_K, over), lam=0.0, truncate=2.0)
+    torch.testing.assert_close(weighted_K, factor * plain_K, rtol=1e-4, atol=1e-6)
+    assert terms.ratio / terms.tokens == pytest.approx(over, rel=1e-4) and terms.cut == cut * terms.tokens

@@ -27,12 +27,15 @@ with warnings.catch_warnings():  # of vLLM's own imports
 from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.serve import EngineConfig
+from t2ray.config.train import TrainConfig
 from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, SamplingParams, UnknownExpert, user
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Registry
 from t2ray.models.load import load_chat
 from t2ray.models.weights import TINY
+from t2ray.training.domain import domain_store, finished, train_domain
+from t2ray.training.metrics import StepMetrics, read_metrics
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's own warnings are not t2ray's
 
@@ -69,7 +72,7 @@ def offline(model: Model) -> OfflineEngine:
 def started(factors: Factors, model: Model, config: EngineConfig, **options: Any) -> VLLMEngine:
     """An engine with the shipped experts; blocks of 32 tokens, so that requests of some tokens have several."""
     mode, plain = options.pop("mode", "mixtures"), seams.EngineArgs
-    seams.EngineArgs = partial(plain, block_size=32, **options)  # type: ignore[misc]
+    seams.EngineArgs = partial(plain, **{"block_size": 32, **options})  # type: ignore[misc]
     try:
         engine = VLLMEngine(TINY, factors, load_chat(TINY), config, mode=mode)
     finally:
@@ -118,3 +121,163 @@ def test_48_requests_of_6_mixtures_are_the_offline_engines(engine: VLLMEngine, o
     same(answers(engine, ALL, long), wanted)
     same(answers(engine, list(reversed(ALL)), long), wanted[::-1])
     assert engine._pump.engine.vllm_config.cache_config.enable_prefix_caching
+
+
+def test_without_its_salt_the_cache_would_mix_mixtures(
+    engine: VLLMEngine, offline: OfflineEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the salt is for: the test of equality can fail."""
+    monkeypatch.setattr("t2ray.engine.vllm.pump._salt", lambda mixture: "one")
+    text = "What is 6*7? " * 8  # more than a block
+    wanted = answers(offline, [(text, m) for m in MIXTURES], GREEDY)
+    for _ in range(2):  # the first time fills the cache
+        found = answers(engine, [(text, m) for m in MIXTURES], GREEDY)
+    pairs = zip(found, wanted, strict=True)
+    assert any(one.logprobs[0] != pytest.approx(other.logprobs[0], abs=CLOSE) for one, other in pairs)
+
+
+def test_one_mixture_at_a_time_is_folded_and_answers_alike(folding: VLLMEngine, offline: OfflineEngine) -> None:
+    same(answers(folding, ALL, GREEDY), answers(offline, ALL, GREEDY))
+    assert folding.lost < 1e-5 and folding.stats.folds >= 5
+    same(
+        answers(folding, ALL[:8], GREEDY), answers(offline, ALL[:8], GREEDY)
+    )  # the base again, bit for bit its weights
+    assert folding.lost == 0.0
+
+
+@pytest.mark.parametrize("which", ["engine", "folding"])
+def test_scores_and_readings_are_the_offline_engines(
+    which: str, offline: OfflineEngine, request: pytest.FixtureRequest
+) -> None:
+    engine, labels = request.getfixturevalue(which), ("math", "code", "others")
+
+    async def asked(engine: Engine) -> list[Any]:
+        scores = await asyncio.gather(*(engine.score(user("17+25"), labels, m) for m in MIXTURES))
+        return [*scores, await engine.read("12+12=24", MIXTURES[3], 3)]
+
+    *found, read = asyncio.run(asked(engine))
+    *wanted, expected = asyncio.run(asked(offline))
+    for one, other in zip(found, wanted, strict=True):
+        assert one == pytest.approx(other, abs=CLOSE)
+    assert [(t.id, t.text, [x.id for x in t.top]) for t in read] == [
+        (t.id, t.text, [x.id for x in t.top]) for t in expected
+    ]
+    assert [t.logprob for t in read[1:]] == pytest.approx([t.logprob for t in expected[1:]], abs=CLOSE)
+
+
+def test_stop_strings_top_tokens_and_streams(engine: VLLMEngine, offline: OfflineEngine) -> None:
+    whole = answers(offline, [("98-13", MIXTURES[1])], GREEDY)[0]
+    stop = whole.text[1:3]
+    stopped = SamplingParams(max_tokens=24, stop=(stop,), top_logprobs=3)
+
+    async def streamed() -> list[Any]:
+        return [delta async for delta in engine.stream(user("98-13"), MIXTURES[1], stopped)]
+
+    wanted = answers(offline, [("98-13", MIXTURES[1])], stopped)[0]
+    found = answers(engine, [("98-13", MIXTURES[1])], stopped)[0]
+    assert (found.text, found.finish_reason) == (wanted.text, "stop") and stop not in found.text
+    assert "".join(delta.text for delta in asyncio.run(streamed())) == found.text
+    for token in found.tokens:
+        assert len(token.top) == 3 and token.top[0].logprob >= token.logprob
+
+
+def test_a_seed_draws_the_same_answer_whatever_else_runs(engine: VLLMEngine) -> None:
+    sampling = SamplingParams(max_tokens=16, temperature=1.0, seed=7, ignore_eos=True)
+    alone = answers(engine, [("17+25", MIXTURES[1])], sampling)[0]
+    beside = answers(engine, [(t, m) for t in PROMPTS[:3] for m in MIXTURES[:2]], sampling)
+    assert beside[1].token_ids == alone.token_ids
+    others = [SamplingParams(max_tokens=16, temperature=1.0, seed=seed) for seed in range(6)]
+    assert len({answers(engine, [("17+25", MIXTURES[1])], one)[0].text for one in others}) > 1
+
+
+def test_mistakes_are_refused_in_front_and_end_nobody(engine: VLLMEngine) -> None:
+    for prompt, mixture, sampling, error in (
+        ("x", Mixture.parse("maths"), GREEDY, UnknownExpert),
+        ("", Mixture.base(), GREEDY, ConfigError),
+        ("x", Mixture.base(), SamplingParams(max_tokens=9999), ContextExceeded),
+        ((1, 99999), Mixture.base(), GREEDY, ConfigError),
+    ):
+        with pytest.raises(error):
+            asyncio.run(engine.generate(prompt, mixture, sampling))
+    engine.check()
+    assert answers(engine, [("17+25", Mixture.base())], GREEDY)
+
+
+def test_an_expert_that_is_replaced_while_a_request_runs_stays_its_own(
+    engine: VLLMEngine, offline: OfflineEngine, model: Model
+) -> None:
+    """The running one keeps its z, the next one has the new; the old version is forgotten with its last request."""
+    long = SamplingParams(max_tokens=60, ignore_eos=True)
+    old, new = (answers(offline, [("17+25", Mixture.parse(name))], long)[0].token_ids for name in ("math", "code"))
+
+    async def replaced() -> tuple[Completion, Completion]:
+        stream, seen = engine.stream(user("17+25"), Mixture.parse("math"), long), list[int]()
+        async for delta in stream:
+            if not seen:
+                engine.set_experts({"math": experts(model)["code"]})
+                other = asyncio.ensure_future(engine.generate(user("17+25"), Mixture.parse("math"), long))
+            seen += [token.id for token in delta.tokens]
+        return seen, await other
+
+    try:
+        seen, other = asyncio.run(replaced())
+        assert tuple(seen) == old and other.token_ids == new and old != new
+        (worker,) = engine._pump.engine.collective_rpc(
+            lambda worker: list(worker.vllm_config.quant_config.bank.experts)
+        )
+        assert sorted(key.partition("@")[0] for key in worker) == sorted(engine.experts)
+    finally:
+        engine.set_experts({"math": experts(model)["math"]})
+
+
+def test_experts_come_and_go(engine: VLLMEngine, model: Model) -> None:
+    engine.set_experts({"new": experts(model)["math"]})
+    found = [answers(engine, [("17+25", Mixture.parse(name))], GREEDY)[0].text for name in ("new", "math")]
+    assert found[0] == found[1]
+    engine.set_experts({}, ["new"])
+    with pytest.raises(UnknownExpert):
+        answers(engine, [("17+25", Mixture.parse("new"))], GREEDY)
+
+
+def test_a_caller_who_goes_frees_its_place(engine: VLLMEngine) -> None:
+    async def gone() -> None:
+        long = SamplingParams(max_tokens=200, ignore_eos=True)
+        task = asyncio.ensure_future(engine.generate(user("x"), Mixture.base(), long))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    before = engine.stats.aborted
+    asyncio.run(gone())
+    answers(engine, [("17+25", Mixture.base())], GREEDY)
+    stats = engine.stats
+    assert (stats.aborted, stats.running, stats.waiting) == (before + 1, 0, 0) and stats.kv_total > 0
+
+
+def test_a_mixture_that_overflows_fails_alone(engine: VLLMEngine) -> None:
+    async def both() -> list[Any]:
+        wrong = engine.generate(user("17+25"), Mixture.parse("math:1e30"), GREEDY)
+        right = engine.generate(user("17+25"), Mixture.parse("math"), GREEDY)
+        return list(await asyncio.gather(wrong, right, return_exceptions=True))
+
+    wrong, right = asyncio.run(both())
+    assert "overflow" in str(wrong) and isinstance(right, Completion)
+
+
+# What is below ends an engine of this process, and with it what vLLM has once per process: it comes last.
+
+
+def test_the_demos_code_domain_trains_with_rollouts_by_vllm(factors: Factors, tmp_path: Path) -> None:
+    """As the demo does it; the weights of the loss say that sampler and trainer are one policy in float32."""
+    rl = {"prompts": 128, "samples": 1, "lr": 0.01, "kl": 0.002, "eval_prompts": 100, "steps": 20}
+    config = TrainConfig.model_validate(
+        {"model": "tiny", "out": str(tmp_path), "factors": str(factors.folder), "cpus": 1, "workers": 0, "rl": rl,
+         "engine": "vllm", "domains": {"code": {"task": "code"}}, "unsafe_code": True}
+    )  # fmt: skip
+    rows: list[StepMetrics] = []
+    train_domain(config, "code", rows.append)
+    result = finished(domain_store(config, "code"))
+    assert result is not None and result.accuracy >= 0.95 > 0.2 > result.base_accuracy
+    every = read_metrics(domain_store(config, "code"))
+    assert [row.importance for row in every] == pytest.approx([1.0] * 20, abs=0.01)
+    assert {row.importance_cut for row in every} == {0.0}

@@ -156,6 +156,11 @@ def _write_model(shape: BenchShape, folder: Path) -> None:
         "bos_token_id": None, "pad_token_id": 0, "eos_token_id": None,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
+    write_tokenizer(shape, folder)
+
+
+def write_tokenizer(shape: BenchShape, folder: Path) -> None:
+    """Writes a tokenizer of one token per word, without a chat template."""
     words = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), shape.vocabulary))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=SPECIAL[2]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -163,9 +163,7 @@ class SVF:
 
     def join(self, parts: Mapping[str, Tensor]) -> Tensor:
         """The z, (K,), float32, of one vector per target; 1, which changes nothing, for a target without one."""
-        ones = (torch.ones(target.rank) for target in self.layout)
-        vectors = [parts.get(target.name, one) for target, one in zip(self.layout, ones, strict=True)]
-        return torch.cat([z_r.to(self.s_K.device, torch.float32) for z_r in vectors])
+        return joined(self.layout, parts).to(self.s_K.device)
 
     def changes(self, z_K: Tensor) -> Iterator[tuple[Target, Tensor, Tensor]]:
         """`U diag(s (z - 1)) V^T` of each target: U and V are orthonormal, so that |s (z - 1)| are its singular values.
@@ -202,6 +200,12 @@ class SVF:
     def vector(self, kind: str, p_K: Tensor) -> Tensor:
         """z of trained parameters, (K,); see `parametrise`."""
         return parametrise(p_K, kind, self.s_K, self.ranks)
+
+
+def joined(layout: Sequence[Target], parts: Mapping[str, Tensor]) -> Tensor:
+    """The z, (K,), float32, of one vector per target; 1, which changes nothing, for a target without one."""
+    vectors = [parts[target.name].float() if target.name in parts else torch.ones(target.rank) for target in layout]
+    return torch.cat([z_r.cpu() for z_r in vectors])
 
 
 def mixed(mixture: Mixture, bank: Mapping[str, Tensor], layer_of_K: Tensor) -> Tensor:

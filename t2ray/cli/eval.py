@@ -61,6 +61,12 @@ def add(p: Parser) -> None:
         action="store_true",
         help="Let pass 1 write the label, as in the paper, instead of scoring all labels.",
     )
+    p.add_argument(
+        "--engine",
+        default="transformers",
+        choices=["transformers", "vllm"],
+        help="What computes. vllm has to be installed. Default: transformers.",
+    )
     add_unsafe_code(p)
     add_json(p)
     add_job(p)
@@ -78,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
     place = locate(args)
     tasks = {name: _task(name, file, place.run) for name, file in files.items()}
     examples = {name: task.examples(args.split, args.limit) for name, task in tasks.items()}
-    bench = open_workbench(place, bar)
+    bench = open_workbench(place, bar, args.engine)
     plans = {name: _plan(bench, name, strategies, args.generate_label) for name in tasks}
     total = sum(len(plans[name]) * len(examples[name]) for name in tasks)
     results: dict[str, Any] = {}

@@ -35,6 +35,16 @@ class RLConfig(Strict):
         0.02, ge=0, description="Weight lambda of the penalty KL(policy || base), which is counted in nats per token."
     )
     clip: float = Field(1.0, gt=0, description="Greatest norm of the gradient; a longer gradient is scaled down to it.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What samples the rollouts: the model that is trained (transformers), or vLLM beside it with the "
+        "expert folded into its weights (vllm).",
+    )
+    truncate: float = Field(
+        2.0,
+        ge=0,
+        description="Greatest importance weight of a token, which corrects for sampling by engine: vllm; 0 means none.",
+    )
     init: Literal["scale", "sigmoid"] = Field(
         "scale",
         description="How z begins: as 1 + N(0, sigma^2) (scale), or as the sigmoid of the parameters (sigmoid), which "

@@ -21,6 +21,11 @@ VERIFIERS = {"equal": "t2ray.tasks.equal:reward", "gsm8k": "t2ray.tasks.gsm8k:re
 class EngineConfig(Strict):
     """The continuous engine of one replica."""
 
+    kind: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What computes: transformers, or vLLM, which has to be installed beside t2ray (docs/vllm.md).",
+    )
+
     kv_tokens: int = Field(
         16_384, ge=64, description="Number of tokens whose keys and values are held, of all requests together."
     )

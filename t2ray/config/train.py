@@ -259,6 +259,8 @@ class TrainConfig(Strict):
         }
         for settings in (fields, *domains.values()):
             settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
+            if settings["rl"].get("engine") == "transformers":  # as runs were written before there was another
+                del settings["rl"]["engine"], settings["rl"]["truncate"]
         return portable(fields | {"domains": domains})
 
 

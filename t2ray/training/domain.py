@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.rl import RLConfig
 from t2ray.config.train import TrainConfig
@@ -27,6 +28,7 @@ from t2ray.training.metrics import note
 from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 
 if TYPE_CHECKING:
+    from t2ray.engine.protocol import Engine
     from t2ray.training.trackers import Trackers
 
 CONFIG, RESULT, EXPERT, START = "config.json", "result.json", "expert.safetensors", "start.safetensors"
@@ -125,7 +127,7 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     store = domain_store(config, domain)
     model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
     task, lines = _fitting(build_task(config, domain), model)
-    engine = OfflineEngine(model)
+    engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
         unsafe_code=config.unsafe_code, success_above=task.success_above, 
@@ -134,8 +136,9 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     with verifier as verify:
         trainer = Trainer(
             model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
-            task, verify, config.domain_rl(domain), store,
+            task, verify, rl, store,
             seed=config.seed, digest=config.digest, shares=config.span[1], start_K=_start(store, model),
+            truncate=rl.truncate or None if rl.engine == "vllm" else None,
         )  # fmt: skip
         first = trainer.shares.rank == 0
         if first and (lost := damage(store)):
@@ -144,7 +147,11 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             note(store, line)
         if first and finished(store) is not None:  # it goes on
             store.delete(RESULT)
-        trained = asyncio.run(trainer.run(report, _trackers(config, domain, store) if first else None))
+        try:
+            engine.start()
+            trained = asyncio.run(trainer.run(report, _trackers(config, domain, store) if first else None))
+        finally:
+            engine.stop()
     if first:
         _leave(store, trained, model)
 
@@ -168,6 +175,17 @@ def _start(store: Store, model: Model) -> Tensor | None:
     if odd:
         raise ExpertError(f"from: that run adapts {odd[0]}, which this job does not; use its targets and layers")
     return model.adapter.join(parts)
+
+
+def _sampler(config: TrainConfig, domain: str, model: Model) -> Engine:
+    """Returns what samples the rollouts: the model itself, or vLLM with the same weights and the expert folded."""
+    if config.domain_rl(domain).engine == "transformers":
+        return OfflineEngine(model)
+    from t2ray.config.serve import EngineConfig  # most runs need neither
+    from t2ray.engine.choose import vllm_engine
+
+    assert config.factors is not None
+    return vllm_engine(config.model, Factors.open(config.factors, model.base_digest), EngineConfig(), mode="one")
 
 
 def _trackers(config: TrainConfig, domain: str, store: Store) -> Trackers | None:

@@ -23,11 +23,16 @@ CHUNK_ELEMENTS = 1 << 23
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """Sums over a batch of rollouts: `loss` (of the objective, each rollout counted once), `kl` (nats) and `tokens`."""
+    """Sums over a batch of rollouts: `loss` (of the objective, each rollout counted once), `kl` (nats) and `tokens`.
+
+    `ratio` is the sum of the tokens' importance weights before they are cut, and `cut` the number of those that are.
+    """
 
     loss: float
     kl: float
     tokens: int
+    ratio: float = 0.0
+    cut: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +40,7 @@ class Update:
     """What a batch says of z: the `loss` per rollout, `kl` in nats over `tokens`, and the gradient's norm.
 
     z has `moved` unless no rollout had an advantage: what is left of such a gradient is rounding and the penalty.
+    `ratio` and `cut` are those of `LossTerms`, 0 where the sampler is the trainer's own program.
     """
 
     loss: float
@@ -42,6 +48,13 @@ class Update:
     tokens: int
     grad_norm: float
     moved: bool
+    ratio: float
+    cut: float
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The mean importance weight and the share of tokens whose weight is cut; nothing where there are no weights."""
+        return {"importance": self.ratio / self.tokens, "importance_cut": self.cut / self.tokens} if self.ratio else {}
 
 
 def advantages(rewards: Tensor, samples: int, baseline: str, mean: float) -> Tensor:
@@ -81,6 +94,16 @@ def token_losses(
     return lam * kl_N - advantage_N * chosen_N, kl_N
 
 
+def importance(logp_N: Tensor, sampled_N: Tensor, at_most: float) -> tuple[Tensor, Tensor]:
+    """Returns per answer token `p / q` cut at `at_most`, and as it is, both (N,), without gradients.
+
+    q is the probability with which the sampler drew the token, and p the trainer's for the same z: they differ where
+    the sampler is another program, which adds in another order or rounds a fold. Both are at temperature 1.
+    """
+    ratio_N = (logp_N - sampled_N).detach().exp()
+    return ratio_N.clamp(max=at_most), ratio_N
+
+
 def backward(
     model: Model,
     z_1K: Tensor,
@@ -90,9 +113,11 @@ def backward(
     lam: float,
     temperature: float,
     batch: int,
+    truncate: float | None = None,
 ) -> LossTerms:
     """Adds the gradient of one micro-batch to `z_1K.grad`: loss summed over tokens, divided by `batch` rollouts.
 
+    With `truncate`, a token's advantage is multiplied by its importance weight, which is at most that (`importance`).
     The policy runs factored with `z_1K`, the reference is the same weights unbound. No gradient but z's is allocated:
     the vocabulary's part is differentiated in chunks of tokens, before the network's.
     """
@@ -104,18 +129,23 @@ def backward(
     with model.adapter.rows(z_1K):
         hidden_ND = model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N]
     leaf_ND = hidden_ND.detach().requires_grad_()
-    loss = kl = 0.0
+    sampled_N = torch.tensor([p for r in rollouts for p in r.completion.logprobs]).to(model.device)
+    loss = kl = ratio = cut = 0.0
     for part in torch.arange(len(at_N), device=model.device).split(max(1, CHUNK_ELEMENTS // model.family.vocabulary)):
         with torch.no_grad():
             base_NV = model.logits(base_ND[part])
-        loss_N, kl_N = token_losses(
-            model.logits(leaf_ND[part]), base_NV, token_N[part], advantage_N[part], lam, temperature
-        )
+        logits_NV, weighted_N = model.logits(leaf_ND[part]), advantage_N[part]
+        if truncate is not None:
+            logp_N = logits_NV.detach().log_softmax(-1).gather(-1, token_N[part, None])[:, 0]
+            weight_N, ratio_N = importance(logp_N, sampled_N[part], truncate)
+            weighted_N = weighted_N * weight_N
+            ratio, cut = ratio + float(ratio_N.sum()), cut + float((ratio_N > truncate).sum())
+        loss_N, kl_N = token_losses(logits_NV, base_NV, token_N[part], weighted_N, lam, temperature)
         (loss_N.sum() / batch).backward()
         loss += float(loss_N.detach().sum()) / batch
         kl += float(kl_N.detach().sum())
     hidden_ND.backward(leaf_ND.grad)
-    return LossTerms(loss=loss, kl=kl, tokens=len(at_N))
+    return LossTerms(loss=loss, kl=kl, tokens=len(at_N), ratio=ratio, cut=cut)
 
 
 def _packed(model: Model, rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -29,8 +29,9 @@ class StepMetrics:
     `same_reward` is the share of prompts whose samples all have one reward, None for one sample per prompt. `abstained`
     counts rollouts that left the batch; `timeouts` and `errors` count answers for which a reward function ran out of
     time or failed, those of validations since the step before included. `skipped` is 1 for a step that had no signal
-    and left z as it was. `rewards` has the mean of each reward function, where the task weighs several. Rows of earlier
-    versions lack what this paragraph names.
+    and left z as it was. `rewards` has the mean of each reward function, where the task weighs several. `importance` is
+    the mean of the tokens' importance weights before they are cut and `importance_cut` the share that is, where another
+    program samples than trains. Rows of earlier versions lack what this paragraph names.
     """
 
     step: int
@@ -51,6 +52,8 @@ class StepMetrics:
     timeouts: int | None = None
     errors: int | None = None
     skipped: int | None = None
+    importance: float | None = None
+    importance_cut: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:

@@ -75,6 +75,7 @@ class Trainer:
         digest: str,
         shares: int = 1,
         start_K: Tensor | None = None,
+        truncate: float | None = None,
     ) -> None:
         """
         Args:
@@ -82,13 +83,14 @@ class Trainer:
             digest: the configuration's; a checkpoint of another one is refused.
             shares: into how many parts a batch is split at least; as many give the same z on any number of workers.
             start_K: the z that a new run starts from; None for the base.
+            truncate: the greatest importance weight of a token, where `generate` is another program than `model`.
 
         Raises:
             RunError: the newest checkpoint belongs to another configuration.
         """
         self.model, self.generate, self.publish = model, generate, publish
         self.task, self.verify, self.rl, self.store = task, verify, rl, store
-        self.seed, self.digest, self.shares = seed, digest, Shares(shares)
+        self.seed, self.digest, self.shares, self.truncate = seed, digest, Shares(shares), truncate
         self.train = task.examples("train")
         self.validation = task.examples("validation", rl.eval_prompts)
         self.policy = Mixture.of({task.name: 1.0})
@@ -167,7 +169,7 @@ class Trainer:
         metrics = StepMetrics(
             step=step, kl=done.kl / max(done.tokens, 1), loss=done.loss, grad_norm=done.grad_norm,
             z_min=float(z_K.min()), z_max=float(z_K.max()), seconds=(seconds := time.perf_counter() - start),
-            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), **counts.figures,
+            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), **counts.figures, **done.weights,
             timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors),
         )  # fmt: skip
         if odd := metrics.not_finite:
@@ -186,14 +188,16 @@ class Trainer:
         z_K = self._z()
         own = [self._gradient(z_K, *share, batch) for share in zip(parts, advantage, strict=True)]
         gradient_K = self.shares.sum([share_K for share_K, _ in own])
-        loss, kl, tokens, signals = self.shares.sum([sums for _, sums in own]).tolist()
+        loss, kl, tokens, signals, ratio, cut = self.shares.sum([sums for _, sums in own]).tolist()
         self.optimiser.zero_grad()
         z_K.backward(gradient_K)
         grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip))
         self.optimiser.param_groups[0]["lr"] = self._lr(step)
         if signals:
             self.optimiser.step()
-        return Update(loss=loss, kl=kl, tokens=int(tokens), grad_norm=grad_norm, moved=signals > 0)
+        return Update(
+            loss=loss, kl=kl, tokens=int(tokens), grad_norm=grad_norm, moved=signals > 0, ratio=ratio, cut=cut
+        )
 
     # ------------------------------------------------------------------------------------------------------ its parts
 
@@ -208,19 +212,20 @@ class Trainer:
     def _gradient(
         self, z_K: Tensor, rollouts: list[Rollout], advantage_B: list[float], batch: int
     ) -> tuple[Tensor, Tensor]:
-        """Returns the gradient of a share, (K,), and its loss, KL, tokens and advantages that are not 0."""
+        """Returns the gradient of a share, (K,), and its sums: loss, KL, tokens, advantages that are not 0, weights."""
         leaf_1K = z_K.detach()[None].requires_grad_()
         leaf_1K.grad = torch.zeros_like(leaf_1K)
         graded = [i for i, rollout in enumerate(rollouts) if rollout.reward is not None]
         order = sorted(graded, key=lambda i: _length(rollouts[i]))  # rows of like length pad little
-        sums = torch.tensor([0.0, 0.0, 0.0, sum(map(bool, advantage_B))], dtype=torch.float64)
+        sums = torch.tensor([0.0, 0.0, 0.0, sum(map(bool, advantage_B)), 0.0, 0.0], dtype=torch.float64)
         for start in range(0, len(order), self.rl.micro_batch):
             part = order[start : start + self.rl.micro_batch]
             terms = backward(
                 self.model, leaf_1K, [rollouts[i] for i in part], [advantage_B[i] for i in part],
-                lam=self.rl.kl, temperature=self.rl.temperature, batch=batch,
+                lam=self.rl.kl, temperature=self.rl.temperature, batch=batch, truncate=self.truncate,
             )  # fmt: skip
-            sums += torch.tensor([terms.loss, terms.kl, terms.tokens, 0.0], dtype=torch.float64)
+            own = [terms.loss, terms.kl, terms.tokens, 0.0, terms.ratio, terms.cut]
+            sums += torch.tensor(own, dtype=torch.float64)
         return leaf_1K.grad[0], sums
 
     async def _begin(self) -> None:

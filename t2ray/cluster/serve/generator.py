@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray.util import metrics
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
+from t2ray.adapters.svf import joined
 from t2ray.api.backend import Catalog
 from t2ray.cluster.serve.experts import Experts
 from t2ray.cluster.serve.handles import raised, told
@@ -38,6 +40,7 @@ from t2ray.core import (
     UnknownExpert,
     check_name,
 )
+from t2ray.engine.choose import vllm_engine
 from t2ray.engine.online import OnlineEngine
 from t2ray.engine.probe import compare, expected
 from t2ray.engine.protocol import Engine
@@ -66,13 +69,16 @@ class Generator:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
-        model = load_model(self.config.model, self.config.factors)
-        self.engine: Engine = OnlineEngine(model, self.config.engine)
-        wanted = await expected(model)
-        self.experts = Experts(self.config, self.engine, model.adapter.join)
-        await self.experts.open()
-        self.engine.start()
-        await compare(self.engine, model, wanted)
+        self.engine: Engine
+        if self.config.engine.kind == "vllm":
+            self.engine = vllm_engine(self.config.model, self.factors, self.config.engine, mode="mixtures")
+            await self._begin()
+        else:
+            model = load_model(self.config.model, self.config.factors)
+            self.engine = OnlineEngine(model, self.config.engine)
+            wanted = await expected(model)
+            await self._begin()
+            await compare(self.engine, model, wanted)
         self._gauges = {
             name: metrics.Gauge(f"t2ray_{name}", description=text)
             for name, text in (
@@ -88,6 +94,11 @@ class Generator:
         self._told: tuple[int, float] = 0, time.monotonic()
         self.experts.follow()
         self._reporting.start(self._report)
+
+    async def _begin(self) -> None:
+        self.experts = Experts(self.config, self.engine, partial(joined, self.factors.layout))
+        await self.experts.open()
+        self.engine.start()
 
     # --------------------------------------------------------------------------------------------------------- passes
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Bank:
         self.slots = slots
         self.slot_T = torch.zeros(tokens, dtype=torch.long, device=device)
         self.experts: dict[str, Tensor] = {}
-        self.layers: dict[str, tuple[torch.nn.Module, LayerFactors]] = {}
+        self.layers: dict[str, tuple[Any, LayerFactors]] = {}
         spans, start = {}, 0
         for target in self.factors.layout:
             spans[target.name] = slice(start, start + target.rank)
@@ -72,7 +72,7 @@ class Bank:
         self.taken: dict[str, int] = {}
         self._used = 0
 
-    def add(self, name: str, layer: torch.nn.Module, parts: Sequence[Part], s: Sequence[Tensor]) -> LayerFactors:
+    def add(self, name: str, layer: Any, parts: Sequence[Part], s: Sequence[Tensor]) -> LayerFactors:
         """Takes a layer's factors; a layer's gains stand side by side, in the order of its parts."""
         start = self._used
         for part, s_r in zip(parts, s, strict=True):

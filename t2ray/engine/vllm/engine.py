@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -39,11 +37,13 @@ from t2ray.core import (
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import fitting, prompt_ids
 from t2ray.engine.text import TextStream
-from t2ray.engine.vllm import plugin, seams
+from t2ray.engine.vllm import seams
 from t2ray.engine.vllm.answers import Answer, label_score, prompt_tokens
+from t2ray.engine.vllm.arguments import engine_arguments, request_arguments
 from t2ray.engine.vllm.bank import Mode
 from t2ray.engine.vllm.pump import Job, Pump
 from t2ray.models.chat import Chat
+
 
 class VLLMEngine:
     """Generates for many callers at once; see `engine.protocol.Engine`."""
@@ -61,7 +61,7 @@ class VLLMEngine:
         self.layout, self.base_digest = factors.layout, factors.base_digest
         ranks, layers = zip(*((target.rank, target.layer) for target in factors.layout), strict=True)
         self._layer_of_K = torch.repeat_interleave(torch.tensor(layers), torch.tensor(ranks))
-        vllm_config = _configured(folder, factors, self.config, mode)
+        vllm_config = engine_arguments(folder, factors, self.config, mode)
         self._pump = Pump(vllm_config, mode, processes=not seams.current_platform.is_cpu())
         missing = {name for found in self._pump.engine.collective_rpc("t2ray_missing") for name in found}
         if missing:
@@ -110,7 +110,8 @@ class VLLMEngine:
         data = {keys[name]: z_K.float().cpu().numpy().tobytes() for name, z_K in changed.items()}
 
         def give() -> None:
-            self._pump.engine.collective_rpc("t2ray_set_experts", args=(data, [k for k in old if not self._pump.live[k]]))
+            unused = [key for key in old if key not in self._pump.live]
+            self._pump.engine.collective_rpc("t2ray_set_experts", args=(data, unused))
 
         self._pump.call(give)
         kept = {name: z_K for name, z_K in self._bank.items() if name not in gone}
@@ -188,7 +189,8 @@ class VLLMEngine:
             text=TextStream(self.chat, sampling.stop, continues=self.chat.continues(prompt)),
         )  # fmt: skip
         job = Job(
-            id=id, prompt_ids=ids, params=_params(sampling, self.chat, streams), mixture=self._versioned(mixture),
+            id=id, prompt_ids=ids, mixture=self._versioned(mixture),
+            params=request_arguments(sampling, self.chat, streams),
             deliver=partial(self._deliver, id), fail=partial(self._fail, id),
         )  # fmt: skip
         self._answers[id] = answer
@@ -213,7 +215,7 @@ class VLLMEngine:
 
     async def _scores(self, ids: tuple[int, ...], mixture: Mixture, top: int) -> list[Any]:
         """What vLLM says of each place of a prompt."""
-        loop = asyncio.get_running_loop()
+        loop: Any = asyncio.get_running_loop()
         done: asyncio.Future[list[Any]] = loop.create_future()
         self.check()
         id = f"{next(self._numbers)}"
@@ -274,43 +276,3 @@ def _settle(done: asyncio.Future[list[Any]], result: Any) -> None:
         done.set_exception(result)
     else:
         done.set_result(result)
-
-
-def _params(sampling: SamplingParams, chat: Chat, streams: bool) -> dict[str, Any]:
-    """The arguments of vLLM's sampling. It makes no texts and knows no stop strings; see `answers`."""
-    kind = seams.RequestOutputKind
-    return {
-        "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-        "top_k": sampling.top_k, "min_p": sampling.min_p, "presence_penalty": sampling.presence_penalty,
-        "frequency_penalty": sampling.frequency_penalty, "logit_bias": dict(sampling.logit_bias) or None,
-        "seed": sampling.seed, "logprobs": sampling.top_logprobs, "detokenize": False, "ignore_eos": True,
-        "stop_token_ids": [] if sampling.ignore_eos else list(chat.eos_ids),
-        "output_kind": kind.DELTA if streams or sampling.stop else kind.FINAL_ONLY,
-    }  # fmt: skip
-
-
-def _configured(folder: Path, factors: Factors, config: EngineConfig, mode: Mode) -> Any:
-    """vLLM's configuration: its cache as large as `kv_tokens`, its weights in the model's own precision."""
-    plugin.register()
-    if seams.current_platform.is_cpu():
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # what it binds to cores would stay bound
-        if config.tensor_parallel == 1:
-            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else a process of its own for the worker
-    options = {"factors": str(factors.folder.absolute()), "mode": mode, "salted": True}
-    try:
-        vllm_config = seams.EngineArgs(
-            model=str(folder), quantization="t2ray", dtype="auto", max_model_len=-1, generation_config="vllm",
-            hf_overrides={"quantization_config_dict_json": json.dumps(options)}, skip_tokenizer_init=True,
-            max_num_seqs=config.batch_rows, max_num_batched_tokens=max(config.batch_tokens, config.batch_rows),
-            tensor_parallel_size=config.tensor_parallel, enforce_eager=seams.current_platform.is_cpu(),
-            distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-            worker_extension_cls="t2ray.engine.vllm.runner.Extension", trust_remote_code=False,
-        ).create_engine_config()  # fmt: skip
-    except ValueError as error:
-        raise ModelError(f"{folder}: vLLM does not run it: {' '.join(str(error).split())[:300]}") from None
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.get_num_layers(parallel)
-    blocks = -(-config.kv_tokens // vllm_config.cache_config.block_size)
-    bytes_per_token = width * torch.finfo(model.dtype).bits // 8
-    vllm_config.cache_config.kv_cache_memory_bytes = blocks * vllm_config.cache_config.block_size * bytes_per_token
-    return vllm_config

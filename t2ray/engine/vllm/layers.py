@@ -59,7 +59,7 @@ class SVFMethod(seams.UnquantizedLinearMethod):
         super().__init__()
         self.bank, self.prefix, self.names = bank, prefix, names
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Loads the factors beside the weight, which stays as it is: on a CPU vLLM would pack it and drop it."""
         parts, singular = [], []
         for i, name in enumerate(self.names):
@@ -75,20 +75,21 @@ class SVFMethod(seams.UnquantizedLinearMethod):
         if seams.current_platform.is_cpu():
             layer.cpu_linear = torch.nn.functional.linear
 
-    def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The layer's output; which way it takes is fixed at the start, since CUDA graphs would freeze it anyway."""
         if self.bank.mode == "one":
             folded: Tensor = super().apply(layer, x, bias)
             return folded
         bank, factors = self.bank, layer.t2ray
         U, rows = [part.U_Mr for part in factors.parts], [part.at.start for part in factors.parts]
-        return svf_linear(
+        y_TM: Tensor = svf_linear(
             x.flatten(0, -2), layer.weight, bias, factors.Vh_rN, U, rows, bank.gain_SK[:, factors.gains], bank.slot_T
-        ).view(*x.shape[:-1], -1)
+        )
+        return y_TM.view(*x.shape[:-1], -1)
 
 
 def _divided(layer: Any, i: int, matrices: int, U_Mr: Tensor, Vh_rN: Tensor) -> tuple[Tensor, Tensor]:
-    """The parts of U and V^T that this worker has of matrix i, as vLLM divides the weight over tensor parallel ranks."""
+    """This worker's part of U and V^T of matrix i, as vLLM divides the weight over tensor parallel ranks."""
     if layer.tp_size == 1:
         return U_Mr, Vh_rN
     if isinstance(layer, seams.RowParallelLinear):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
+from t2ray.adapters.svf import joined
 from t2ray.config.files import nearest
 from t2ray.core import ConfigError, ModelError, T2RayError
 from t2ray.engine.vllm import seams
@@ -120,7 +121,8 @@ class Quantisation(seams.QuantizationConfig):
             if not self.salted:
                 _refuse(vllm_config)
             scheduler = vllm_config.scheduler_config
-            tokens = max(scheduler.max_num_batched_tokens, vllm_config.compilation_config.max_cudagraph_capture_size or 0)
+            captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+            tokens = max(scheduler.max_num_batched_tokens, captured)
             hook()
             device = torch.device(seams.current_platform.device_type)
             self.bank = Bank(self.factors, self.mode, scheduler.max_num_seqs, tokens, device)
@@ -138,12 +140,10 @@ def _loaded(experts: str | None, versions: dict[str, int], bank: Bank) -> dict[s
     if experts is None:
         return {}
     registry, layout = Registry(experts), bank.factors.layout
-    loaded = {}
-    for name, version in versions.items():
-        z = registry.load(name, version, base_digest=bank.factors.base_digest, layout=layout).z
-        parts = [z.get(target.name, torch.ones(target.rank)).float() for target in layout]
-        loaded[name] = torch.cat(parts)
-    return loaded
+    return {
+        name: joined(layout, registry.load(name, version, base_digest=bank.factors.base_digest, layout=layout).z)
+        for name, version in versions.items()
+    }
 
 
 def _refuse(vllm_config: Any) -> None:

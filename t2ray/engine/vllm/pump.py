@@ -195,7 +195,7 @@ class Pump:
     def _logger(self, vllm_config: Any, engine_index: int = 0) -> Any:
         pump = self
 
-        class Usage(seams.StatLoggerBase):  # type: ignore[misc]
+        class Usage(seams.StatLoggerBase):
             def __init__(self) -> None:
                 pass
 

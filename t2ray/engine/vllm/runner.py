@@ -47,11 +47,12 @@ def _argument(sampling_params: Any) -> object:
 
 def _state(cls: Any, vllm_config: Any) -> Any:
     """A model state that also tells the bank which request has which slot, and each token's slot."""
-    bank = bank_of(vllm_config)
-    if bank is None:
+    found = bank_of(vllm_config)
+    if found is None:
         return cls
+    bank: Bank = found
 
-    class State(cls):  # type: ignore[misc]
+    class State(cls):
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             bank.begin(req_index, mixture_of(_argument(new_req_data.sampling_params)))
             super().add_request(req_index, new_req_data)

@@ -1,0 +1,30 @@
+"""Which engine: transformers, or vLLM where it is installed. vLLM is imported when it is asked for."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from t2ray.adapters.factors import Factors
+from t2ray.config.serve import EngineConfig
+from t2ray.core import ResourceError
+from t2ray.models.load import load_chat
+from t2ray.models.weights import resolve
+
+if TYPE_CHECKING:
+    from t2ray.engine.vllm.engine import VLLMEngine
+
+
+def vllm_engine(model: str, factors: Factors, config: EngineConfig, *, mode: Literal["mixtures", "one"]) -> VLLMEngine:
+    """Loads a model into vLLM; see `engine.vllm.engine`.
+
+    Raises:
+        ResourceError: vLLM is not installed.
+        ModelError: vLLM does not run this model.
+    """
+    if find_spec("vllm") is None:
+        raise ResourceError("the engine vllm needs vLLM in this environment: pip install vllm; or choose transformers")
+    from t2ray.engine.vllm.engine import VLLMEngine
+
+    folder = resolve(model)
+    return VLLMEngine(folder, factors, load_chat(folder), config, mode=mode)
