@@ -64,12 +64,13 @@ def wait_until(true: Callable[[], object], what: str) -> None:
     waiting.wait_until(true, what, unless=(httpx.HTTPError,))
 
 
-def write_config(folder: Path, **generator: Any) -> Path:
-    """The shipped `serve_config.yaml` on a registry of its own in `folder`, with options of the generators changed."""
+def write_config(folder: Path, engine: str = "transformers", **generator: Any) -> Path:
+    """The shipped `serve_config.yaml` on a registry of its own in `folder`, with an engine and options of the generators
+    changed."""
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     application = document["applications"][0]
     shutil.copytree(SHIPPED, folder / "experts", dirs_exist_ok=True)
-    application["args"] = {"model": "tiny", "experts": str(folder / "experts")}
+    application["args"] = {"model": "tiny", "experts": str(folder / "experts"), "engine": {"kind": engine}}
     for deployment in application["deployments"]:
         if deployment["name"] == "Generator":
             deployment.update(generator)

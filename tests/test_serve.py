@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,21 @@ from t2ray.tasks.tiny import gold
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    autoscaling = {"min_replicas": 2, "max_replicas": 2}
-    with serving(tmp_path_factory.mktemp("serve"), autoscaling_config=autoscaling) as started:
+ENGINES = [
+    "transformers",
+    pytest.param(
+        "vllm",
+        marks=[pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM (make vllm)")],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def endpoint(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Endpoint]:
+    replicas = 2 if request.param == "transformers" else 1
+    autoscaling = {"min_replicas": replicas, "max_replicas": replicas}
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(folder, engine=request.param, autoscaling_config=autoscaling) as started:
         yield started
 
 

@@ -40,9 +40,9 @@ def main(kind: str) -> None:
         model = load_model("tiny", factors.folder, device="cpu")
         offline = OfflineEngine(model)
         offline.set_experts(experts(model))
-        small = EngineConfig(kv_tokens=512, batch_tokens=24, batch_rows=8)  # in chunks, and with preemption
-        config = small if kind == "second" else EngineConfig(kv_tokens=4096, tensor_parallel=2)
-        engine = started(factors, model, config)
+        small = EngineConfig(kv_tokens=160, batch_rows=8)  # in pieces, and with preemption
+        config = small if kind == "second" else EngineConfig(kv_tokens=4096, batch_rows=8, tensor_parallel=2)
+        engine = started(factors, model, config, max_num_batched_tokens=24, enable_chunked_prefill=True)
         assert engine._pump.engine.vllm_config.use_v2_model_runner == (kind == "second")
         requests, sampling = ALL[::2], SamplingParams(max_tokens=8)
         wanted = answers(offline, requests, sampling)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from t2ray.adapters.factors import STORED, Factors
 from t2ray.config.serve import EngineConfig
@@ -42,13 +43,19 @@ def engine_arguments(folder: Path, factors: Factors, config: EngineConfig, mode:
         if config.tensor_parallel == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else a process of its own for the worker
     stored = open_weights(folder).entries[f"{factors.layout[0].name}.weight"].dtype
+    text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+    context = min(getattr(text, "max_position_embeddings", None) or config.kv_tokens, config.kv_tokens)
+    # On a CPU a request with a seed whose prompt is read in pieces would end vLLM's first runner.
+    cpu = seams.current_platform.is_cpu()
+    tokens = max(config.batch_tokens, config.batch_rows, context if cpu else 0)
     options = {"factors": str(factors.folder.absolute()), "mode": mode, "salted": True}
     try:
         vllm_config = seams.EngineArgs(
-            model=str(folder), quantization="t2ray", dtype=STORED[stored], max_model_len=-1, generation_config="vllm",
+            model=str(folder), quantization="t2ray", dtype=STORED[stored], max_model_len=context,
+            generation_config="vllm",
             hf_overrides={"quantization_config_dict_json": json.dumps(options)}, skip_tokenizer_init=True,
-            max_num_seqs=config.batch_rows, max_num_batched_tokens=max(config.batch_tokens, config.batch_rows),
-            tensor_parallel_size=config.tensor_parallel, enforce_eager=seams.current_platform.is_cpu(),
+            max_num_seqs=config.batch_rows, max_num_batched_tokens=tokens, enable_chunked_prefill=not cpu,
+            tensor_parallel_size=config.tensor_parallel, enforce_eager=cpu,
             distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
             worker_extension_cls="t2ray.engine.vllm.runner.Extension", trust_remote_code=False,
         ).create_engine_config()  # fmt: skip
@@ -56,7 +63,7 @@ def engine_arguments(folder: Path, factors: Factors, config: EngineConfig, mode:
         raise ModelError(f"{folder}: vLLM does not run it: {' '.join(str(error).split())[:300]}") from None
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     width = 2 * model.get_num_kv_heads(parallel) * model.get_head_size() * model.get_num_layers(parallel)
-    blocks = -(-config.kv_tokens // vllm_config.cache_config.block_size)
+    blocks = 1 + -(-config.kv_tokens // vllm_config.cache_config.block_size)  # the first one is vLLM's own
     bytes_per_token = width * torch.finfo(model.dtype).bits // 8
     vllm_config.cache_config.kv_cache_memory_bytes = blocks * vllm_config.cache_config.block_size * bytes_per_token
     return vllm_config
