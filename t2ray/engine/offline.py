@@ -92,7 +92,7 @@ class OfflineEngine:
         from t2ray.engine.grammar import Guides  # training never asks for any
 
         if self._guides is None:
-            self._guides = Guides(self.chat, self.model.hf.get_input_embeddings().num_embeddings)
+            self._guides = Guides(self.chat, self.model.vocabulary)
         return self._guides.guide(grammar)
 
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:

@@ -47,7 +47,7 @@ class OnlineEngine:
         self.layout, self.base_digest = model.adapter.layout, model.base_digest
         self.config = config or EngineConfig()
         self._loop = Loop(model)
-        self._guides = Guides(model.chat, model.hf.get_input_embeddings().num_embeddings)
+        self._guides = Guides(model.chat, model.vocabulary)
         self._z: dict[Mixture, Tensor | None] = {}
         self._numbers = itertools.count()
         self._manager = Manager(model.hf, self.config, self._loop)

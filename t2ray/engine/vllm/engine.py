@@ -24,6 +24,7 @@ from t2ray.adapters.svf import mixed
 from t2ray.config.serve import EngineConfig
 from t2ray.core import (
     Completion,
+    ConfigError,
     Delta,
     GenerationError,
     Mixture,
@@ -182,6 +183,10 @@ class VLLMEngine:
 
     def _ask(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> tuple[str, Answer]:
         ids, sampling = fitting(self, prompt, sampling, self.context)
+        if sampling.grammar:
+            raise ConfigError(
+                "the engine vllm holds no answer to a schema or a grammar yet; ask without, or use transformers"
+            )
         self.check()
         id = f"{next(self._numbers)}"
         answer = Answer(
