@@ -30,8 +30,8 @@ CHECK = ("--logits-processors", "t2ray.engine.vllm.plugin:Mixtures")
 
 def command(folder: Path, port: int, *options: str) -> list[str]:
     decompose("tiny", folder / "factors")
-    (folder / "t2ray.json").write_text(json.dumps({"factors": str(folder / "factors"), "experts": str(SHIPPED)}))
-    override = json.dumps({"quantization_config_file": str(folder / "t2ray.json")})
+    (folder / "svf.json").write_text(json.dumps({"factors": str(folder / "factors"), "experts": str(SHIPPED)}))
+    override = json.dumps({"quantization_config_file": str(folder / "svf.json")})
     vllm = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(TINY), "--quantization", "t2ray"]
     plain = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(2**26)]
     return [*vllm, "--hf-overrides", override, *plain, "--served-model-name", "tiny", "--port", str(port), *options]

@@ -57,7 +57,7 @@ def engine_arguments(folder: Path, factors: Factors, config: EngineConfig, mode:
             max_num_seqs=config.batch_rows, max_num_batched_tokens=tokens, enable_chunked_prefill=not cpu,
             tensor_parallel_size=config.tensor_parallel, enforce_eager=cpu,
             distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-            worker_extension_cls="t2ray.engine.vllm.runner.Extension", trust_remote_code=False,
+            worker_extension_cls="t2ray.engine.vllm.runner.WorkerExtension", trust_remote_code=False,
         ).create_engine_config()  # fmt: skip
     except ValueError as error:
         raise ModelError(f"{folder}: vLLM does not run it: {' '.join(str(error).split())[:300]}") from None

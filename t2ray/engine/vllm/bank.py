@@ -26,7 +26,7 @@ ARGUMENT = "t2ray"
 
 
 @dataclass(slots=True, eq=False)
-class Part:
+class FusedPart:
     """One adapted matrix on this worker: rows `at` of its layer's output, singular values `span` of the expert."""
 
     name: str
@@ -40,7 +40,7 @@ class Part:
 class LayerFactors:
     """The adapted matrices of one of vLLM's layers, which may be several fused ones, and where its gains stand."""
 
-    parts: list[Part]
+    parts: list[FusedPart]
     gains: slice
     Vh_rN: Tensor
     base_MN: Tensor | None = None
@@ -72,7 +72,7 @@ class Bank:
         self.taken: dict[str, int] = {}
         self._used = 0
 
-    def add(self, name: str, layer: Any, parts: Sequence[Part], s: Sequence[Tensor]) -> LayerFactors:
+    def add(self, name: str, layer: Any, parts: Sequence[FusedPart], s: Sequence[Tensor]) -> LayerFactors:
         """Takes a layer's factors; a layer's gains stand side by side, in the order of its parts."""
         start = self._used
         for part, s_r in zip(parts, s, strict=True):

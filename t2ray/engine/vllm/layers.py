@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2ray.core import ModelError
 from t2ray.engine.vllm import seams
-from t2ray.engine.vllm.bank import Bank, Part
+from t2ray.engine.vllm.bank import Bank, FusedPart
 
 
 @torch.library.custom_op("t2ray::svf_linear", mutates_args=())
@@ -67,7 +67,7 @@ class SVFMethod(seams.UnquantizedLinearMethod):
                 U_Mr, s_r, Vh_rN = self.bank.factors.load(name)
                 U_Mr, Vh_rN = (part.to(layer.weight) for part in _divided(layer, i, len(self.names), U_Mr, Vh_rN))
                 start = sum(layer.output_partition_sizes[:i])
-                parts.append(Part(name, slice(start, start + len(U_Mr)), self.bank.spans[name], U_Mr, Vh_rN))
+                parts.append(FusedPart(name, slice(start, start + len(U_Mr)), self.bank.spans[name], U_Mr, Vh_rN))
                 singular.append(s_r)
         layer.t2ray = factors = self.bank.add(self.prefix, layer, parts, singular)
         if self.bank.mode == "one":

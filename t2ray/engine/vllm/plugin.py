@@ -1,6 +1,6 @@
 """The quantisation method "t2ray", by which vLLM builds its layers with SVF; and its entry point among vLLM's plugins.
 
-    vllm serve MODEL --quantization t2ray --hf-overrides.quantization_config_file t2ray.json \\
+    vllm serve MODEL --quantization t2ray --hf-overrides.quantization_config_file svf.json \\
       --logits-processors t2ray.engine.vllm.plugin:Mixtures --no-enable-prefix-caching
 """
 

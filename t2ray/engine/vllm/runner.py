@@ -97,7 +97,7 @@ def _slots(bank: Bank, ids: list[str], sampling: dict[str, Any]) -> list[int]:
 # ------------------------------------------------------------------------------------------------------- between steps
 
 
-class Extension:
+class WorkerExtension:
     """What `collective_rpc` asks of each worker. Vectors come as their bytes, which every way of transport takes."""
 
     vllm_config: Any
