@@ -72,7 +72,7 @@ def started(factors: Factors, model: Model, config: EngineConfig, **options: Any
     mode, plain = options.pop("mode", "mixtures"), seams.EngineArgs
     seams.EngineArgs = lambda **given: plain(**{**given, "block_size": 32, **options})  # type: ignore[misc,assignment]
     try:
-        engine = VLLMEngine(TINY, factors, load_chat(TINY), config, mode=mode)
+        engine = VLLMEngine(TINY, factors, load_chat(TINY)[0], config, mode=mode)
     finally:
         seams.EngineArgs = plain  # type: ignore[misc]
     engine.start()
@@ -268,10 +268,11 @@ def test_a_mixture_that_overflows_fails_alone(engine: VLLMEngine) -> None:
 
 def test_the_demos_code_domain_trains_with_rollouts_by_vllm(factors: Factors, tmp_path: Path) -> None:
     """As the demo does it; the weights of the loss say that sampler and trainer are one policy in float32."""
-    rl = {"prompts": 128, "samples": 1, "lr": 0.01, "kl": 0.002, "eval_prompts": 100, "steps": 20}
+    rl = {"prompts": 128, "samples": 1, "lr": 0.01, "kl": 0.002, "eval_prompts": 100, "steps": 20,
+          "engine": "vllm"}  # fmt: skip
     config = TrainConfig.model_validate(
         {"model": "tiny", "out": str(tmp_path), "factors": str(factors.folder), "cpus": 1, "workers": 0, "rl": rl,
-         "engine": "vllm", "domains": {"code": {"task": "code"}}, "unsafe_code": True}
+         "domains": {"code": {"task": "code"}}, "unsafe_code": True}
     )  # fmt: skip
     rows: list[StepMetrics] = []
     train_domain(config, "code", rows.append)

@@ -27,10 +27,11 @@ from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
 from t2ray.cli.output import check_json_folder, console, write_json
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, Example, Mixture, Rollout, SamplingParams, Token, user
+from t2ray.core import Completion, Example, Mixture, SamplingParams, Token, user
 from t2ray.engine.choose import vllm_engine
 from t2ray.engine.online import OnlineEngine
 from t2ray.engine.protocol import Engine
+from t2ray.grades import Grade, Rollout
 from t2ray.training.loss import backward
 
 EXPERTS, ROUNDS = 8, 2
@@ -105,7 +106,7 @@ def update(shape: BenchShape, folder: Path, factors: Factors) -> Figures:
             prompt_ids=tuple(tokens[: shape.prompt]), text="", finish_reason="length", mixture=Mixture.base(),
             tokens=tuple(_token(id) for id in tokens[shape.prompt :]),
         )  # fmt: skip
-        return Rollout(example=Example(id="x", messages=user("x"), row={}), completion=answer, reward=1.0)
+        return Rollout(example=Example(id="x", messages=user("x"), row={}), completion=answer, grade=Grade.of(1.0))
 
     rollouts = [rollout() for _ in range(shape.rows)]
     z_1K = model.adapter.neutral[None].clone().requires_grad_()

@@ -27,4 +27,4 @@ def vllm_engine(model: str, factors: Factors, config: EngineConfig, *, mode: Lit
     from t2ray.engine.vllm.engine import VLLMEngine
 
     folder = resolve(model)
-    return VLLMEngine(folder, factors, load_chat(folder), config, mode=mode)
+    return VLLMEngine(folder, factors, load_chat(folder)[0], config, mode=mode)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,8 +53,8 @@ class Update:
     cut: float
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The mean importance weight and the share of tokens whose weight is cut; nothing where there are no weights."""
+    def weights(self) -> dict[str, Any]:
+        """The mean importance weight and the share of tokens whose weight is cut; nothing without weights."""
         return {"importance": self.ratio / self.tokens, "importance_cut": self.cut / self.tokens} if self.ratio else {}
 
 

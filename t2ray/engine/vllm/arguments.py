@@ -16,6 +16,7 @@ from t2ray.core import ModelError, SamplingParams
 from t2ray.engine.vllm import plugin, seams
 from t2ray.engine.vllm.bank import Mode
 from t2ray.models.chat import Chat
+from t2ray.models.families import context_of
 from t2ray.models.weights import open_weights
 
 
@@ -44,7 +45,7 @@ def engine_arguments(folder: Path, factors: Factors, config: EngineConfig, mode:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # else a process of its own for the worker
     stored = open_weights(folder).entries[f"{factors.layout[0].name}.weight"].dtype
     text = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
-    context = min(getattr(text, "max_position_embeddings", None) or config.kv_tokens, config.kv_tokens)
+    context = min(context_of(text), config.kv_tokens)
     # On a CPU a request with a seed whose prompt is read in pieces would end vLLM's first runner.
     cpu = seams.current_platform.is_cpu()
     tokens = max(config.batch_tokens, config.batch_rows, context if cpu else 0)
