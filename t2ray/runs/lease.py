@@ -128,7 +128,7 @@ def _acquire(store: Store, deadline: float) -> Lease:
 
 
 def _holder(store: Store, number: int) -> Driver | None:
-    """The living driver that holds a lease; waits where nothing else tells whether it lives."""
+    """Returns the living driver that holds a lease; waits where nothing else tells whether it lives."""
     began, first = time.monotonic(), None
     while True:
         now = _read(store, number)
@@ -158,7 +158,7 @@ def _runs(driver: Driver) -> bool:
 
 
 def _machine() -> str:
-    """What this machine's processes have in common: its last start, and the container's numbering of processes."""
+    """Returns what the processes of this machine have in common: its last start, and the namespace of their numbers."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{file.read().strip()} {os.readlink('/proc/self/ns/pid')}"

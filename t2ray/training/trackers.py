@@ -53,7 +53,7 @@ class Track:
 
 
 def check_trackers(config: TrainConfig) -> None:
-    """What can be seen of the trackers without loading them.
+    """Checks what can be seen of the trackers without loading them.
 
     Raises:
         ConfigError: a package is missing, with its remedy; or MLflow has no place.
@@ -69,7 +69,7 @@ def check_trackers(config: TrainConfig) -> None:
 
 
 def tracks(store: Store) -> dict[str, Track]:
-    """What each tracker has of the domain whose folder this is; nothing where the note of it is damaged."""
+    """Returns what each tracker has of the domain whose folder this is; nothing if the note of it is damaged."""
     try:
         return {name: Track(**values) for name, values in unseal(store.read_bytes(STATE)).items()}
     except (FileNotFoundError, Damaged, TypeError):
@@ -77,7 +77,7 @@ def tracks(store: Store) -> dict[str, Track]:
 
 
 class Trackers:
-    """The trackers of one domain's run, in its folder."""
+    """The trackers of a domain; what they were told stands in its folder."""
 
     def __init__(self, config: TrainConfig, domain: str, store: Store) -> None:
         """
@@ -205,7 +205,7 @@ class _Mlflow:
 
 
 def _experiment(client: Any, config: TrainConfig) -> str:
-    """The id of the experiment, made where there is none; domains that start together all get the same."""
+    """Returns the id of the experiment, which it makes if there is none; domains that start together get the same."""
     from mlflow.exceptions import MlflowException
 
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
@@ -221,7 +221,7 @@ def _experiment(client: Any, config: TrainConfig) -> str:
 
 
 def _mlflow_uri(config: TrainConfig) -> str:
-    """Where MLflow writes: MLFLOW_TRACKING_URI, else a database beside the runs."""
+    """Returns where MLflow writes: MLFLOW_TRACKING_URI, or a database beside the runs."""
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and "://" in config.out:
         raise ConfigError(f"track: mlflow cannot write into {config.out}; {_REMEDY['mlflow']}")
@@ -229,14 +229,14 @@ def _mlflow_uri(config: TrainConfig) -> str:
 
 
 def _settings(config: TrainConfig, domain: str) -> dict[str, Any]:
-    """What a run is compared by."""
+    """Returns the settings that runs are compared by."""
     own = {"run": config.run, "domain": domain, "model": config.model, "seed": config.seed, "workers": config.workers}
     matrices = {"targets": config.targets, "layers": config.layers}
     return own | matrices | {f"rl.{key}": value for key, value in config.domain_rl(domain).model_dump().items()}
 
 
 def _errors(name: str) -> tuple[type[Exception], ...]:
-    """What a tracker raises when it is not there, as far as it is no mistake of this module's."""
+    """Returns the errors that a tracker raises if its server or its files cannot be reached."""
     if name == "wandb":
         from wandb.errors import Error
 
@@ -247,7 +247,7 @@ def _errors(name: str) -> tuple[type[Exception], ...]:
 
 
 def _plain(what: object) -> str:
-    """An error or an address in one line, without a password."""
+    """Returns an error or an address in one line, without a password."""
     text = re.sub(r"(?<=//)[^/@\s]+@", "", " ".join(str(what).split()))
     for name in _SECRETS:
         if value := os.environ.get(name):

@@ -1,4 +1,4 @@
-"""`factors.decompose` with its matrices shared out over Ray tasks; the folder must be one that every node sees.
+"""Decomposes a model in Ray tasks, one per matrix; the folder must be one that every node sees.
 
 Not here: how a matrix is decomposed or what is skipped (`adapters.factors`).
 """
@@ -32,7 +32,7 @@ def decompose_on_ray(
     dtype: Stored | None = None,
     progress: ShowProgress | None = None,
 ) -> Factors:
-    """As `factors.decompose`, with at most `workers` matrices under way at once; one CPU and one matrix's memory each.
+    """Does what `factors.decompose` does, with at most `workers` matrices at once; each takes a CPU and its memory.
 
     Ray is started on this machine, and stopped again, where no cluster is connected and RAY_ADDRESS names none.
     Raises as `factors.decompose` does, and as `session` and `check_shared` do; a matrix that fails cancels those under

@@ -1,4 +1,6 @@
-"""A job's domains on Ray, as many at once as fit; one whose workers die is started again from its newest checkpoint.
+"""Runs the domains of a job on Ray, as many at once as fit.
+
+A domain whose workers die is started again from its newest checkpoint.
 
 On a cluster, and wherever it has several workers or GPUs, a domain is a job of Ray Train (`group`). On a private Ray
 one worker without a GPU is a plain task, which starts in a third of the time. Why: docs/decisions/0014-startup.md.
@@ -33,7 +35,7 @@ _GONE_S = 20.0  # after 60 s Ray ends this process
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """How a job's domains use a cluster: how many run at once, each with at most `most` workers.
+    """The share of a cluster that domains have: `at_once` run at a time, each with at most `most` workers.
 
     `private`: the cluster is this machine alone, and nobody looks at its dashboard.
     """
@@ -92,7 +94,7 @@ def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick:
 
 
 def _next_start(config: TrainConfig, domain: str, last: _Start | None = None) -> _Start:
-    """Over days, many nodes may go: a domain that came to another checkpoint has a new count."""
+    """Returns the next start of a domain, counted from its newest checkpoint: over days, many nodes may go."""
     store = domain_store(config, domain)
     newest = max(steps(store), default=0)
     number = last.number + 1 if last is not None and newest == last.checkpoint else 1
@@ -102,7 +104,7 @@ def _next_start(config: TrainConfig, domain: str, last: _Start | None = None) ->
 
 @contextmanager
 def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray.ObjectRef]]:
-    """Yields what starts a domain and returns a task that ends with it; at the block's end everything it started ends.
+    """Yields a function that starts a domain and returns a task; at the end of the block everything it started ends.
 
     Ray itself retries nothing: it would not note why the worker before died.
     """
@@ -139,7 +141,7 @@ def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray
 
 
 def _after(config: TrainConfig, task: ray.ObjectRef, last: _Start) -> _Start | None:
-    """The next start of a domain whose workers died; None for one that is done.
+    """Returns the next start of a domain whose workers died; None for one that is done.
 
     Raises:
         T2RayError: a mistake of the user's; or workers that died too often. It is noted in the run folder.
@@ -166,7 +168,7 @@ def _after(config: TrainConfig, task: ray.ObjectRef, last: _Start) -> _Start | N
 
 
 def _causes(failure: RayError) -> Mapping[int, BaseException]:
-    """What failed, by rank."""
+    """Returns what failed, by rank."""
     cause = failure.cause if isinstance(failure, RayTaskError) else failure
     if isinstance(cause, WorkersDied):
         return cause.causes

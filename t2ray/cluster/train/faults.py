@@ -1,4 +1,4 @@
-"""What died, where, with how much memory, why most likely, and which knob: a worker's end in one line.
+"""Says in one line how a worker ended: where, with how much memory, most likely why, and what to change.
 
 Ray's own account of a dead process is a page that begins with the process's number. The line is noted whenever a worker
 fails, also when it is started again afterwards.
@@ -18,7 +18,7 @@ _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Gg]loo|NCCL")
 
 
 def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Heartbeat, ...]) -> str:
-    """One line about the worker that failed by itself; the others fail since they lose it.
+    """Returns one line about the worker that failed by itself; the others fail because they lose it.
 
     `worker 0 of domain 'math' died: node 10.0.0.7, pid 811, after step 12; the worker held 9.1 GiB, the machine 62.9 of
     64.0 GiB; most likely the machine ran out of memory: lower rl.micro_batch ...`
@@ -47,7 +47,7 @@ def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Hear
 
 
 def _memory(text: str, pid: str | None, seen: Heartbeat | None) -> str:
-    """Who held how much at the end: as Ray's memory monitor measured it, else as the worker last told."""
+    """Returns how much memory was held at the end, as Ray's memory monitor measured it or as the worker last told."""
     machine = re.search(r"was ([\d.]+)GB used / ([\d.]+)GB limit", text)
     if machine is None:
         return f"at its last sign of life {seen.memory}" if seen else ""
@@ -57,18 +57,18 @@ def _memory(text: str, pid: str | None, seen: Heartbeat | None) -> str:
 
 
 def _follows(text: str) -> int:
-    """0 for a worker that died, 2 for one that only lost another, 1 for any other failure."""
+    """Returns 0 for a worker that died, 2 for one that only lost another, 1 for any other failure."""
     return 0 if _DIED.search(text) else 2 if _LOST.search(text) else 1
 
 
 def _likely(text: str, seen: Heartbeat | None) -> str:
-    """The likely cause, and what to turn."""
+    """Returns the likely cause, and what to change."""
     memory = "lower rl.micro_batch, rl.samples or the domains at once (more cpus each), or take larger nodes"
     if "OutOfMemory" in text or "running low on memory" in text or "memory monitor" in text:
         limit = re.search(r"exceeded threshold of \d+B \(([\d.]+%)", text)
         return f"Ray's memory monitor ended it{f', above {limit[1]} of the machine' if limit else ''}: {memory}"
     if re.search(r"[Nn]ode .{0,80}(died|dead|removed|terminated)|preempt|NODE_DIED", text):
-        return "its node went away (spot, or ended by hand): nothing to turn, the run goes on where it has a node"
+        return "its node went away (spot, or ended by hand): nothing to change, the run goes on where it has a node"
     if seen is not None and seen.used_gib > _NEARLY_FULL * seen.total_gib:
         return f"most likely the machine ran out of memory: {memory}"
     if "SIGSEGV" in text and "SYSTEM_ERROR" not in text:

@@ -39,7 +39,7 @@ class _Metrics(UserCallback):
         self.tags, self.gauges = {"run": run, "domain": domain}, dict[str, Gauge]()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        """Runs in the job's controller."""
+        """Sets the gauges, in the controller of the job."""
         for name, value in metrics[0].items():
             if name not in self.gauges:
                 text = "of the newest step with a validation"
@@ -49,13 +49,13 @@ class _Metrics(UserCallback):
 
 
 class Groups:
-    """An actor beside the driver that holds a run's jobs of Ray Train, a thread for each; with it they all end.
+    """An actor beside the driver that runs jobs of Ray Train, each in a thread; they all end with it.
 
     A process for each would take 0.29 GB and 3 s of a core more, to import torch and Ray Train again.
     """
 
     def fit(self, job: dict[str, Any], most: int) -> None:
-        """Trains a job's domain with as many workers as it asks for, of a range at most `most`.
+        """Trains the domain of a job with as many workers as it asks for, at most `most`.
 
         Raises:
             WorkersDied: the first failures, by rank; all its workers have ended, and Ray knows which nodes are gone.
@@ -97,7 +97,7 @@ def _raised(cause: Exception) -> BaseException:
 
 
 def _worker(job: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker."""
+    """Trains in each Ray Train worker."""
     work(
         job,
         ray_train.get_context().get_world_rank(),

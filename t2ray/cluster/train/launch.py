@@ -1,4 +1,4 @@
-"""Training on a cluster: what a job needs and gets there, its domains, and then the registry for their experts.
+"""Launches a training job: it finds the job's share of the cluster, runs its domains, and publishes their experts.
 
 Not here: how domains run on Ray (`domains`), and what a worker does (`worker`). Workers that die are started again; a
 run whose driver died goes on with `--resume`: both find the newest checkpoint in the run folder.
@@ -31,7 +31,7 @@ from t2ray.training.metrics import StepMetrics
 
 
 class DomainsFailed(RunError):
-    """Domains of a job failed, a line for each; the experts of those that are done have been saved."""
+    """Domains of a job failed, and each has a line; the experts of those that are done have been saved."""
 
 
 def train(

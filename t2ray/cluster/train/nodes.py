@@ -1,4 +1,4 @@
-"""The cluster's nodes: how large the largest is, whether the head lives, and waiting until Ray knows who has died.
+"""Tells of the nodes of a cluster how large the largest is and whether the head lives, and waits for dead ones.
 
 Not here: what died and why, for people (`faults`).
 """
@@ -20,7 +20,7 @@ _POLL_S = 0.5
 
 
 def largest(key: str) -> float:
-    """The most that one node has of a resource, or will have where nodes come on demand."""
+    """Returns the most that one node has of a resource, or will have where nodes come on demand."""
     groups = getattr(state.get_cluster_config(), "node_group_configs", ())
     nodes = [*(node["Resources"] for node in ray.nodes() if node["Alive"]), *(group.resources for group in groups)]
     return max(float(dict(resources).get(key, 0.0)) for resources in nodes)

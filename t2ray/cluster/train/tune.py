@@ -1,4 +1,4 @@
-"""A sweep's trials over Ray Tune: points in, trials with their scores out; ASHA ends those that fall behind.
+"""Runs the trials of a sweep on Ray Tune; ASHA ends those that fall behind.
 
 What a trial does is a function that it is given (`trials`); the sweep's whole state is `trials.json`
 (`sweep.results`), not Tune's: after a kill, settled trials are replayed to the scheduler from it and the others go on
@@ -47,7 +47,7 @@ def sweep(
     resume: bool = False,
     tick: TrialsTick = lambda trials, total: None,
 ) -> list[Trial]:
-    """Runs the search, then the finalists on further seeds; every trial as it ended.
+    """Runs the search, then the finalists on further seeds; returns every trial as it ended.
 
     Args:
         run: what a trial does; reports (step, score) as it goes and returns the final score.
@@ -86,13 +86,13 @@ def sweep(
 
 
 def _halving(steps: int) -> Any:
-    """ASHA with a third of the run as its grace, after which the best third of what was seen so far goes on."""
+    """Returns ASHA with a third of the run as its grace, after which the best third of the trials so far goes on."""
     grace = max(1, round(steps / 3))
     return AsyncHyperBandScheduler(time_attr="step", max_t=max(steps, 1), grace_period=grace, reduction_factor=3)
 
 
 class _State(tune.Callback):
-    """The trials by id, written down as Tune tells of them."""
+    """The trials by id; each is written down when Tune tells of it."""
 
     def __init__(self, config: SweepConfig, known: Mapping[str, Trial], total: int, tick: TrialsTick) -> None:
         self.config, self.trials, self.total, self.tick = config, dict(known), total, tick
@@ -135,7 +135,7 @@ class _State(tune.Callback):
         save(self.config, self.trials)
 
     def _optuna(self, at_once: int) -> Any:
-        """Optuna's sampler over the same dimensions; it sees what was tried before first, and the job's own point."""
+        """Returns Optuna's sampler over the same dimensions; it is first told what was tried and the job's own point."""
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
@@ -156,7 +156,7 @@ class _State(tune.Callback):
     # ------------------------------------------------------------------------------------------------- Tune's callbacks
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial begins, or begins again after its process died."""
+        """Notes that a trial begins, or begins again after its process died."""
         mine = _of(self.config, trial.config)
         now = self.trials.setdefault(mine.id, mine)
         self.began[mine.id] = time.monotonic() - now.seconds
@@ -164,7 +164,7 @@ class _State(tune.Callback):
             self._note(replace(now, status="running", history=()))
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **_: Any) -> None:
-        """A trial reports."""
+        """Notes what a trial reports."""
         now = self.trials[_of(self.config, trial.config).id]
         if now.settled:
             return
@@ -177,13 +177,13 @@ class _State(tune.Callback):
         self._note(replace(now, status="done") if result.get("complete") else now)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial ended: by itself, or since it fell behind."""
+        """Notes that a trial ended, by itself or because it fell behind."""
         now = self.trials[_of(self.config, trial.config).id]
         if now.status == "running":
             self._note(replace(now, status="stopped"))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **_: Any) -> None:
-        """A trial's process died once too often."""
+        """Notes that the process of a trial died once too often."""
         now = self.trials[_of(self.config, trial.config).id]
         lines = [line.strip() for line in str(trial.get_error() or "").splitlines() if line.strip()]
         last = lines[-1] if lines else "its process died; was the machine out of memory?"
@@ -196,7 +196,7 @@ class _State(tune.Callback):
 
 
 def _trainable(given: dict[str, Any], *, run: Run, config: SweepConfig, steps: int, known: Mapping[str, Trial]) -> None:
-    """Runs in a trial's process. What is settled is only told again: the scheduler compares the others with it."""
+    """Runs a trial in its process. One that is settled is only told again: the scheduler compares others with it."""
     trial = _of(config, given)
     before = known.get(trial.id)
 
@@ -218,7 +218,7 @@ def _trainable(given: dict[str, Any], *, run: Run, config: SweepConfig, steps: i
 
 
 def _of(config: SweepConfig, given: Mapping[str, Any]) -> Trial:
-    """The trial that Tune's configuration stands for."""
+    """Returns the trial that a configuration of Tune stands for."""
     if "trial" in given:
         point, seed, final = given["trial"]
         return Trial(point=json.loads(point), seed=seed, final=final)

@@ -1,4 +1,4 @@
-"""What runs in each worker of a domain: its training, with signs of life in the run folder. It imports no Ray Train."""
+"""Trains a domain in a worker, with signs of life in the run folder. This module imports no Ray Train."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from t2ray.training.trainer import ReportMetrics
 
 
 def work(job: dict[str, Any], rank: int = 0, report: ReportMetrics = lambda row: None) -> None:
-    """Trains the job's domain; `report` gets the steps that have a validation.
+    """Trains the domain of a job; `report` gets the steps that have a validation.
 
     Raises:
         ResourceError: the run's folder is not seen from this node.
@@ -39,6 +39,6 @@ def work(job: dict[str, Any], rank: int = 0, report: ReportMetrics = lambda row:
 
 
 def environment(config: TrainConfig) -> dict[str, Any]:
-    """The runtime environment of a worker: as many threads as it has CPUs."""
+    """Returns the runtime environment of a worker, with as many threads as it has CPUs."""
     threads = str(max(1, int(config.cpus or 1)))
     return {"env_vars": {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}}
