@@ -11,9 +11,9 @@ from t2ray.core import DataError, RunError
 from t2ray.integrity import Damaged, seal, unseal
 from t2ray.models.load import load_chat
 from t2ray.models.weights import resolve
+from t2ray.store import Store
 from t2ray.tasks.fits import SPLITS, long_prompts
 from t2ray.tasks.task import Task
-from t2ray.training.domain import domain_store
 
 ROWS = "rows.json"
 
@@ -40,22 +40,21 @@ def check_rows(config: TrainConfig, tasks: Mapping[str, Task], *, new: bool) -> 
     Raises:
         RunError: they are others, so that the run would go on with a mixture of both.
     """
-    for domain, task in tasks.items():
-        store, now = domain_store(config, domain), _digests(task)
-        try:
-            before = None if new else unseal(store.read_bytes(ROWS))
-        except (FileNotFoundError, Damaged):  # a run of an earlier version has none
-            before = None
-        if before is None:
-            store.write_text(ROWS, seal(now, indent=1))
-            continue
-        changed = [split for split in SPLITS if before.get(split) != now[split]]
+    store = Store(f"{config.out}/{config.run}")
+    now = {domain: _digests(task) for domain, task in tasks.items()}
+    try:
+        before = {} if new else unseal(store.read_bytes(ROWS))
+    except (FileNotFoundError, Damaged):  # a run of an earlier version has none
+        before = {}
+    for domain, digests in before.items():
+        changed = [split for split in SPLITS if domain in now and digests[split] != now[domain][split]]
         if changed:
-            folder = f"{config.out}/{config.run}"
             raise RunError(
                 f"domain {domain!r}: its {' and '.join(changed)} rows have changed since run {config.run!r} began; put "
-                f"them back, or go on from its expert in another run: run=NAME from={folder}"
+                f"them back, or go on from its expert in another run: run=NAME from={config.out}/{config.run}"
             )
+    if not before:
+        store.write_text(ROWS, seal(now, indent=1))
 
 
 def _digests(task: Task) -> dict[str, str]:

@@ -135,7 +135,7 @@ class _State(tune.Callback):
         save(self.config, self.trials)
 
     def _optuna(self, at_once: int) -> Any:
-        """Returns Optuna's sampler over the same dimensions; it is first told what was tried and the job's own point."""
+        """Returns Optuna's sampler of the same dimensions; it is first told what was tried and the job's own point."""
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 
