@@ -209,6 +209,32 @@ def test_adapt_saves_a_mixture_that_the_other_commands_take(run: str, capsys: py
     assert set(json.loads(Path("e.json").read_text())["tasks"]["vowels"]["strategies"]) == set(strategies.split(","))
 
 
+def test_adapt_refuses_long_prompts_by_file_and_line_as_training_does(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": "shot " * (300 if i == 1 else 1), "reply": "a"} for i in range(3)]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = [
+        "adapt",
+        "--task",
+        "long.jsonl",
+        "--gold",
+        "reply",
+        "--max-tokens",
+        "2",
+        "--run",
+        run,
+        "--name",
+        "x",
+        *SEARCH,
+    ]
+    assert main(argv) == 2
+    line = capsys.readouterr().err
+    assert "prompts too long for the model's context of 512 tokens with 2 for the answer: 1 of 3 of all: " in line
+    assert "long.jsonl, line 2 (" in line
+    assert main([*argv, "--shots", "1"]) == 0
+
+
 def test_the_default_reward_of_a_file_is_its_gold_column(run: str) -> None:
     argv = ["adapt", "--task", shots(), "--gold", "reply", "--name", "x", "--shots", "3"]
     task, examples = adapt._labelled(build_parser().parse_args(argv))

@@ -147,7 +147,7 @@ def test_long_prompts_are_refused_before_the_first_step_or_left_out(tiny_llama: 
     config = made(tiny_llama, tmp_path, "one")
     data = tmp_path / "letters.jsonl"
     data.write_text(data.read_text() + json.dumps({"text": "long " * 600}) + "\n")
-    with pytest.raises(DataError, match=r"domain 'letters': prompts too long .*: 1 of 37 for train: .*line 41 \(\d+"):
+    with pytest.raises(DataError, match=r"domain 'letters': prompts too long .*: 1 of 37 of train: .*line 41 \(\d+"):
         train(config)
     assert not (tmp_path / "one").exists()
     skipping = changed(config, on_long_prompt="skip")

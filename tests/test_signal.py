@@ -301,7 +301,7 @@ def test_long_prompts_are_found_by_file_and_line_and_left_out() -> None:
     assert long_prompts(texts(6, 3), tokens, 10) is None
     long = long_prompts(task, tokens, 10)
     assert long is not None and long.text == (
-        "prompts too long for the model's context of 10 tokens with 4 for the answer: 2 of 4 for train: "
+        "prompts too long for the model's context of 10 tokens with 4 for the answer: 2 of 4 of train: "
         "d.jsonl, line 2 (7 tokens), d.jsonl, line 4 (99 tokens)"
     )
     assert [row["text"] for row in without(task, long).rows("train")] == ["x" * 6, "xxx"]
@@ -312,5 +312,5 @@ def test_long_prompts_are_found_by_file_and_line_and_left_out() -> None:
 def test_a_task_whose_prompts_are_all_too_long_is_refused() -> None:
     long = long_prompts(texts(7, 8), tokens, 10)
     assert long is not None
-    with pytest.raises(ValueError, match="2 of 2 for train.*none is left in its train split"):
+    with pytest.raises(ValueError, match="2 of 2 of train.*none is left in its train split"):
         without(texts(7, 8), long)

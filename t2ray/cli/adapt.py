@@ -18,7 +18,7 @@ from t2ray.cli.output import bar, console, weight_bars
 from t2ray.config.files import nearest, override, validate
 from t2ray.config.search import CEMConfig
 from t2ray.config.train import DomainConfig
-from t2ray.core import ConfigError, Example, SamplingParams, UnknownExpert, check_name
+from t2ray.core import ConfigError, DataError, Example, SamplingParams, UnknownExpert, check_name
 from t2ray.tasks import builtin
 from t2ray.tasks.data import FORMATS, own, read
 from t2ray.tasks.task import Task
@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
     bench = open_workbench(locate(args), bar)
     experts = _experts(bench, args.only)
     sampling = bench.sampling(args.max_tokens, task)
+    _check_lengths(bench, replace(task, max_tokens=sampling.max_tokens, to_end=sampling.to_end), examples)
     console.print(
         f"{len(examples)} labelled prompts, experts {', '.join(experts)}, population {settings.population}, "
         f"at most {settings.iterations} rounds"
@@ -114,6 +115,17 @@ def run(args: argparse.Namespace) -> None:
     )
     console.print(weight_bars(result.mixture, experts), markup=False)
     console.print(f"saved in {registry.store.uri}; use it by --strategy {FEWSHOT}{args.name}", markup=False)
+
+
+def _check_lengths(bench: Workbench, task: Task, examples: list[Example]) -> None:
+    """Raises DataError for prompts that are too long, by the rule of training and evaluation."""
+    from t2ray.tasks.fits import long_prompts
+
+    split = examples[0].id.split("/")[-2]
+    chat = bench.engine.chat
+    long = long_prompts(task, lambda turns: len(chat.encode(turns)), bench.engine.context, {split: len(examples)})
+    if long is not None:
+        raise DataError(f"{long.text}; shorten them, lower --max-tokens, or take others")
 
 
 def settings_of(args: argparse.Namespace) -> CEMConfig:

@@ -198,7 +198,7 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     table.need(needed)
     train, validation = table.rows, table.rows
     placed = [f"{table.source}, {place}" for place in table.places]
-    places = {"train": placed, "validation": placed}
+    places = {"train": placed, "validation": placed, "all": placed}
     if domain.validation is not None:
         is_file = Path(domain.validation).suffix in FORMATS
         held = read(domain.validation, folder=folder) if is_file else read(domain.data, domain.validation, folder)
@@ -212,7 +212,7 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     elif len(table.rows) >= _HOLD_OUT:
         validation = table.rows[_HOLD_OUT - 1 :: _HOLD_OUT]
         train = [row for i, row in enumerate(table.rows) if i % _HOLD_OUT != _HOLD_OUT - 1]
-        places = {
+        places |= {
             "train": [place for i, place in enumerate(placed) if i % _HOLD_OUT != _HOLD_OUT - 1],
             "validation": placed[_HOLD_OUT - 1 :: _HOLD_OUT],
         }

@@ -13,6 +13,7 @@ from t2ray.core import DataError, Message
 from t2ray.tasks.task import DataRow, Task
 
 SPLITS = ("train", "validation")
+TRAINING: Mapping[str, int | None] = dict.fromkeys(SPLITS)
 _SHOWN = 3
 
 CountTokens = Callable[[Sequence[Message]], int]
@@ -20,7 +21,7 @@ CountTokens = Callable[[Sequence[Message]], int]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LongPrompts:
-    """The prompts of a task's training and validation rows that are too long.
+    """The prompts of a task that are too long.
 
     `rows` has the tokens of each by its row, by split; `of` has the number of all rows of a split. `text` says how many
     there are and where the first are.
@@ -31,8 +32,13 @@ class LongPrompts:
     text: str
 
 
-def long_prompts(task: Task, tokens: CountTokens, context: int) -> LongPrompts | None:
+def long_prompts(
+    task: Task, tokens: CountTokens, context: int, splits: Mapping[str, int | None] = TRAINING
+) -> LongPrompts | None:
     """Returns the prompts of a task that are too long for a context of so many tokens, or None if there are none.
+
+    Args:
+        splits: which splits are looked at, each with the number of its first rows; None means all.
 
     Raises:
         ConfigError: the model's chat template refuses a conversation.
@@ -40,8 +46,8 @@ def long_prompts(task: Task, tokens: CountTokens, context: int) -> LongPrompts |
     answer = 1 if task.to_end else task.max_tokens
     rows: dict[str, dict[int, int]] = {}
     of, shown = {}, []
-    for split in SPLITS:
-        examples = task.examples(split)
+    for split, limit in splits.items():
+        examples = task.examples(split, limit)
         lengths = [tokens(example.messages) for example in examples]
         rows[split] = {i: length for i, length in enumerate(lengths) if length + answer > context}
         of[split] = len(examples)
@@ -49,7 +55,7 @@ def long_prompts(task: Task, tokens: CountTokens, context: int) -> LongPrompts |
         shown += [f"{places[i]} ({length} tokens)" for i, length in rows[split].items()]
     if not shown:
         return None
-    counts = " and ".join(f"{len(rows[split])} of {of[split]} for {split}" for split in SPLITS if rows[split])
+    counts = " and ".join(f"{len(rows[split])} of {of[split]} of {split}" for split in splits if rows[split])
     first = ", ".join(dict.fromkeys(shown[:_SHOWN])) + (", ..." if len(shown) > _SHOWN else "")
     most = f"the model's context of {context} tokens with {answer} for the answer"
     return LongPrompts(rows=rows, of=of, text=f"prompts too long for {most}: {counts}: {first}")
@@ -61,7 +67,7 @@ def without(task: Task, long: LongPrompts) -> Task:
     Raises:
         DataError: none is left.
     """
-    for split in SPLITS:
+    for split in long.rows:
         if len(long.rows[split]) == long.of[split]:
             raise DataError(f"task {task.name!r}: {long.text}; none is left in its {split} split")
 
