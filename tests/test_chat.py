@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
@@ -53,6 +54,45 @@ def test_a_template_that_refuses_is_a_mistake_in_the_conversation_in_the_templat
         chat.encode((Message(role="system", content="s"),))
     with pytest.raises(ConfigError, match=r"refuses this conversation \(user\): .*undefined|has no element"):
         chat.encode(user("x"))
+
+
+HERMES = """{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}
+{%- for m in messages %}{{ m.role }}:{{ m.content }}
+{%- for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }} {{ call.function.arguments.a + 1 }}</tool_call>
+{%- endfor %}{{ m.tool_call_id or '' }}{{ m.name or '' }};{% endfor %}"""
+TOOLS = Message(role="tools", content='[{"type": "function", "function": {"name": "add"}}]')
+
+
+def test_a_template_is_told_of_tools_of_calls_and_of_their_results(chat: Chat) -> None:
+    chat.tokenizer.chat_template = HERMES
+    call = '[{"id": "c1", "type": "function", "function": {"name": "add", "arguments": "{\\"a\\": 41}"}}]'
+    conversation = (
+        TOOLS,
+        *user("1+2"),
+        Message(role="assistant", content="", calls=call),
+        Message(role="tool", content="3", call_id="c1"),
+    )
+    assert chat.decode(chat.encode(conversation)) == (
+        "[add]user:1+2;assistant:<tool_call>add 42</tool_call>;tool:3c1add;"
+    )
+    assert chat.decode(chat.encode(user("1+2"))) == "user:1+2;"
+
+
+@pytest.mark.parametrize(
+    ("template", "style"),
+    [
+        (HERMES, "hermes"),
+        ('{% if tools %}Answer {"name": name, "parameters": arguments}{% endif %}', "llama"),
+        ("{% for m in messages %}the <tool_call> of nothing{% endfor %}", None),
+        ("{% if tools %}in a way of its own{% endif %}", None),
+        ("{% if tools %}<tool_call><function=add></function></tool_call>{% endif %}", None),
+        ({"default": "{{ messages }}", "tool_use": HERMES}, "hermes"),
+        (None, None),
+    ],
+)
+def test_a_template_shows_how_calls_are_written(chat: Chat, template: Any, style: str | None) -> None:
+    chat.tokenizer.chat_template = template
+    assert chat.tools == style
 
 
 def test_text_survives_byte_for_byte(chat: Chat) -> None:

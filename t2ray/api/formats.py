@@ -92,5 +92,19 @@ class ToolCallBody(Body):
 
 
 def offer(tools: list[ToolBody]) -> str:
-    """Returns the definitions of tools as a chat template shows them, a JSON list."""
-    return json.dumps([tool.model_dump(exclude_none=True) for tool in tools], ensure_ascii=False)
+    """Returns the definitions of tools as a chat template shows them, a JSON list; templates ask for every field."""
+    nothing = {"type": "object", "properties": {}}
+    return json.dumps(
+        [
+            {
+                "type": "function",
+                "function": {
+                    "name": function.name,
+                    "description": function.description or "",
+                    "parameters": nothing | (function.parameters or {}),
+                },
+            }
+            for function in (tool.function for tool in tools)
+        ],
+        ensure_ascii=False,
+    )

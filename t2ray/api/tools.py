@@ -84,8 +84,8 @@ def tools_of(body: ChatRequest | CompletionRequest, style: str | None) -> Tools 
     forced = choice == "required" or isinstance(choice, NamedTool)
     if style is None and not forced:
         raise invalid(
-            "this model's chat template defines no tools, so that it cannot choose one; name one by 'tool_choice' or "
-            "say 'required' to hold the answer to a call, or 'none'",
+            "this model's chat template defines no tools in a way that is known here (Hermes's, Llama 3's), so that it "
+            "cannot choose one; name one by 'tool_choice' or say 'required' to hold the answer to a call, or 'none'",
             "tools",
             "unsupported_parameter",
         )

@@ -58,7 +58,7 @@ class Chat:
         if not self.tokenizer.chat_template:
             return self.encode_text("".join(m.content for m in messages))
         tools = [tool for m in messages if m.role == "tools" for tool in json.loads(m.content)]
-        turns = [_turn(m) for m in messages if m.role != "tools"]
+        turns = _turns([m for m in messages if m.role != "tools"])
         try:
             return tuple(
                 self.tokenizer.apply_chat_template(
@@ -73,12 +73,14 @@ class Chat:
 
     @property
     def tools(self) -> str | None:
-        """How the chat template has calls of functions written: "hermes", "llama", or None if it knows no functions."""
+        """How the chat template has calls of functions written: "hermes", "llama", or None in no way known here."""
         given = self.tokenizer.chat_template or ""
         template = given if isinstance(given, str) else " ".join(given.values())
         if not re.search(r"\btools\b", template):
             return None
-        return "hermes" if "<tool_call>" in template else "llama" if '"parameters"' in template else None
+        if "<tool_call>" in template:
+            return None if "<function=" in template else "hermes"
+        return "llama" if re.search(r'"name":[^{}]*"parameters":', template) else None
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with."""
@@ -122,18 +124,20 @@ class Chat:
         return self._tokens[id]
 
 
-def _turn(message: Message) -> dict[str, Any]:
-    """A turn as chat templates read it: the arguments of calls are no text."""
-    turn: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.calls:
-        calls = json.loads(message.calls)
-        turn["tool_calls"] = [
-            call | {"function": call["function"] | {"arguments": _arguments(call["function"]["arguments"])}}
-            for call in calls
-        ]
-    if message.call_id:
-        turn["tool_call_id"] = message.call_id
-    return turn
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Turns as chat templates read them: the arguments of calls are no text, and a result names its function."""
+    turns, names = [], dict[str, str]()
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.calls:
+            turn["tool_calls"] = calls = json.loads(message.calls)
+            names |= {call["id"]: call["function"]["name"] for call in calls}
+            for call in calls:
+                call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+        if message.call_id:
+            turn |= {"tool_call_id": message.call_id, "name": names.get(message.call_id, "")}
+        turns.append(turn)
+    return turns
 
 
 def _arguments(text: str) -> Any:
