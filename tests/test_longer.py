@@ -19,6 +19,7 @@ from t2ray.runs.prepare import prepare
 from t2ray.runs.rows import ROWS
 from t2ray.runs.status import read_status
 from t2ray.store import Store
+from t2ray.training.checkpoint import FOLDER
 from t2ray.training.domain import EXPERT, Result, domain_store
 from t2ray.training.metrics import notes, read_metrics
 
@@ -61,6 +62,15 @@ def test_a_finished_run_is_made_longer_and_published_again(ended: Any, tiny_llam
     assert train(longer, resume=True) == {"letters": result}  # it is done again
 
 
+def test_a_run_without_checkpoints_is_not_begun_again_as_if_it_were_longer(
+    ended: Any, tiny_llama: Path, tmp_path: Path
+) -> None:
+    domain_store(ended, "letters").delete(FOLDER)
+    with pytest.raises(RunError, match="has no checkpoint to go on from; .*run=NAME from=.*/one"):
+        train(made(tiny_llama, tmp_path, "one", {"steps": 6}), resume=True)
+    assert train(ended, resume=True)["letters"].steps == 2  # as it was
+
+
 def test_a_run_that_patience_ended_is_done() -> None:
     ends = Result(accuracy=0.5, base_accuracy=0.5, best_step=0, steps=4, stale=2)
     assert not ends.goes_on(RLConfig(steps=40, patience=2)) and ends.goes_on(RLConfig(steps=40, patience=3))
@@ -70,7 +80,7 @@ def test_a_run_that_patience_ended_is_done() -> None:
 
 
 def test_what_changes_z_and_fewer_steps_are_refused(ended: Any, tiny_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="rl.steps of letters: 2, now 1, which may only grow"):
+    with pytest.raises(RunError, match="rl.steps of letters: 2 were made, now 1"):
         prepare(made(tiny_llama, tmp_path, "one", {"steps": 1}), resume=True)
     with pytest.raises(RunError, match="rl.lr: 0.05, now 0.5"):
         prepare(made(tiny_llama, tmp_path, "one", {"lr": 0.5}), resume=True)

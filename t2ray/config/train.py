@@ -119,8 +119,7 @@ class DomainConfig(Strict):
         return self
 
 
-# What does not change the z that a training job comes to, step by step: it may change when a run is resumed. `rl.steps`
-# may grow.
+# What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
 FREE = frozenset(
     {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
      "preset", "unsafe_code", "verify_timeout_s"}

@@ -20,7 +20,8 @@ from t2ray.runs.rows import check_lengths
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
-from t2ray.training.domain import CONFIG
+from t2ray.training.checkpoint import steps
+from t2ray.training.domain import CONFIG, domain_store
 from t2ray.training.trackers import check_trackers
 
 _FORMER_LONGEST = 48
@@ -53,7 +54,7 @@ def check_run(config: TrainConfig, resume: bool) -> None:
 
     Raises:
         RunError: the run exists and `resume` is False; or it was started with another configuration, as far as that
-            changes z, or with more steps.
+            changes z, or has made more steps.
     """
     folder = f"{config.out}/{config.run}"
     if not Store(folder).exists(CONFIG):
@@ -62,10 +63,10 @@ def check_run(config: TrainConfig, resume: bool) -> None:
         raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
     begun = read_run(folder)
     differing = _differing(begun.resume_fields(), config.resume_fields())
-    for domain in config.domains.keys() & begun.domains.keys():
-        before, now = begun.domain_rl(domain).steps, config.domain_rl(domain).steps
-        if now < before:
-            differing.append(f"rl.steps of {domain}: {before}, now {now}, which may only grow")
+    for domain in config.domains:
+        asked, made = config.domain_rl(domain).steps, max(steps(domain_store(config, domain)), default=0)
+        if asked < made:
+            differing.append(f"rl.steps of {domain}: {made} were made, now {asked}")
     if differing:
         raise RunError(
             f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"

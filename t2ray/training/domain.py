@@ -16,7 +16,7 @@ from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.rl import RLConfig
 from t2ray.config.train import TrainConfig
-from t2ray.core import ExpertError
+from t2ray.core import ExpertError, RunError
 from t2ray.engine.offline import OfflineEngine
 from t2ray.integrity import Damaged, digest_of, seal, unseal
 from t2ray.store import Store
@@ -24,6 +24,7 @@ from t2ray.tasks.build import build_task
 from t2ray.tasks.fits import long_prompts, without
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
+from t2ray.training.checkpoint import steps
 from t2ray.training.metrics import note
 from t2ray.training.trainer import ReportMetrics, Trained, Trainer
 
@@ -125,6 +126,11 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     torch.set_num_threads(max(1, int(config.cpus)))
     torch.manual_seed(config.seed)
     store = domain_store(config, domain)
+    if finished(store) is not None and not damage(store) and not steps(store):
+        raise RunError(
+            f"{store.uri} has no checkpoint to go on from; start another run from its expert: run=NAME "
+            f"from={config.out}/{config.run}"
+        )
     model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
     task, lines = _fitting(build_task(config, domain), model)
     engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
@@ -145,7 +151,7 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             lines.append(f"{lost}; it was made again")
         for line in lines if first else ():
             note(store, line)
-        if first and finished(store) is not None:  # it goes on
+        if first and finished(store) is not None:  # it goes on, and is not done until it has ended again
             store.delete(RESULT)
         try:
             engine.start()
