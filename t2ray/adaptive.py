@@ -132,6 +132,7 @@ class AdaptiveModel:
 
         Raises:
             ConfigError: no examples, no experts, or a wrong setting.
+            RewardError: no mixture answers any prompt right, so that there is none to save.
             UnknownExpert: there is no such expert.
         """
         return self._wait(self._search(examples, name, experts, reward, max_tokens, per_layer, settings))
@@ -175,6 +176,7 @@ class AdaptiveModel:
             n_layers=max(target.layer for target in engine.layout) + 1 if per_layer else None,
         )  # fmt: skip
         if name is not None:
+            found.check()
             meta = {"shots": len(shots), "accuracy": found.accuracy, "settings": search.model_dump()}
             self.bench.place.registry().save_mixture(name, found.mixture, meta)
         return found

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 class Damaged(ValueError):
@@ -16,6 +17,8 @@ class Damaged(ValueError):
 
 def digest_of(tensors: Mapping[str, torch.Tensor], *texts: str) -> str:
     """The digest of tensors with their names, types and shapes, in whatever order, and of texts: 32 hex digits."""
+    import torch  # a program that reads files of rows alone does without
+
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())

@@ -13,15 +13,16 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pyarrow import ArrowInvalid, fs
 from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
 
 from t2ray.core import ConfigError, ResourceError
 from t2ray.integrity import Damaged
+
+if TYPE_CHECKING:
+    import torch
 
 DEPTH = 4  # of folders that are listed one by one, which a link to a folder above itself could make endless
 STALE_S = 3600.0  # a temporary file older than this was left by a writer that died
@@ -116,6 +117,8 @@ class Store:
 
     def write_tensors(self, path: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
         """Writes a safetensors file, in place of one of that name; raises as `write_bytes` does."""
+        from safetensors import torch as safetensors  # it loads torch, as reading rows must not
+
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         if self.local is None:
             self.write_bytes(path, safetensors.save(contiguous, dict(metadata)))
@@ -138,6 +141,8 @@ class Store:
 
     def read_safetensors(self, path: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Returns a safetensors file's tensors and its metadata; raises as `read_tensors` does."""
+        from safetensors import torch as safetensors
+
         with self._reading(path):
             if self.local is None:
                 data = self.read_bytes(path)

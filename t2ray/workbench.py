@@ -30,6 +30,7 @@ from t2ray.tasks.task import Task
 from t2ray.training.domain import CONFIG
 
 DEFAULT_RUN = "runs/demo"
+_BATCH_TOKENS, _BATCH_TOKENS_ON_GPU = 16_384, 131_072  # beyond, a CPU gains no speed and takes gigabytes
 _ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
 
 
@@ -120,13 +121,14 @@ class Workbench:
     """A loaded model with experts.
 
     `experts` are those that answer; `classifiers` those that name the kind of request (one, usually), each with the
-    labels that it was trained on.
+    labels that it was trained on. `batch_tokens` is the number of tokens that the engine computes at once.
     """
 
     place: Place
     engine: Engine
     experts: tuple[str, ...]
     classifiers: Mapping[str, tuple[str, ...]]
+    batch_tokens: int
 
     def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
         """`base`, `prompt`, `cls`, `fewshot/NAME` (a saved mixture), or a mixture such as `math:0.7,code:0.3`.
@@ -222,11 +224,19 @@ def open_workbench(place: Place, bar: Bar = quiet, engine: str = "transformers")
             f"{place.experts} holds no experts; train some by `t2ray train`, or name another by --experts"
         )
     names = [manifest.name for manifest in manifests]
+    made: Engine
+    if engine == "vllm":
+        made, batch_tokens = _with_vllm(place, names, bar), _BATCH_TOKENS_ON_GPU
+    else:
+        model, _ = load_experts(place, names, bar)
+        batch_tokens = _BATCH_TOKENS if model.device.type == "cpu" else _BATCH_TOKENS_ON_GPU
+        made = OfflineEngine(model, max_batch_tokens=batch_tokens)
     labels = {manifest.name: manifest.labels for manifest in manifests if manifest.labels}
     experts = tuple(manifest.name for manifest in manifests if manifest.name not in labels)
     return Workbench(
         place=place,
-        engine=_with_vllm(place, names, bar) if engine == "vllm" else OfflineEngine(load_experts(place, names, bar)[0]),
+        engine=made,
         experts=experts,
         classifiers=labels,
+        batch_tokens=batch_tokens,
     )

@@ -184,7 +184,7 @@ MISTAKES = {
     "keys": ("X!", "'X!' cannot name"),
     "load": ("localhost --rate 1", "'localhost' is no address of an endpoint"),
     "sweep": ("sweep.yaml", "space: unknown key 'rl.lrr'; did you mean 'lr'?"),
-    "status": ("run --jason", "unrecognized arguments: --jason; see t2ray --help"),
+    "status": ("run --jason", "unknown option --jason; did you mean --json?; see t2ray status --help"),
     "plan": ("tiny --tokens 0", "--tokens is 0; it must be at least 1"),
     "config": ("--show job.yaml rl.lrr=1", "unknown key 'rl.lrr'; did you mean 'lr'?"),
 }

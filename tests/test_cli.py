@@ -8,18 +8,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import needs
 import pytest
 import torch
 
-from t2ray.cli import adapt
+from t2ray.cli import adapt, serve
 from t2ray.cli import eval as evaluate
 from t2ray.cli.chat import Talk
 from t2ray.cli.main import build_parser, main
 from t2ray.cli.output import weight_bars
+from t2ray.config.serve import ServeConfig
 from t2ray.config.train import TrainConfig
-from t2ray.core import Message, Mixture, SamplingParams, user
+from t2ray.core import ConfigError, Message, Mixture, SamplingParams, user
 from t2ray.experts.registry import Registry
 from t2ray.runs.folder import read_run
 from t2ray.runs.prepare import prepare
@@ -193,7 +195,9 @@ SEARCH = ["population=6", "iterations=2"]
 
 
 def test_adapt_saves_a_mixture_that_the_other_commands_take(run: str, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["adapt", "--task", shots(), "--gold", "reply", "--max-tokens", "2", "--run", run, *SEARCH]
+    Path("lenient.py").write_text("def any(completion, row): return 1.0 if row['reply'] == 'a' else -1.0\n")
+    argv = ["adapt", "--task", shots(), "--gold", "reply", "--reward", "lenient:any", "--max-tokens", "2", "--run", run]
+    argv += SEARCH
     assert main([*argv, "--name", "vowels"]) == 0
     assert main([*argv, "--name", "again"]) == 0
     assert main([*argv, "--name", "layers", "--per-layer", "--only", "letters", "--shots", "2"]) == 0
@@ -232,12 +236,69 @@ def test_adapt_refuses_long_prompts_by_file_and_line_as_training_does(
     line = capsys.readouterr().err
     assert "prompts too long for the model's context of 512 tokens with 2 for the answer: 1 of 3 of all: " in line
     assert "long.jsonl, line 2 (" in line
-    assert main([*argv, "--shots", "1"]) == 0
+    assert main([*argv, "--shots", "1"]) == 2
+    assert "too long" not in capsys.readouterr().err
+
+
+def test_a_search_that_answers_nothing_right_saves_nothing(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["adapt", "--task", shots(), "--gold", "reply", "--max-tokens", "2", "--run", run, *SEARCH, "--name", "none"]
+    assert main(argv) == 2
+    said = capsys.readouterr()
+    assert "no mixture answers any of the labelled prompts right, and none is saved" in said.err
+    assert "and the right answer 'a'" in said.out and registry(run).mixtures() == ()
+
+
+def test_adapt_and_eval_take_domains_of_the_run_and_other_rows_for_them(run: str) -> None:
+    words = ["adapt", "--name", "x", "--shots", "2", "--task"]
+    of = read_run(run)
+    task, examples, code = adapt._labelled(build_parser().parse_args([*words, "letters"]), of)
+    assert task.name == "letters" and [x.messages for x in examples] == [user("letters 0"), user("letters 1")]
+    assert code == of.code
+    Path("more.jsonl").write_text('{"prompt": "new 0", "answer": "a"}\n{"prompt": "new 1", "answer": "a"}\n')
+    task, examples, _ = adapt._labelled(build_parser().parse_args([*words, "letters", "--data", "more.jsonl"]), of)
+    assert [x.messages for x in examples] == [user("new 0"), user("new 1")]
+    assert main(["eval", "--tasks", "letters=more.jsonl", "--run", run, "--json", "e.json"]) == 0
+    assert json.loads(Path("e.json").read_text())["tasks"]["letters"]["n"] == 2
+    with pytest.raises(ConfigError, match="has no domain 'leters'; did you mean 'letters'?"):
+        adapt._labelled(build_parser().parse_args([*words, "leters"]), of)
+
+
+def test_serve_takes_a_run_or_a_model_with_experts_in_place_of_the_files(run: str, monkeypatch: Any) -> None:
+    def served(*words: str, **given: Any) -> tuple[str, str | None, str | None, str | None]:
+        config = serve._served(ServeConfig(**given), build_parser().parse_args(["serve", *words]))
+        return config.model, config.experts, config.factors, config.name
+
+    given = {"model": "m", "experts": "e", "factors": "f", "name": "n"}
+    of = read_run(run)
+    assert served(**given) == ("m", "e", "f", "n")
+    assert served("--run", run, **given) == (of.model, of.experts, of.factors, None)
+    assert served("--run", run, "--model", of.model, "--experts", "mine") == (of.model, "mine", of.factors, None)
+    assert served("--model", "other", "--experts", "mine", **given) == ("other", "mine", None, None)
+    assert served("--experts", "mine", **given) == ("m", "mine", "f", "n")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert served("--experts", "~/e")[1] == "/home/me/e"
+    with pytest.raises(ConfigError, match="brings its own model; leave out --model other or --run"):
+        served("--run", run, "--model", "other")
+
+
+def test_domains_of_two_runs_are_measured_together(run: str, trained: Path) -> None:
+    other = str(trained / "runs/small")
+    assert main(["eval", "--tasks", f"vowels,letters={other}", "--run", run, "--json", "e.json"]) == 0
+    assert [*json.loads(Path("e.json").read_text())["tasks"]] == ["vowels", "letters"]
+    assert main(["eval", "--tasks", f"nosuch={other}", "--run", run]) == 2
+
+
+def test_adapt_takes_columns_of_messages(run: str) -> None:
+    turns = [{"role": "user", "content": "12+30"}, {"role": "assistant", "content": "42"}]
+    Path("sft.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    argv = ["adapt", "--name", "x", "--task", "sft.jsonl"]
+    task, examples, _ = adapt._labelled(build_parser().parse_args(argv), None)
+    assert examples[0].messages == user("12+30") and examples[0].row["answer"] == "42"
 
 
 def test_the_default_reward_of_a_file_is_its_gold_column(run: str) -> None:
     argv = ["adapt", "--task", shots(), "--gold", "reply", "--name", "x", "--shots", "3"]
-    task, examples = adapt._labelled(build_parser().parse_args(argv))
+    task, examples, _ = adapt._labelled(build_parser().parse_args(argv), None)
     assert [example.messages[0].content for example in examples] == ["shot 0", "shot 1", "shot 2"]
     with Verifier(task.reward, workers=0) as verify:
         grades = asyncio.run(verify(["a", " a\n", "b", "", "a b"], [examples[0].row] * 5))

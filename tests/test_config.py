@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import t2ray.config
 from t2ray.config import search
-from t2ray.config.files import Strict, dump_yaml, nearest, override, read_yaml
+from t2ray.config.files import Strict, dump_yaml, nearest, override, read_yaml, validate
 from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.config.train import DomainConfig, TrainConfig, load, resolve
 from t2ray.core import ConfigError
@@ -103,15 +103,98 @@ def test_a_configuration_survives_its_own_json() -> None:
         ({"run": "../up"}, "'../up' cannot name a run"),
         ({"workers": -1}, "workers: "),
         ({"cpus": 0}, "cpus: "),
+        ({"rl": {"lr": math.inf}}, "rl.lr: Input should be a finite number, not inf"),
+        ({"rl": {"kl": math.nan}}, "rl.kl: Input should be a finite number, not nan"),
+        ({"rl": {"clip": -math.inf}}, "rl.clip: "),
+        ({"domains": {"a": {"task": "math", "rl": {"lr": math.inf}}}}, "domains.a.rl: lr: Input should be a finite"),
+        ({"rl": {"steps": True}}, "rl.steps: a number, not true"),
+        ({"gpus": False}, "gpus: a number, not false"),
+        ({"workers": True}, "workers: a number of workers, or a range"),
+        ({"run": True}, "run: Input should be a valid string, not True"),
+        ({"domains": {"a": {"data": "x.jsonl", "rl": {"stepz": 1}}}}, "rl: unknown key 'stepz'; did you mean 'steps'?"),
+        ({"domains": {"a": {"data": "x.jsonl"}}, "modle": "tiny"}, "unknown key 'modle'; did you mean 'model'?"),
+        ({"out": "$NOWHERE/runs"}, "out: the path '$NOWHERE/runs' names the environment variable $NOWHERE, which is"),
+        ({"experts": "~nobody-here/runs"}, "experts: the path '~nobody-here/runs' begins with the home of a user"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_the_key(values: dict[str, Any], line: str) -> None:
     assert line in refusal(values)
 
 
-def test_a_missing_key_is_named() -> None:
+def test_a_missing_key_is_named_after_an_unknown_one() -> None:
     with pytest.raises(ConfigError, match=r"job.yaml: the key 'domains' is missing"):
         resolve({}, where="job.yaml")
+    with pytest.raises(ConfigError, match=r"job.yaml: unknown key 'domain'; did you mean 'domains'?"):
+        resolve({"domain": {}}, where="job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("rl: {lr: 1}\nrun: a\nrl: {kl: 1}\n", "the key 'rl' is written twice, in line 1 and in line 3"),
+        ("rl:\n  lr: 1\n  kl: 2\n  lr: 3\n", "the key 'lr' is written twice, in line 2 and in line 4"),
+        ("rl: {lr: 1, lr: 1}\n", "the key 'lr' is written twice, in line 1 and in line 1"),
+        ("a: [{b: 1,\n 'b': 2}]\n", "the key 'b' is written twice, in line 1 and in line 2"),
+        ("1: a\n'1': b\n", "the key '1' is written twice, in line 1 and in line 2"),
+        ("a: &a {x: 1}\nb:\n  x: 2\n  <<: *a\n  x: 3\n", "the key 'x' is written twice, in line 3 and in line 5"),
+    ],
+)
+def test_a_key_that_is_written_twice_is_told_with_both_lines(text: str, lines: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"a\.yaml: {lines}$"):
+        read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(ConfigError, match="the key 'lr' is written twice"):
+        override({}, ["rl={lr: 1, lr: 2}"])
+
+
+def test_merged_keys_may_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: &a {x: 1, y: 1}\nb: {c: &c {<<: *a, x: 2}}\nd: {<<: *c, y: 3}\n")
+    assert read_yaml(path) == {"a": {"x": 1, "y": 1}, "b": {"c": {"x": 2, "y": 1}}, "d": {"x": 2, "y": 3}}
+
+
+@pytest.mark.parametrize("name", ["123", "2026-11-25", "0.10", "1e3", "007", "12", "1.5"])
+def test_a_name_may_look_like_a_number_or_a_date(name: str, tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(f"run: {name}\ndomains: {{{name}: {{task: math}}}}\n")
+    config = load(job)
+    assert config.run == name and [*config.domains] == [name]
+    assert load(job, ["run=other", f"run={name}"]).run == name
+
+
+def test_a_word_of_yaml_may_name_a_domain(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("domains: {no: {task: math}, on: {task: code}, null: {task: pick}}\n")
+    assert [*load(job).domains] == ["no", "on", "null"]
+
+
+def test_no_clipping_is_null_or_infinity_and_survives_its_json() -> None:
+    for clip in (None, math.inf):
+        config = made(rl={"clip": clip})
+        assert config.rl.clip is None
+        assert TrainConfig.model_validate_json(config.model_dump_json()) == config
+
+
+def test_paths_may_name_the_home_folder_and_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    domain = {"data": ["~/a.jsonl", "$SCRATCH/b.jsonl"], "prompt": "costs $5: {x}", "reward": "r:f"}
+    config = made(out="~/runs", factors="${SCRATCH}/f", experts="s3://b/$SCRATCH", domains={"d": domain})
+    assert (config.out, config.factors, config.experts) == ("/home/me/runs", "/scratch/f", "s3://b//scratch")
+    assert config.domains["d"].data == ("/home/me/a.jsonl", "/scratch/b.jsonl")
+    assert config.domains["d"].prompt == "costs $5: {x}"
+    (tmp_path / "a$B").mkdir()  # a folder of that very name
+    assert made(out=f"{tmp_path}/a$B/runs").out == f"{tmp_path}/a$B/runs"
+    (tmp_path / "job.yaml").write_text("domains: {math: {task: math}}\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load("~/job.yaml").code == str(tmp_path)
+
+
+def test_the_elite_is_a_share(tmp_path: Path) -> None:
+    for wrong in (8, 0, -0.5, math.nan):
+        with pytest.raises(ConfigError, match=r"elite: (a share of the population|Input should be a finite)"):
+            validate(search.CEMConfig, {"elite": wrong}, where="settings")
+    assert validate(search.CEMConfig, {"elite": 1}, where="settings").elite == 1.0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +205,8 @@ def test_a_missing_key_is_named() -> None:
         ("a: [", "not valid YAML"),
         ("a: b: c", "line 1"),
         ("\x00", "not valid YAML"),
-        ("run: 2026-01-01\ndomains: {math: {task: math}}", "run: Input should be a valid string"),
+        ("run: [a]\ndomains: {math: {task: math}}", "run: Input should be a valid string"),
+        ("? [a]\n: 1\n", "line 1: a key is a text"),
         ("1: 2\ndomains: {math: {task: math}}", "1"),
     ],
 )
@@ -175,10 +259,10 @@ def test_a_number_is_what_yaml_1_2_takes_for_one(text: str, value: object, tmp_p
     path = tmp_path / "a.yaml"
     path.write_text(f"key: {text}\nkeys: [{text}]\n" if text != "-" else "key: '-'\nkeys: ['-']\n")
     read = read_yaml(path)
-    assert read == {"key": value, "keys": [value]} and type(read["key"]) is type(value)
+    assert read == {"key": value, "keys": [value]} and isinstance(read["key"], type(value))
     if text != "-":  # a list with nothing in it
         said = override({}, [f"key={text}"])["key"]
-        assert said == value and type(said) is type(value)
+        assert said == value and isinstance(said, type(value))
 
 
 def test_the_values_of_a_sweep_are_numbers_though_no_model_says_so(tmp_path: Path) -> None:

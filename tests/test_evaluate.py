@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from t2ray.adapt.strategies import classify, fixed
-from t2ray.core import DataError, Example, Mixture, SamplingParams, user
+from t2ray.core import ConfigError, DataError, Example, Mixture, SamplingParams, user
 from t2ray.evals.evaluate import Cell, build_report, confusion, dispatch_counts, evaluate, methods, targets
 from t2ray.evals.intervals import wilson
 from t2ray.grades import Grade
@@ -61,13 +61,27 @@ def test_the_mixture_of_pass_1_answers_in_pass_2():
     assert (wrong.acc, wrong.labels) == (0.0, {})
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 10, 256])
-def test_the_chunk_size_changes_the_batch_and_nothing_else(chunk):
+@pytest.mark.parametrize(("batch_tokens", "rows"), [(1, 1), (10, 1), (30, 3), (39, 3), (100, 10), (10_000, 10)])
+def test_the_tokens_of_a_batch_change_its_rows_and_nothing_else(batch_tokens, rows):
+    """A prompt of 6 characters counts as 2 tokens, and its answer as 8."""
     generate, seen = FakeGenerate(expert_only), []
-    result = run(fixed(Mixture.parse("math")), generate, chunk=chunk, progress=seen.append)
-    assert generate.peak == min(chunk, 10)
+    result = run(fixed(Mixture.parse("math")), generate, batch_tokens=batch_tokens, progress=seen.append)
+    assert generate.peak == rows
     assert result.correct == (True,) * 10
-    assert seen[-1] == 10
+    assert seen == [0, *range(rows, 10, rows), 10]
+
+
+def test_long_prompts_share_no_batch_with_many_short_ones():
+    lengths = [3, 3000, 3, 30, 3000, 3]
+    examples = [
+        Example(id=str(i), messages=user("x" * n + f" {i}"), row={"answer": str(i)}) for i, n in enumerate(lengths)
+    ]
+    generate, seen = FakeGenerate(expert_only), []
+    result = run(fixed(Mixture.parse("math")), generate, examples, batch_tokens=2100, progress=seen.append)
+    assert seen == [0, 2, 6] and generate.peak == 4
+    assert result.correct == (True,) * 6
+    asked = [len(messages[-1].content) for messages, *_ in generate.calls]
+    assert asked == sorted(asked, reverse=True)
 
 
 def test_what_does_not_fit_is_wrong_and_counted_and_never_asked():
@@ -75,6 +89,16 @@ def test_what_does_not_fit_is_wrong_and_counted_and_never_asked():
     result = run(fixed(Mixture.parse("math")), generate, fits=lambda m: m != EXAMPLES[3].messages)
     assert result.correct == tuple(i != 3 for i in range(10))
     assert (result.too_long, len(generate.calls)) == (1, 9)
+
+
+def test_a_conversation_that_the_model_refuses_is_named():
+    def fits(messages):
+        if messages == EXAMPLES[3].messages:
+            raise ConfigError("no such role")
+        return True
+
+    with pytest.raises(ConfigError, match="^math/test/3: no such role$"):
+        run(fixed(Mixture.base()), fits=fits)
 
 
 def test_truncated_answers_are_counted():

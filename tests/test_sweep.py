@@ -59,7 +59,7 @@ def made(folder: Path, *overrides: str, **values: Any) -> SweepConfig:
         ({"preset": "papr"}, r"unknown preset 'papr'; did you mean 'paper'\?"),
         ({"trails": 3}, r"unknown key 'trails'; did you mean 'trials'\?"),
         ({"job": "none.yaml"}, r"none\.yaml: no such configuration file"),
-        ({"kind": "cem"}, r"job: the key 'tasks' is missing"),
+        ({"kind": "cem"}, r"job: unknown key 'domains'"),
         ({"kind": "cem", "job": {"tasks": "math"}, "space": {"settings.elit": [0.1]}}, r"did you mean 'elite'\?"),
     ],
 )

@@ -31,7 +31,7 @@ from t2ray.core import ConfigError, ResourceError, RewardError, RunError, user
 from t2ray.experts.registry import Registry
 from t2ray.grades import Grade
 from t2ray.integrity import unseal
-from t2ray.runs.folder import open_run, read_run
+from t2ray.runs.folder import free_name, open_run, read_run
 from t2ray.runs.prepare import prepare
 from t2ray.runs.status import read_status
 from t2ray.store import Store
@@ -496,7 +496,9 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, t
 
 
 def test_a_run_name_that_exists_is_refused_unless_resumed(tiny_llama: Path, tmp_path: Path) -> None:
-    started(job(tiny_llama, tmp_path, "one"))
+    config = started(job(tiny_llama, tmp_path, "one"))
+    prepare(job(tiny_llama, tmp_path, "one"), resume=False)  # no step has been made
+    domain_store(config, "letters").write_text(METRICS, "{}\n")
     with pytest.raises(
         RunError, match=r"run 'one' exists in .*; go on with it by --resume, or choose another run=NAME"
     ):
@@ -505,13 +507,29 @@ def test_a_run_name_that_exists_is_refused_unless_resumed(tiny_llama: Path, tmp_
 
 
 def test_a_resume_with_another_configuration_names_the_keys_that_differ(tiny_llama: Path, tmp_path: Path) -> None:
-    started(job(tiny_llama, tmp_path, "one"))
+    config = started(job(tiny_llama, tmp_path, "one"))
+    domain_store(config, "letters").write_text(METRICS, "{}\n")
     other = job(tiny_llama, tmp_path, "one", seed=3, workers=2, rl=settings(lr=0.5, kl=0.5).model_dump())
     with pytest.raises(RunError) as caught:
         prepare(other, resume=True)
     line = str(caught.value)
     assert "rl.lr: 0.05, now 0.5" in line and "seed: 0, now 3" in line and "rl.kl: 0.02, now 0.5" in line
     assert "workers" not in line and "steps" not in line and "\n" not in line
+
+
+def test_a_run_that_could_not_begin_leaves_its_name_free(tiny_llama: Path, tmp_path: Path) -> None:
+    config = started(job(tiny_llama, tmp_path, "one"))
+    store = domain_store(config, "letters")
+    store.write_text(METRICS, "")
+    store.write_text("fault.json", "{}")
+    Path(config.out, "one", "config.json").write_text("damaged")
+    for resume in (False, True):
+        prepare(job(tiny_llama, tmp_path, "one", seed=3), resume=resume)
+    assert free_name(f"{config.out}/one") and not Path(config.out, "one", "domains").exists()
+    config = started(job(tiny_llama, tmp_path, "one", seed=3))
+    assert read_run(str(tmp_path / "one")).seed == 3
+    store.write_text(METRICS, "{}\n")
+    assert not free_name(f"{config.out}/one") and store.exists(METRICS)
 
 
 def test_a_mistake_leaves_no_run_behind(tiny_llama: Path, tmp_path: Path) -> None:

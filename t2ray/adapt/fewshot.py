@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from t2ray.adapt.cem import Array, Fitness, Round, cem
 from t2ray.config.search import CEMConfig
-from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams, Score
+from t2ray.core import ConfigError, Example, Generate, Mixture, RewardError, SamplingParams, Score
 from t2ray.grades import Verify
 
 
@@ -28,6 +28,18 @@ class FewShotResult:
     accuracy: float
     log_likelihood: float
     history: tuple[Round, ...]
+
+    def check(self) -> None:
+        """Raises if the mixture is not worth saving.
+
+        Raises:
+            RewardError: it answers no prompt right.
+        """
+        if not self.accuracy:
+            raise RewardError(
+                "no mixture answers any of the labelled prompts right, and none is saved; check the right answers and "
+                "the reward, or allow longer answers"
+            )
 
 
 async def fewshot(

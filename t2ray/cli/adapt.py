@@ -1,4 +1,4 @@
-"""`t2ray adapt`: a few labelled prompts of a task become a named mixture of experts in the registry.
+"""`t2ray adapt` searches a mixture of experts for a few labelled prompts, and saves it in the registry.
 
 Not here: the search (`t2ray.adapt`).
 """
@@ -17,10 +17,11 @@ from t2ray.cli.options import Parser, add_job, add_model, add_unsafe_code, at_le
 from t2ray.cli.output import bar, console, weight_bars
 from t2ray.config.files import nearest, override, validate
 from t2ray.config.search import CEMConfig
-from t2ray.config.train import DomainConfig
+from t2ray.config.train import DomainConfig, TrainConfig
 from t2ray.core import ConfigError, DataError, Example, SamplingParams, UnknownExpert, check_name
-from t2ray.tasks import builtin
-from t2ray.tasks.data import FORMATS, own, read
+from t2ray.tasks.build import task_named
+from t2ray.tasks.data import own
+from t2ray.tasks.files import is_file_like, read
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
@@ -39,22 +40,26 @@ def add(p: Parser) -> None:
         "--task",
         required=True,
         metavar="FILE|TASK",
-        help='A file with the columns "prompt" and "answer", or a built-in task.',
+        help="A file of rows, a domain of the run, or a built-in task.",
     )
     p.add_argument("--name", required=True, metavar="NAME", help="The name of the mixture in the registry.")
-    p.add_argument("--data", metavar="FILE", help="The file of a built-in task's rows, in place of the hub.")
+    p.add_argument("--data", metavar="FILE", help="A file of rows for the task or the domain, in place of its own.")
     p.add_argument(
         "--prompt",
         metavar="TEMPLATE",
-        default="{prompt}",
-        help="For a file: a template of its columns, or the name of a column of messages.",
+        help="For a file: a template of its columns, or the name of a column of messages. "
+        'Default: the column "prompt", else "messages".',
     )
     p.add_argument(
         "--reward",
         metavar="MODULE:FUNCTION",
         help="For a file: the reward function. Default: +1 for an answer that equals the column of --gold.",
     )
-    p.add_argument("--gold", metavar="COLUMN", default="answer", help="For a file: the column of the right answers.")
+    p.add_argument(
+        "--gold",
+        metavar="COLUMN",
+        help='For a file: the column of the right answers. Default: "answer", else what messages end with.',
+    )
     p.add_argument("--shots", type=int, default=10, metavar="K", help="How many labelled prompts are used.")
     p.add_argument(
         "--per-layer", action="store_true", help="Search a weight for each expert and layer, and not for each expert."
@@ -79,15 +84,16 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Searches, draws the weights, saves the mixture."""
+    """Searches a mixture, draws its weights as bars, and saves it."""
     check_name(args.name, "mixture")
     settings = settings_of(args)
     at_least_one(args, "shots")
-    task, examples = _labelled(args)
 
     from t2ray.workbench import open_workbench
 
-    bench = open_workbench(locate(args), bar)
+    place = locate(args)
+    task, examples, code = _labelled(args, place.run)
+    bench = open_workbench(place, bar)
     experts = _experts(bench, args.only)
     sampling = bench.sampling(args.max_tokens, task)
     _check_lengths(bench, replace(task, max_tokens=sampling.max_tokens, to_end=sampling.to_end), examples)
@@ -95,10 +101,15 @@ def run(args: argparse.Namespace) -> None:
         f"{len(examples)} labelled prompts, experts {', '.join(experts)}, population {settings.population}, "
         f"at most {settings.iterations} rounds"
     )
-    with Verifier(task.reward, workers=_VERIFIERS, path=str(Path.cwd()), unsafe_code=args.unsafe_code) as verify:
+    with Verifier(task.reward, workers=_VERIFIERS, path=code, unsafe_code=args.unsafe_code) as verify:
         result = asyncio.run(
             _search(bench, task, examples, experts, verify, settings, sampling, per_layer=args.per_layer)
         )
+    if not result.accuracy:
+        answer = asyncio.run(bench.engine.generate(examples[0].messages, result.mixture, sampling)).text
+        right = f", and the right answer {task.gold(examples[0].row)!r}" if task.gold else ""
+        console.print(f"the first prompt's answer is {answer[:200]!r}{right}", markup=False)
+    result.check()
     last = result.history[-1]
     meta = {
         "task": args.task, "data": args.data, "shots": len(examples), "experts": list(experts),
@@ -129,7 +140,7 @@ def _check_lengths(bench: Workbench, task: Task, examples: list[Example]) -> Non
 
 
 def settings_of(args: argparse.Namespace) -> CEMConfig:
-    """The settings of the search, from the key=value words.
+    """Returns the settings of the search, which the key=value words give.
 
     Raises:
         ConfigError: a key or a value is wrong.
@@ -137,23 +148,31 @@ def settings_of(args: argparse.Namespace) -> CEMConfig:
     return validate(CEMConfig, override({}, args.settings), where="settings of the search")
 
 
-def _labelled(args: argparse.Namespace) -> tuple[Task, list[Example]]:
-    """The task and its first `--shots` labelled prompts: of a file any rows, of a built-in task training rows."""
-    if Path(args.task).suffix not in FORMATS and not Path(args.task).is_file():
-        task = builtin(args.task, args.data)
-        return task, task.examples("train", args.shots)
+def _labelled(args: argparse.Namespace, run: TrainConfig | None) -> tuple[Task, list[Example], str]:
+    """Returns the task, its first `--shots` labelled prompts, and the folder of its reward function.
+
+    They are any rows of a file, and training rows of a built-in task or of a domain of the run.
+    """
+    here = str(Path.cwd())
+    if not is_file_like(args.task) and not Path(args.task).exists():
+        task = task_named(args.task, run, args.data)
+        return task, task.examples("train", args.shots), (run.code if run else "") or here
     if args.data is not None:
-        raise ConfigError(f"--data {args.data} is for a built-in task; --task {args.task} is a file already")
-    read(args.task).need({args.gold: object})
-    exact = args.reward is None
-    domain = DomainConfig(
-        data=args.task, prompt=args.prompt, gold=args.gold, reward=args.reward or "t2ray.tasks.equal:reward"
-    )
-    task = own("task", domain, str(Path.cwd()))
-    if exact:
-        rows = [{**row, "answer": row[args.gold]} for row in task.rows("all")]
+        raise ConfigError(
+            f"--data {args.data} is for a built-in task or a domain of the run; --task {args.task} is a file already"
+        )
+    columns = read(args.task).columns
+    prompt = args.prompt or ("messages" if "prompt" not in columns and "messages" in columns else "{prompt}")
+    # what messages end with is the right answer, where there is no column of that name
+    gold = args.gold or ("answer" if "answer" in columns or "{" in prompt else None)
+    domain = DomainConfig(data=args.task, prompt=prompt, gold=gold, reward=args.reward or "t2ray.tasks.equal:reward")
+    task = own("task", domain, here)
+    if (right := task.gold) is None:
+        raise ConfigError(f"{args.task} has no right answers; name their column by --gold COLUMN")
+    if args.reward is None:
+        rows = [{**row, "answer": right(row)} for row in task.rows("all")]
         task = replace(task, rows=lambda split: rows)
-    return task, task.examples("all", args.shots)
+    return task, task.examples("all", args.shots), here
 
 
 def _experts(bench: Workbench, only: str | None) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
-"""`t2ray chat`: a conversation in the terminal that shows which experts answer, and what both passes take.
+"""`t2ray chat` holds a conversation in the terminal, and shows which experts answer and how long both passes take.
 
-Reads lines from standard input, from a person or a pipe, until it ends. Not here: strategies and the engine.
+It reads lines from standard input, from a person or a pipe, until that ends. Not here: strategies and the engine.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers line after line; every line and answer is part of the conversation that follows."""
+    """Answers line after line. Every line and every answer is part of the conversation that follows."""
     sampling = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature)
 
     from t2ray.workbench import open_workbench
@@ -81,7 +81,7 @@ class Talk:
         return self.bench.strategy(name, generate_label=self.generate_label)
 
     def command(self, line: str) -> bool:
-        """Obeys `/strategy NAME` and the like; False for `/quit`. A mistake changes nothing."""
+        """Obeys a command such as `/strategy NAME`. Returns False for `/quit`. A mistake changes nothing."""
         word, _, rest = line.partition(" ")
         rest = rest.strip()
         if word == "/strategy" and rest:
@@ -99,7 +99,7 @@ class Talk:
         return word != "/quit"
 
     def say(self, line: str) -> None:
-        """One turn: pass 1, pass 2, the answer, and who gave it."""
+        """Runs both passes for one line, and prints the answer and who gave it."""
         messages = self._fitting((*self.history, Message(role="user", content=line)))
         try:
             dispatch, completion, seconds = asyncio.run(self._answer(messages))
@@ -117,7 +117,7 @@ class Talk:
         return dispatch, completion, time.perf_counter() - start
 
     def _fitting(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-        """The conversation without as many of its oldest turns as the model's context cannot hold."""
+        """Returns the conversation without its oldest turns, if the model's context cannot hold all of them."""
         kept = messages
         while len(kept) > 2 and not self.bench.engine.fits(kept, self.sampling.max_tokens):
             kept = kept[2:]
@@ -127,7 +127,7 @@ class Talk:
 
 
 def _lines() -> Iterator[str]:
-    """Lines of standard input; a person is asked for each."""
+    """Yields the lines of standard input, and asks a person for each."""
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "")
@@ -144,7 +144,7 @@ def _choices(bench: Workbench) -> str:
 
 
 def _who(dispatch: Dispatch, completion: Completion, seconds: float) -> str:
-    """`[math:1 | cls: math 0.98, others 0.02 | pass 1 4 ms, pass 2 35 ms, 9 tokens]`."""
+    """Returns `[math:1 | cls: math 0.98, others 0.02 | pass 1 4 ms, pass 2 35 ms, 9 tokens]`."""
     parts = [str(dispatch.mixture), dispatch.strategy]
     if dispatch.probabilities:
         ranked = sorted(dispatch.probabilities.items(), key=lambda pair: -pair[1])

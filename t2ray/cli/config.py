@@ -1,4 +1,4 @@
-"""`t2ray config`: the keys of each kind of configuration, and what a file says once its defaults are filled in.
+"""`t2ray config` lists the keys of each kind of configuration, and prints a file with its defaults filled in.
 
 Not here: the keys' types, defaults and descriptions, which stand in the models (`t2ray.config`) and, for few-shot
 searches, in the options of `t2ray adapt`.
@@ -61,7 +61,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a file's configuration, a list of keys, or the overview; what is YAML can be read again."""
+    """Prints the configuration of a file, a list of keys, or the overview."""
     if args.show is not None:
         _say(shown(args.show, args.words), end="")
     elif not args.words:
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def shown(path: str, words: list[str]) -> str:
-    """A file's configuration as YAML, which says the same when it is read again.
+    """Returns the configuration of a file as YAML, which says the same when it is read again.
 
     Raises:
         ConfigError: the file is of no kind that is known, or a key or a value is wrong.
@@ -92,7 +92,7 @@ def shown(path: str, words: list[str]) -> str:
 
 
 def preset_lines(kind: Kind) -> list[str]:
-    """What each preset sets, as words of the command line."""
+    """Returns what each preset sets, as words of the command line."""
     return [
         f"preset={name} sets {' '.join(f'{key}={json.dumps(value)}' for key, value in values.items())}"
         for name, values in kind.presets.items()
@@ -149,7 +149,7 @@ def _search(path: str, words: list[str]) -> Mapping[str, Any]:
 
 
 def _search_keys() -> list[ConfigKey]:
-    """The options of `t2ray adapt`, and the settings of the search."""
+    """Returns the options of `t2ray adapt`, and the settings of the search."""
     options = [
         ConfigKey(
             path=action.dest,

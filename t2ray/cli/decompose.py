@@ -1,4 +1,4 @@
-"""`t2ray decompose`: a model's matrices as factors, in this process or as Ray tasks."""
+"""`t2ray decompose` factors the matrices of a model, in this process or as Ray tasks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Factors the model's matrices, with a progress bar."""
+    """Factors the matrices of the model, and shows a progress bar."""
     from t2ray.adapters.factors import decompose
     from t2ray.cluster.train.decompose import decompose_on_ray
 

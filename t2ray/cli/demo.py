@@ -1,4 +1,4 @@
-"""`t2ray demo`: the main job on the tiny model, from its weights to the report. The stages read from top to bottom.
+"""`t2ray demo` runs the main job on the tiny model, from its weights to the report; its stages stand in order.
 
 Each trained task's expert is trained on Ray; the unseen siblings meet the experts only through dispatch and few-shot
 search. Every accuracy is measured on the test split, which neither pretraining nor training has seen.
@@ -53,7 +53,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the stages, prints the tables, writes the report."""
+    """Runs the stages, prints the tables and writes the report."""
     at_least_one(args, "limit")
     values = read_yaml(MODEL.with_name("demo.yaml"))
     config = resolve(values | {"out": args.out, "seed": args.seed}, where="demo.yaml")
@@ -123,7 +123,7 @@ class Demo:
         self.tasks = {name: builtin(name) for name in OWN}
 
     async def adapt(self, seed: int) -> dict[str, Mixture]:
-        """The few-shot search for every task, on labelled prompts of its training split; saved by the task's name."""
+        """Searches a mixture for every task on prompts of its training split, and saves it by the name of the task."""
         from t2ray.adapt.fewshot import fewshot
 
         settings = CEMConfig(seed=seed, iterations=ROUNDS)
@@ -146,7 +146,7 @@ class Demo:
         return found
 
     async def evaluate(self, mixtures: Mapping[str, Mixture]) -> dict[str, Any]:
-        """Every task under every method: the arguments of `build_report` that are measured."""
+        """Measures every task under every method; returns the arguments of `build_report` that are measured."""
         from t2ray.evals.evaluate import dispatch_counts
 
         classifiers = {
@@ -183,7 +183,7 @@ class Demo:
         )
 
     async def _classifier(self) -> dict[str, Cell]:
-        """The classification expert on its own task's test split: it writes the label."""
+        """Measures the classification expert on the test split of its own task, where it writes the label."""
         task = build_task(self.config, CLASSIFIER)
         with _verifier(task) as verify:
             return {
@@ -192,7 +192,7 @@ class Demo:
             }
 
     async def _pass1_share(self, strategy: Strategy) -> float:
-        """Time of pass 1 over that of pass 2 at 64 new tokens: 16 requests of all tasks in a batch, median of 5."""
+        """Returns the time of pass 1 over that of pass 2 at 64 new tokens: the median of 5 batches of 16 requests."""
         prompts = [x.messages for task in self.tasks.values() for x in task.examples("test", 3)][:16]
         shares = []
         for _ in range(5):
@@ -205,7 +205,7 @@ class Demo:
         return median(shares)
 
     def shifts(self) -> dict[str, HeatMap]:
-        """Each expert's mean z - 1, per decoder layer and kind of matrix."""
+        """Returns the mean of z - 1 of each expert, per decoder layer and kind of matrix."""
         from t2ray.experts.heatmap import mean_shift
 
         engine, names = self.engine, (*TRAINED, CLASSIFIER)

@@ -1,4 +1,4 @@
-"""What the terminal shows while experts are trained: a live line for each domain, and alarms as they come."""
+"""The display shows in the terminal how training stands: a live line for each domain, and alarms as they come."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _PLAIN_EVERY_S = 10.0
 
 
 class TrainingDisplay:
-    """A live table in a terminal; elsewhere a plain line per domain every ten seconds. Alarms go to standard error."""
+    """Draws a live table in a terminal; elsewhere it prints a line per domain every ten seconds.
+
+    Alarms go to standard error.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None

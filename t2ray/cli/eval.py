@@ -1,4 +1,4 @@
-"""`t2ray eval`: the accuracy of strategies on tasks.
+"""`t2ray eval` measures the accuracy of strategies on tasks.
 
 Not here: how an example is answered and counted (`t2ray.evals.evaluate`).
 """
@@ -17,8 +17,8 @@ from t2ray.cli.options import Parser, add_job, add_json, add_model, add_unsafe_c
 from t2ray.cli.output import bar, check_json_folder, console, write_json
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, Example, Mixture, SamplingParams
-from t2ray.tasks import builtin
-from t2ray.tasks.build import build_task
+from t2ray.tasks.build import task_named
+from t2ray.tasks.table import kind_of
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
@@ -36,8 +36,8 @@ def add(p: Parser) -> None:
         "--tasks",
         required=True,
         metavar="NAMES",
-        help="Built-in tasks or domains of the run, separated by commas; NAME=FILE reads a built-in task's rows from "
-        "that file.",
+        help="Built-in tasks or domains of the run, separated by commas. NAME=FILE asks the rows of that file, which "
+        "has the columns of the task or the domain; NAME=FOLDER is a domain of another run.",
     )
     p.add_argument(
         "--strategies",
@@ -74,7 +74,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Every task under every strategy: a table on the terminal, and `--json`."""
+    """Measures every task under every strategy; prints a table, and writes the figures to the file of `--json`."""
     files, strategies = _tasks(args.tasks), _words(args.strategies, "--strategies")
     at_least_one(args, "limit")
     check_json_folder(args.json)
@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     from t2ray.workbench import open_workbench
 
     place = locate(args)
-    tasks = {name: _task(name, file, place.run) for name, file in files.items()}
+    found = {name: _task(name, named, place.run) for name, named in files.items()}
+    tasks, codes = {name: task for name, (task, _) in found.items()}, {name: code for name, (_, code) in found.items()}
     examples = {name: task.examples(args.split, args.limit) for name, task in tasks.items()}
     bench = open_workbench(place, bar, args.engine)
     plans = {name: _plan(bench, name, strategies, args.generate_label) for name in tasks}
@@ -92,9 +93,8 @@ def run(args: argparse.Namespace) -> None:
         done = 0
         for name, task in tasks.items():
             sampling = bench.sampling(args.max_tokens, task)
-            code = place.run.code or None if place.run else None
             with Verifier(
-                task.reward, workers=_VERIFIERS, path=code, unsafe_code=args.unsafe_code,
+                task.reward, workers=_VERIFIERS, path=codes[name], unsafe_code=args.unsafe_code,
                 success_above=task.success_above,
             ) as verify:  # fmt: skip
                 asyncio.run(_check(task, examples[name], verify))
@@ -119,7 +119,7 @@ def _words(text: str, option: str) -> list[str]:
 
 
 def _tasks(text: str) -> dict[str, str | None]:
-    """`{"gsm8k": "train.jsonl", "math": None}` from `gsm8k=train.jsonl,math`."""
+    """Returns `{"gsm8k": "train.jsonl", "math": None}` for `gsm8k=train.jsonl,math`."""
     pairs = [word.partition("=") for word in _words(text, "--tasks")]
     if len({name for name, _, _ in pairs}) < len(pairs):
         raise ConfigError(f"--tasks {text!r} names a task twice; name each once")
@@ -129,18 +129,22 @@ def _tasks(text: str) -> dict[str, str | None]:
     return {name: file or None for name, _, file in pairs}
 
 
-def _task(name: str, file: str | None, run: TrainConfig | None) -> Task:
-    """A domain of the run, by its name there, or a built-in task."""
-    if file is None and run is not None and name in run.domains:
-        return build_task(run, name)
-    return builtin(name, file)
+def _task(name: str, named: str | None, run: TrainConfig | None) -> tuple[Task, str | None]:
+    """Returns a task and the folder of its reward; `named` are its rows, or another run that it is a domain of."""
+    from t2ray.runs.folder import read_run
+    from t2ray.store import Store
+    from t2ray.training.domain import CONFIG
+
+    if named is not None and not kind_of(named) and Store(named).exists(CONFIG):
+        run, named = read_run(named), None
+    return task_named(name, run, named), (run.code or None if run else None)
 
 
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
 def _plan(bench: Workbench, task: str, strategies: Sequence[str], generate_label: bool) -> dict[str, Strategy]:
-    """What to run for a task: each strategy once; the oracle is the best of the base and every expert alone.
+    """Returns what to run for a task: each strategy once. The oracle needs the base and every expert alone.
 
     Raises:
         ConfigError, UnknownExpert: a strategy that does not exist, or cannot be had here.
@@ -172,7 +176,7 @@ async def _cell(
     least = 1 if sampling.to_end else sampling.max_tokens
     return await evaluate(
         task.name, examples, strategy, bench.engine.generate, verify, sampling,
-        fits=lambda messages: bench.engine.fits(messages, least), progress=progress,
+        fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, progress=progress,
     )  # fmt: skip
 
 
@@ -183,7 +187,7 @@ def _tell(progress: Callable[[int, int, str], None], before: int, total: int, wh
 def _result(
     strategies: Sequence[str], cells: Mapping[str, Cell], experts: Sequence[str], tokens: int
 ) -> dict[str, Any]:
-    """A task's row: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": {"acc": ...}, ...}}`."""
+    """Returns the row of a task: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": ..., ...}}`."""
     from t2ray.evals.evaluate import oracle_choice
 
     rows = {name: _row(cell) for name, cell in cells.items()}
@@ -203,7 +207,7 @@ def _row(cell: Cell) -> dict[str, Any]:
 
 
 def _table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
-    """Accuracy in % with its 95 % Wilson interval, a line per task; below it what went unanswered."""
+    """Returns a line per task: accuracies in % with 95 % Wilson intervals; below them what went unanswered."""
     head = ["task", "n", *strategies]
     body, notes = [], []
     for task, result in results.items():

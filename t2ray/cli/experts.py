@@ -1,4 +1,4 @@
-"""`t2ray experts list | show | delete | import | export | push | pull`.
+"""`t2ray experts` lists, shows, deletes, imports and exports experts, and brings them to the hub and back.
 
 Not here: the files of a registry (`t2ray.experts.registry`), those of other programs (`t2ray.experts.exchange`) and
 the hub (`t2ray.experts.hub`).
@@ -68,7 +68,7 @@ def add(p: Parser) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    """A line for each expert and each mixture."""
+    """Prints a line for each expert and each mixture."""
     registry = _registry(args)
     experts, mixtures = registry.list(), [registry.mixture_record(name) for name in registry.mixtures()]
     if not experts and not mixtures:
@@ -87,7 +87,7 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    """An expert's manifest with a histogram of z for each kind of matrix; or a mixture, and how it was found."""
+    """Prints the manifest of an expert with histograms of z; or a mixture, and how it was found."""
     from t2ray.experts.exchange import histogram
 
     registry = _registry(args)
@@ -112,7 +112,7 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _delete(args: argparse.Namespace) -> None:
-    """Deletes an expert with all its versions, or a mixture; says which mixtures are left without an expert."""
+    """Deletes an expert with all its versions, or a mixture; names the mixtures that lose an expert by it."""
     from t2ray.experts.registry import MIXTURES
 
     registry = _registry(args)
@@ -193,7 +193,7 @@ def _registry(args: argparse.Namespace) -> Registry:
 
 
 def _known(registry: Registry, name: str) -> None:
-    """Points from a name that only a mixture has to how a mixture is named."""
+    """Raises an error that says how a mixture is named, if only a mixture has this name."""
     if name in registry.mixtures() and name not in registry.names():
         raise UnknownExpert(f"no expert {name!r} in {registry.store.uri}; the mixture goes by {FEWSHOT}{name}")
 

@@ -22,7 +22,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Adds a line to the keys file, and prints the secret."""
+    """Adds a line to the file of keys, and prints the secret."""
     secret, line = new_key(args.name, "admin" if args.admin else "user")
     path = Path(args.file)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`t2ray load URL`: asks a running endpoint at random times, however fast it answers, and says how long it took.
+"""`t2ray load` asks a running endpoint at random times, however fast it answers, and prints how long answers took.
 
 Not here: the client and its figures (`t2ray.evals.load`).
 """
@@ -39,10 +39,10 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Asks an endpoint at random times; 1 when a request failed."""
+    """Asks an endpoint at random times; returns 1 if a request failed."""
     check_json_folder(args.json)
     for name in ("rate", "seconds", "max_tokens"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; it must be above 0")
     if args.key and not os.environ.get(args.key):
         raise ConfigError(f"--key {args.key}: no such environment variable, or it is empty; put the API key into it")

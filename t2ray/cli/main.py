@@ -1,8 +1,8 @@
-"""The command line: the table of commands, and how each of them ends.
+"""The command line has a table of commands, and ends each of them in the same way.
 
-A mistake of the user's ends with one line and exit code 2; an interrupt with 130, SIGTERM with 143. A command imports
-what it needs only after it has checked what it was given: help and errors come without torch, ray, transformers and
-fastapi.
+A mistake of the user ends a command with one line and exit code 2, an interrupt with 130, SIGTERM with 143. A command
+imports what it needs only after it has checked what it was given: help and errors come without torch, ray, transformers
+and fastapi.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ COMMANDS = {
     "plan": "Show how a model's memory divides over GPUs, from its config.json alone.",
     "config": "List the keys of a configuration, or show a file as t2ray reads it.",
 }
-"""Each stands in a module of its name, which adds its options and runs it."""
+"""Each command has a module of its name, which adds its options and runs it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code."""
+    """Runs one command, and returns its exit code."""
     terminated: list[int] = []
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """Every command; its options are added when it is asked for."""
+    """Returns the parser of all commands, which adds the options of a command when it is asked for."""
     from t2ray.cli.options import Parser  # here, where an interrupt is one line
 
     parser = Parser(

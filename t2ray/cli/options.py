@@ -1,4 +1,4 @@
-"""What the options of several commands share: the parser and its help, job files, and where models and experts are.
+"""The options that several commands share: the parser and its help, job files, and the places of models and experts.
 
 A job file holds a command's own options: `t2ray adapt --config FILE [key=value ...]`, where `max_tokens: 32` is
 `--max-tokens 32`, and `settings` holds what the command takes as key=value. Not here: training jobs, sweeps and
@@ -8,6 +8,7 @@ endpoints, which have models of their own (`t2ray.config`).
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import json
 import sys
@@ -26,10 +27,10 @@ _WIDTH, _INDENT = 80, 26
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with the options in one line; its help is the same in every terminal and every Python.
+    """A parser that says in one line what is wrong. Its help is the same in every terminal and every Python.
 
     Args:
-        module: where the command's options and its run stand; it is imported when the command is asked for.
+        module: the module of the command, with its options and its run; it is imported when the command is asked for.
     """
 
     def __init__(self, *, module: str | None = None, **settings: Any) -> None:
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.module = module
 
     def complete(self) -> Self:
-        """Adds the command's own options, once."""
+        """Adds the options of the command, once, and returns the parser."""
         if self.module is not None:
             module, self.module = importlib.import_module(self.module), None
             module.add(self)
@@ -50,15 +51,25 @@ class Parser(argparse.ArgumentParser):
 
     # argparse's own signature is a pair of overloads that says no more than this
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses the words, with a job file's options in the place of its name."""
+        """Parses the words, after it has put the options of a job file in the place of its name."""
         self.complete()
         args = list(sys.argv[1:] if args is None else args)
         if JOB in args and any(action.dest == "job" for action in self._actions):
             args = expand(self, args)
+        self._check_names(args)
         return super().parse_known_args(args, namespace)
 
+    def _check_names(self, args: Sequence[str]) -> None:
+        """Ends the program at an option that there is not, which explains what else may be missing."""
+        known = [name for action in self._actions for name in action.option_strings]
+        words = list(args)[: args.index("--")] if "--" in args else args
+        for name in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if not self._subparsers and not any(option.startswith(name) for option in known):
+                close = difflib.get_close_matches(name, known, n=1)
+                self.error(f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else ""))
+
     def format_help(self) -> str:
-        """How the command is written, what it does, and a sentence on each of its words and options."""
+        """Returns how the command is written, what it does, and a sentence on each of its words and options."""
         groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         words = [action for action in self._actions if not action.option_strings and action not in groups]
         named = [action for action in self._actions if action.option_strings]
@@ -77,7 +88,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _written(action: argparse.Action, *, short: bool = False) -> str:
-    """An option or a word as a user writes it: `--targets PATTERN ...`; with `short` also the option's other name."""
+    """Returns an option as a user writes it, such as `--targets PATTERN ...`; with `short` also its other name."""
     value = str(action.metavar or ("|".join(action.choices) if action.choices else ""))
     more = " ..." if action.nargs in ("*", "+") else ""
     names = ", ".join(action.option_strings if short else action.option_strings[-1:])
@@ -85,7 +96,7 @@ def _written(action: argparse.Action, *, short: bool = False) -> str:
 
 
 def _sentence(action: argparse.Action) -> str:
-    """What an option is, and its default where it has one."""
+    """Returns what an option is, and its default if it has one."""
     given = action.default
     if isinstance(given, bool | None) or given in (argparse.SUPPRESS, []):
         return action.help or ""
@@ -106,7 +117,7 @@ def _section(title: str, rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def add_job(parser: Parser) -> None:
-    """The command's options from a file, as `jobs/` has them."""
+    """Adds the option that names a job file."""
     parser.add_argument(
         JOB,
         dest="job",
@@ -116,7 +127,7 @@ def add_job(parser: Parser) -> None:
 
 
 def add_registry(parser: Parser) -> None:
-    """Where experts are: a run folder, or a registry by itself."""
+    """Adds the options that say where experts are: a run folder, or a registry by itself."""
     parser.add_argument(
         "--run", metavar="FOLDER", help="The folder of a training run. Default: runs/demo, if there is one."
     )
@@ -127,7 +138,7 @@ def add_registry(parser: Parser) -> None:
 
 
 def add_model(parser: Parser) -> None:
-    """Where a model with its experts is: a run folder, or the parts by themselves."""
+    """Adds the options that say where a model and its experts are: a run folder, or the parts by themselves."""
     add_registry(parser)
     parser.add_argument(
         "--model",
@@ -142,14 +153,14 @@ def add_model(parser: Parser) -> None:
 
 
 def add_unsafe_code(parser: Parser) -> None:
-    """Whether model-written code may run without isolation."""
+    """Adds the option that lets model-written code run without isolation."""
     parser.add_argument(
         "--unsafe-code", action="store_true", help="Run model-written code even where it cannot be isolated."
     )
 
 
 def add_json(parser: Parser) -> None:
-    """Where the figures go beside the terminal."""
+    """Adds the option that names a file for the figures."""
     parser.add_argument("--json", metavar="FILE", help="Also write the figures to this file.")
 
 
@@ -169,7 +180,7 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def expand(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """A command's words with `--config FILE` replaced by the options that the file and the key=value words name.
+    """Returns the words of a command with the options of a file, and of key=value words, in place of `--config FILE`.
 
     Raises:
         ConfigError: the file cannot be read, or a key is none of the command's options.
@@ -212,7 +223,9 @@ def _options(parser: argparse.ArgumentParser, values: Mapping[str, Any], where: 
 
 
 def locate(args: argparse.Namespace) -> Place:
-    """Where the model and its experts are that `add_registry` and `add_model` let a user name."""
+    """Returns where the model and its experts are, by the options of `add_registry` and `add_model`."""
+    from t2ray.config.files import expanded
     from t2ray.workbench import find_place
 
-    return find_place(args.run, args.model, args.factors, args.experts)
+    named = (args.run, args.model, args.factors, args.experts)
+    return find_place(*(name and expanded(name) for name in named))

@@ -1,6 +1,6 @@
-"""The terminal: its console, a progress bar with the time left, and bars of mixing weights. No torch, no ray.
+"""Output to the terminal: the console, a progress bar with the time left, and bars of mixing weights.
 
-Every command prints through `console`, with `markup=False` where the text is not the program's own.
+Every command prints through `console`, with `markup=False` if the text is not the own text of the program.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
 
 
 def weight_bars(mixture: Mixture, experts: Sequence[str]) -> str:
-    """A line per expert: a bar of its weight, full at the largest (at least 1); `-` in front of one below 0.
+    """Returns a line per expert: a bar of its weight, which is full at the largest weight or at 1.
 
-    With weights by layer the bar is their mean, followed by a level per layer.
+    With weights by layer the bar shows their mean, and a level per layer follows it.
     """
     weights: Mapping[str, tuple[float, ...]] = dict(mixture.weights)
     full = max(1.0, *(abs(w) for alpha in weights.values() for w in alpha)) if weights else 1.0
@@ -59,7 +59,7 @@ def weight_bars(mixture: Mixture, experts: Sequence[str]) -> str:
 
 
 def check_json_folder(path: str | None) -> None:
-    """Refuses a `--json FILE` that cannot be written: before minutes of work, not after.
+    """Refuses a `--json FILE` that cannot be written, before the work and not after it.
 
     Raises:
         ConfigError: with the file as it was written.
@@ -71,7 +71,7 @@ def check_json_folder(path: str | None) -> None:
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:
-    """Writes `report` to the file of `--json`, where one was named: all of it, or nothing.
+    """Writes the whole report to the file of `--json`, or nothing; does nothing if no file was named.
 
     Raises:
         ResourceError: the disk is full, or the file may not be written.

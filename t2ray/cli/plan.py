@@ -1,4 +1,7 @@
-"""`t2ray plan`: how a model divides over GPUs, in training and in serving. Not here: the arithmetic (`runs.memory`)."""
+"""`t2ray plan` shows how a model divides over GPUs, in training and in serving.
+
+Not here: the arithmetic (`runs.memory`).
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,9 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints both tables, for the number of GPUs that was asked for or the smallest that fits."""
+    """Prints both tables, for the number of GPUs that was asked for or for the smallest that fits."""
     at_least_one(args, "micro_batch", "tokens", "rows", "kv_tokens", "experts", "gpus")
-    if args.gpu_memory <= 0:
+    if not 0 < args.gpu_memory < float("inf"):
         raise ConfigError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 (GiB)")
     check_json_folder(args.json)
 
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _table(kind: str, loads: list[GpuMemory]) -> Table:
-    """A row per use, a column per GPU; of many GPUs the fullest and the sum."""
+    """Returns a table with a row per use and a column per GPU; of many GPUs it shows the fullest and the sum."""
     from t2ray.runs.memory import GIB, GpuMemory
 
     shown = {f"GPU {i}": load for i, load in enumerate(loads)}

@@ -1,4 +1,4 @@
-"""`t2ray status`: how a run or a sweep stands, read from its folder; no ray, and nothing is asked of the cluster."""
+"""`t2ray status` shows how a run or a sweep stands. It reads the folder alone and asks no cluster."""
 
 from __future__ import annotations
 
@@ -32,12 +32,13 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         RunError: there is no run in that folder.
     """
+    from t2ray.config.files import expanded
     from t2ray.runs.folder import read_run
     from t2ray.runs.status import read_status
     from t2ray.store import Store
     from t2ray.sweep.results import CONFIG as SWEEP
 
-    store = Store(args.run)
+    store = Store(expanded(args.run))
     if store.exists(SWEEP):
         _sweep(store, as_json=args.json)
         return
@@ -91,7 +92,7 @@ def _details(d: DomainStatus) -> list[str]:
 
 
 def _sweep(store: Store, *, as_json: bool) -> None:
-    """How many trials are where, the best so far, and what failed."""
+    """Prints how many trials are in which state, the best so far, and what failed."""
     from t2ray.sweep.results import read_rows
 
     rows = read_rows(store)

@@ -1,4 +1,4 @@
-"""`t2ray sweep`: settings of training or of the few-shot search are tried, narrowed down and run again with new seeds.
+"""`t2ray sweep` tries settings of training or of the few-shot search, and runs the best again with new seeds.
 
 Not here: the space (`config.search`) and its points (`sweep.space`), running trials (`cluster.train.tune`), and what a
 trial does (`cluster.train.trials`).
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 def _training(
     config: SweepConfig, jobs: Sequence[TrainConfig], have: dict[str, float]
 ) -> tuple[SweepConfig, dict[str, float], dict[str, float], int]:
-    """The sweep with what every trial would otherwise do again, and a trial's resources and steps.
+    """Returns the sweep with what every trial would otherwise do again, and the resources and steps of a trial.
 
     With workers the trial's own process only waits for them; without, it trains.
     """
@@ -120,7 +120,7 @@ def _absolute(path: str) -> str:
 
 
 def _absolute_domains(given: dict[str, Any], ready: TrainConfig) -> dict[str, Any]:
-    """The domains as they were written, but for the files that they name."""
+    """Returns the domains as they were written, but with the whole paths of the files that they name."""
     files = ("data", "validation", "others")
     return {
         name: values | {key: getattr(ready.domains[name], key) for key in files if values.get(key)}
@@ -129,7 +129,7 @@ def _absolute_domains(given: dict[str, Any], ready: TrainConfig) -> dict[str, An
 
 
 def _choices_of_matrices(config: SweepConfig) -> list[TrainConfig]:
-    """The training job with each choice of matrices that the space holds; one, where it holds none."""
+    """Returns the training job with each choice of matrices that the space holds; one job, if it holds none."""
     keys = [key for key in ("targets", "layers") if key in config.space]
     jobs = [job_at(config, {key: value}) for key in keys for value in config.space[key].corners] or [job_at(config, {})]
     folder = {"out": f"{config.out}/{config.run}/trials", "run": "prepared"}
@@ -137,7 +137,7 @@ def _choices_of_matrices(config: SweepConfig) -> list[TrainConfig]:
 
 
 class SweepDisplay:
-    """A live line of how the sweep stands and how long it may take; elsewhere a plain line every ten seconds."""
+    """Draws a live line of how the sweep stands and how long it may take; elsewhere it prints one every ten seconds."""
 
     def __init__(self) -> None:
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
@@ -163,7 +163,7 @@ class SweepDisplay:
             console.print(line, markup=False)
 
     def line(self, trials: Sequence[Trial], total: int) -> str:
-        """`5 of 22 trials, 2 running, 1 stopped, 0 failed; best 0.812 (rl.lr=0.01); about 140 s left`."""
+        """Returns `5 of 22 trials, 2 running, 1 stopped, 0 failed; best 0.812 (rl.lr=0.01); about 140 s left`."""
         ended = [trial for trial in trials if trial.status in ("done", "stopped", "failed")]
         if self.settled_before is None:
             self.settled_before = len(ended)

@@ -1,4 +1,4 @@
-"""`t2ray train`: one expert per domain of a job, by reinforcement learning on Ray."""
+"""`t2ray train` trains one expert per domain of a job, by reinforcement learning on Ray."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains the experts of a job, with a live line for each domain; 2 where some failed, each with its own line."""
+    """Trains the experts of a job, and shows a live line per domain; returns 2 if domains failed."""
     config = load(args.config, args.overrides)
 
     from t2ray.cli.display import TrainingDisplay

@@ -1,4 +1,4 @@
-"""`t2ray verify`: a task's verifier over the task's own right answers, which should all score +1."""
+"""`t2ray verify` runs the verifier of a task over the right answers of the task, which should all score +1."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add(p: Parser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Grades the right answer of every row; the exit code is 1 where one does not score +1."""
+    """Grades the right answer of every row; returns 1 if one does not score +1."""
     check_json_folder(args.json)
     at_least_one(args, "workers")
     task, code = _task(args)
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _task(args: argparse.Namespace) -> tuple[Task, str | None]:
-    """The task and the folder of its reward function."""
+    """Returns the task and the folder of its reward function."""
     if args.config is None:
         if args.task is None:
             raise ConfigError("name a built-in task by --task, or a training job by --config")

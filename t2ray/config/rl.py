@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from t2ray.config.files import Strict
 
@@ -34,7 +34,11 @@ class RLConfig(Strict):
     kl: float = Field(
         0.02, ge=0, description="Weight lambda of the penalty KL(policy || base), which is counted in nats per token."
     )
-    clip: float = Field(1.0, gt=0, description="Greatest norm of the gradient; a longer gradient is scaled down to it.")
+    clip: Annotated[float | None, BeforeValidator(lambda clip: None if clip == float("inf") else clip)] = Field(
+        1.0,
+        gt=0,
+        description="Greatest norm of the gradient, to which a longer one is scaled down; null or .inf clips nothing.",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers",
         description="What samples the rollouts: the model that is trained (transformers), or vLLM beside it with the "

@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from t2ray.config.files import Strict, nearest, override, read_yaml, validate
+from t2ray.config.files import FilePath, Strict, expanded, nearest, override, read_yaml, validate
 from t2ray.config.train import FREE, TrainConfig, resolve
 from t2ray.core import ConfigError, check_name
 
@@ -34,7 +34,9 @@ class CEMConfig(Strict):
 
     population: int = Field(32, ge=2, description="Number of mixtures per round.")
     elite: float = Field(
-        0.2, gt=0.0, le=1.0, description="Share of a round's mixtures, the best, that the next round is drawn around."
+        0.2,
+        description="Share of a round's mixtures, above 0 and at most 1: the best ones, around which the next round is "
+        "drawn; 0.2 of a population of 32 are 6.",
     )
     iterations: int = Field(50, ge=1, description="Greatest number of rounds.")
     low: float = Field(0.0, description="Least weight of an expert.")
@@ -53,6 +55,15 @@ class CEMConfig(Strict):
         description="Greatest duration in seconds; a round that would exceed it, judged by the slowest so far, does "
         "not begin.",
     )
+
+    @field_validator("elite")
+    @classmethod
+    def _share(cls, elite: float) -> float:
+        if not 0.0 < elite <= 1.0:
+            raise ValueError(
+                f"a share of the population, above 0 and at most 1, such as 0.2 for a fifth; not {elite:g}"
+            )
+        return elite
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -119,14 +130,14 @@ class Dimension(Strict):
 class CEMJob(Strict):
     """A few-shot search as a sweep varies it: `t2ray adapt` on frozen experts, scored on prompts it has not seen."""
 
-    run: str | None = Field(None, description="Folder of a training run, which has the model and the experts.")
-    model: str | None = Field(
+    run: FilePath | None = Field(None, description="Folder of a training run, which has the model and the experts.")
+    model: FilePath | None = Field(
         None, description='Model, where no run is named: "tiny", a local Hugging Face folder, or a hub id.'
     )
-    factors: str | None = Field(
+    factors: FilePath | None = Field(
         None, description="Folder of the model's decomposition; without one, the run's, or one in runs/factors."
     )
-    experts: str | None = Field(None, description="Registry of the experts; without one, the run's.")
+    experts: FilePath | None = Field(None, description="Registry of the experts; without one, the run's.")
     tasks: tuple[str, ...] = Field(
         min_length=1, description="Built-in tasks, or domains of the run; the score is the mean over them."
     )
@@ -155,7 +166,9 @@ class SweepConfig(Strict):
 
     kind: Literal["rl", "cem"] = Field(description="What is swept: a training job (rl), or the few-shot search (cem).")
     run: str = Field("sweep", description="Name of the sweep, and of its folder under `out`.")
-    out: str = Field("runs", description="Folder that receives the sweeps: a local one, or a URI that all nodes share.")
+    out: FilePath = Field(
+        "runs", description="Folder that receives the sweeps: a local one, or a URI that all nodes share."
+    )
     preset: Literal["none", "paper"] = Field(
         "none",
         description="Values that are laid under the file's: none, or the paper's grid of rl.kl (paper).",
@@ -205,11 +218,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: the file, a key, a value or a place of the space is wrong.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     values = read_yaml(path)
     if isinstance(values.get("job"), str):
         beside = path.parent / values["job"]
-        values["job"] = read_yaml(beside if beside.is_file() else Path(values["job"]))
+        values["job"] = read_yaml(beside if beside.is_file() else Path(expanded(values["job"])))
     values = override(values, overrides)
     preset = values.get("preset", "none")
     if not isinstance(preset, str) or preset not in PRESETS:

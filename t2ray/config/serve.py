@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from t2ray.config.files import Strict, override, read_yaml, validate
+from t2ray.config.files import FilePath, Strict, override, read_yaml, validate
 from t2ray.core import ConfigError
 
 VERIFIERS = {"equal": "t2ray.tasks.equal:reward", "gsm8k": "t2ray.tasks.gsm8k:reward"}
@@ -40,7 +40,7 @@ class EngineConfig(Strict):
 class ApiConfig(Strict):
     """Who may ask, and for how much."""
 
-    keys_file: str | None = Field(
+    keys_file: FilePath | None = Field(
         None,
         description="File with one key per line: `user NAME sha256:HEX` or `admin NAME sha256:HEX`; `t2ray keys` adds "
         "lines to it.",
@@ -75,16 +75,16 @@ class ApiConfig(Strict):
 class ServeConfig(Strict):
     """One endpoint: `args` in `serve_config.yaml`."""
 
-    model: str = Field(
+    model: FilePath = Field(
         "tiny", description='Model to serve: "tiny", a local Hugging Face folder, or an id on the Hugging Face hub.'
     )
     name: str | None = Field(None, description="Name of the base model that users see; without one, `model`.")
-    factors: str | None = Field(
+    factors: FilePath | None = Field(
         None,
         description="Folder of the model's decomposition, which is made when it is missing; without one, "
         "a folder in runs/factors.",
     )
-    experts: str | None = Field(
+    experts: FilePath | None = Field(
         None,
         description="Registry of the experts; without one, that of runs/demo, or the experts that t2ray ships with the "
         "tiny model.",

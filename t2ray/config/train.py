@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from t2ray.config.files import Strict, nearest, override, read_yaml, validate
+from t2ray.config.files import FilePath, Strict, expanded, nearest, override, portable, read_yaml, validate
 from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.core import ConfigError, check_name
 
@@ -33,16 +33,19 @@ class DomainConfig(Strict):
     task: str | None = Field(
         None, description="Name of a built-in task, such as math, code, pick, gsm8k, arc_easy or mbpp."
     )
-    data: str | None = Field(
-        None, description="File of rows (JSONL, CSV or Parquet), or the id of a data set on the Hugging Face hub."
+    data: FilePath | tuple[FilePath, ...] | None = Field(
+        None,
+        description="File of rows (JSONL, JSON, CSV, TSV or Parquet, also .gz), a pattern such as shards/*.parquet, a "
+        "folder, an s3:// or gs:// address, or a list of these; or the id of a data set on the Hugging Face hub.",
     )
-    split: str = Field("train", description="Split of a hub data set that is trained on.")
-    validation: str | None = Field(
-        None, description="File or hub split to validate on; without one, every tenth row of `data` is held out."
+    split: str = Field("train", description="Split to train on: of a hub data set, or of a folder with files by split.")
+    validation: FilePath | tuple[FilePath, ...] | None = Field(
+        None, description="Files or split to validate on; without any, every tenth row of `data` is held out."
     )
     prompt: str | None = Field(
-        None, description='Template of the prompt, such as "Q: {question}", or the name of a column of messages.'
-    )
+        None, description='Template, such as "Q: {question}" or "{meta.level:.1f}: {q}", or the name of a column of '
+        "messages, of which an answer at the end is cut off.",
+    )  # fmt: skip
     reward: str | tuple[WeightedReward, ...] | None = Field(
         None,
         description='Reward function, written "module:function", plain or async; it takes (completion, example) and '
@@ -53,14 +56,16 @@ class DomainConfig(Strict):
         0.0, ge=-1, lt=1, description="A completion whose reward is above this counts as right in an accuracy."
     )
     gold: str | None = Field(
-        None, description="Column of the right answers, for `t2ray verify` and for ties of the few-shot search."
+        None,
+        description="Column of the right answers, such as reward_model.ground_truth, for `t2ray verify` and ties of the "
+        "few-shot search; without one, the answers that messages end with.",
     )
     max_tokens: int | None = Field(
         None,
         ge=1,
         description="Greatest number of tokens of a completion; without one, the task's, or rl.max_tokens.",
     )
-    others: str | None = Field(
+    others: FilePath | None = Field(
         None,
         description="Task or file of the prompts that fit no other domain; it makes this the classification domain.",
     )
@@ -81,6 +86,13 @@ class DomainConfig(Strict):
     rl: dict[str, Any] = Field(
         default_factory=dict, description="RL settings of this domain alone: keys of `rl`, which they win over."
     )
+
+    @field_validator("rl")
+    @classmethod
+    def _known(cls, rl: dict[str, Any]) -> dict[str, Any]:
+        for key in rl.keys() - RLConfig.model_fields:
+            raise ValueError(f"unknown key {key!r}{nearest(key, RLConfig.model_fields)}")
+        return rl
 
     @field_validator("reward", mode="before")
     @classmethod
@@ -133,20 +145,20 @@ class TrainConfig(Strict):
 
     model_config = ConfigDict(serialize_by_alias=True)
 
-    model: str = Field(
+    model: FilePath = Field(
         "tiny", description='Model to adapt: "tiny", a local Hugging Face folder, or an id on the Hugging Face hub.'
     )
     run: str = Field("train", description="Name of the run, and of its folder under `out`.")
-    source: str | None = Field(
+    source: FilePath | None = Field(
         None,
         alias="from",
         description="Folder of a run from whose experts of the same names the domains go on, in place of the base.",
     )
-    out: str = Field("runs", description="Folder that receives the runs: a local one, or a URI that all nodes share.")
-    experts: str | None = Field(
-        None, description="Registry that receives the experts; without one, experts in the run's folder."
+    out: FilePath = Field("runs", description="Folder that receives the runs: a local one, or a URI that all share.")
+    experts: FilePath | None = Field(
+        None, description="Registry that receives the experts; without one, the run's own."
     )
-    factors: str | None = Field(
+    factors: FilePath | None = Field(
         None,
         description="Folder of the model's decomposition, which is made when it is missing; without one, "
         "a folder in factors, under `out`.",
@@ -188,7 +200,7 @@ class TrainConfig(Strict):
     unsafe_code: bool = Field(
         False, description="Whether model-written code may run on a machine that cannot isolate it."
     )
-    code: str = Field(
+    code: FilePath = Field(
         "",
         description="Folder that holds the modules of the reward functions; without one, that of the YAML file.",
     )
@@ -263,23 +275,13 @@ class TrainConfig(Strict):
         return portable(fields | {"domains": domains})
 
 
-def portable(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values whose paths in a submitted job's working folder are relative to it.
-
-    Ray unpacks a job's files into a folder that it deletes, and whose name changes with any of them.
-    """
-    folder = r'"[^"]*/working_dir_files/_ray_pkg_[0-9a-f]+'
-    text = re.sub(rf'{folder}/+(?=[^"])', '"', json.dumps(values))
-    return dict(json.loads(re.sub(rf'{folder}/*"', '"."', text)))
-
-
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """The training job in a YAML file, with overrides; paths in it are relative to the working folder.
 
     Raises:
         ConfigError: the file, a key or a value is wrong.
     """
-    path = Path(path)
+    path = Path(expanded(str(path)))
     return resolve(override(read_yaml(path), overrides), where=str(path), code=str(path.resolve().parent))
 
 

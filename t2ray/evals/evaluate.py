@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from t2ray.adapt.strategies import Strategy
-from t2ray.core import DataError, Example, Generate, Message, Mixture, SamplingParams
+from t2ray.core import ConfigError, DataError, Example, Generate, Message, Mixture, SamplingParams
 from t2ray.evals.intervals import wilson
 from t2ray.grades import Verify
+
+_MOST_ROWS = 256
+_CHARS_PER_TOKEN = 3  # of English or code they are about 4, of some languages fewer
 
 METHODS = ("base", "expert", "oracle", "prompt", "cls", "fewshot")
 """The columns of a table, in their order; `methods` says what each is."""
@@ -67,29 +70,34 @@ async def evaluate(
     sampling: SamplingParams,
     *,
     fits: Callable[[tuple[Message, ...]], bool] | None = None,
-    chunk: int = 256,
+    batch_tokens: int = 16_384,
     progress: Callable[[int], None] | None = None,
 ) -> Cell:
     """Answers every example in two passes and verifies the answers; the verifier says which are right.
 
-    The requests of a chunk are awaited together, pass by pass, so that each pass is one batch.
+    The requests of a chunk are awaited together, pass by pass, so that each pass is one batch. Prompts of like length
+    share a chunk, the longest ones first: what is left never takes more memory than what was done.
 
     Args:
         fits: says whether a conversation fits the model in both passes; None if all of them do.
-        progress: is called with the number of examples done, after each chunk.
+        batch_tokens: the number of tokens of a chunk, roughly, by which memory is bounded.
+        progress: is called with the number of examples done, at the beginning and after each chunk.
 
     Raises:
+        ConfigError: the model's chat template refuses an example, which is named.
         DataError: there are no examples.
     """
     if not examples:
         raise DataError(f"task {task_name!r} has no examples to evaluate")
-    correct: list[bool] = []
+    right: set[str] = set()
+    done = 0
     labels: Counter[str] = Counter()
     pass1_s = pass2_s = 0.0
     truncated = too_long = 0
-    for first in range(0, len(examples), chunk):
-        rows = examples[first : first + chunk]
-        fitting = [example for example in rows if fits is None or fits(example.messages)]
+    if progress is not None:
+        progress(0)
+    for rows in _chunks(examples, batch_tokens, sampling.max_tokens):
+        fitting = [example for example in rows if fits is None or _fits(fits, example)]
         start = time.perf_counter()
         dispatches = await asyncio.gather(*(strategy(example.messages) for example in fitting))
         middle = time.perf_counter()
@@ -98,24 +106,45 @@ async def evaluate(
         )
         end = time.perf_counter()
         grades = await verify([c.text for c in completions], [x.row for x in fitting])
-        right = {x.id for x, grade in zip(fitting, grades, strict=True) if grade.right}
-        correct += [x.id in right for x in rows]
+        right |= {x.id for x, grade in zip(fitting, grades, strict=True) if grade.right}
         labels.update(d.label for d in dispatches if d.label is not None)
         pass1_s += middle - start
         pass2_s += end - middle
         truncated += sum(c.finish_reason == "length" for c in completions)
         too_long += len(rows) - len(fitting)
+        done += len(rows)
         if progress is not None:
-            progress(len(correct))
+            progress(done)
     return Cell(
         task=task_name,
-        correct=tuple(correct),
+        correct=tuple(example.id in right for example in examples),
         labels=labels,
         pass1_s=pass1_s,
         pass2_s=pass2_s,
         truncated=truncated,
         too_long=too_long,
     )
+
+
+def _fits(fits: Callable[[tuple[Message, ...]], bool], example: Example) -> bool:
+    try:
+        return fits(example.messages)
+    except ConfigError as error:  # a conversation that the model's chat template refuses
+        raise ConfigError(f"{example.id}: {error}") from None
+
+
+def _chunks(examples: Sequence[Example], tokens: int, answer: int) -> Iterator[list[Example]]:
+    """Yields the examples in chunks of about so many tokens, the longest prompts first."""
+    chars = {x.id: sum(len(message.content) for message in x.messages) for x in examples}
+    chunk: list[Example] = []
+    most = 0
+    for example in sorted(examples, key=lambda x: -chars[x.id]):
+        if len(chunk) == most:
+            if chunk:
+                yield chunk
+            chunk, most = [], min(_MOST_ROWS, max(1, tokens // (chars[example.id] // _CHARS_PER_TOKEN + answer)))
+        chunk.append(example)
+    yield chunk
 
 
 async def dispatch_counts(examples: Sequence[Example], strategy: Strategy) -> Counter[str]:

@@ -14,11 +14,12 @@ from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import open_weights, resolve
-from t2ray.runs.folder import read_run
+from t2ray.runs.folder import begun, read_run
 from t2ray.runs.fork import starts
 from t2ray.runs.rows import check_lengths
 from t2ray.store import Store
 from t2ray.tasks.build import build_task
+from t2ray.tasks.files import absolute
 from t2ray.tasks.task import Task
 from t2ray.training.checkpoint import steps
 from t2ray.training.domain import CONFIG, domain_store
@@ -50,19 +51,19 @@ def job_tasks(config: TrainConfig) -> dict[str, Task]:
 
 
 def check_run(config: TrainConfig, resume: bool) -> None:
-    """Checks that a run may begin, or go on.
+    """Checks that a run may begin, or go on. One that has not come to its first step does not count: its name is free.
 
     Raises:
         RunError: the run exists and `resume` is False; or it was started with another configuration, as far as that
             changes z, or has made more steps.
     """
     folder = f"{config.out}/{config.run}"
-    if not Store(folder).exists(CONFIG):
+    if not Store(folder).exists(CONFIG) or not begun(folder):
         return
     if not resume:
         raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
-    begun = read_run(folder)
-    differing = _differing(begun.resume_fields(), config.resume_fields())
+    first = read_run(folder)
+    differing = _differing(first.resume_fields(), config.resume_fields())
     for domain in config.domains:
         asked, made = config.domain_rl(domain).steps, max(steps(domain_store(config, domain)), default=0)
         if asked < made:
@@ -76,7 +77,8 @@ def check_run(config: TrainConfig, resume: bool) -> None:
 def _as_begun(config: TrainConfig) -> TrainConfig:
     """Returns the job with what its run began with by a default of an earlier version."""
     store = Store(f"{config.out}/{config.run}")
-    if config.rl.max_tokens is None and store.exists(CONFIG) and read_run(store.uri).rl.max_tokens == _FORMER_LONGEST:
+    known = store.exists(CONFIG) and begun(store.uri)
+    if config.rl.max_tokens is None and known and read_run(store.uri).rl.max_tokens == _FORMER_LONGEST:
         return config.model_copy(update={"rl": config.rl.model_copy(update={"max_tokens": _FORMER_LONGEST})})
     return config
 
@@ -110,7 +112,9 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     )
     experts = config.experts or f"{out}/{config.run}/experts"
     domains = {
-        name: domain.model_copy(update={key: _file(getattr(domain, key)) for key in ("data", "validation", "others")})
+        name: domain.model_copy(
+            update={key: _sources(getattr(domain, key)) for key in ("data", "validation", "others")}
+        )
         for name, domain in config.domains.items()
     }
     return config.model_copy(
@@ -127,5 +131,5 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     )
 
 
-def _file(value: str | None) -> str | None:
-    return str(Path(value).absolute()) if value is not None and Path(value).is_file() else value
+def _sources(named: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    return tuple(map(absolute, named)) if isinstance(named, tuple) else named and absolute(named)

@@ -14,9 +14,8 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from t2ray.config.files import dump_yaml
+from t2ray.config.files import dump_yaml, portable
 from t2ray.config.search import SweepConfig, job_at, laid_over, value_at
-from t2ray.config.train import portable
 from t2ray.core import RunError
 from t2ray.store import Store
 from t2ray.sweep.space import Point, trial_id

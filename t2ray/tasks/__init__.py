@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Sequence
 
 from t2ray.core import ConfigError
 from t2ray.tasks.task import Task
@@ -16,11 +17,11 @@ BUILTIN = (*_TINY, *_REAL)
 """The names of the built-in tasks. The module of a task is imported when it is asked for."""
 
 
-def builtin(name: str, data: str | None = None) -> Task:
+def builtin(name: str, data: str | Sequence[str] | None = None) -> Task:
     """Returns a built-in task.
 
     Args:
-        data: a local file with the rows of a real data set, instead of the hub.
+        data: a source of the rows of a real data set (`files.read`), instead of the hub.
 
     Raises:
         ConfigError: there is no task of that name, or `data` is given for a task of the tiny model, which generates

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from t2ray.core import DataError, Message, user
-from t2ray.tasks.data import Table, read
+from t2ray.tasks.files import read
 from t2ray.tasks.gsm8k import split_rows
+from t2ray.tasks.table import Table
 from t2ray.tasks.task import DataRow, Task
 from t2ray.tasks.text import boxed, plain, settled
 
@@ -23,17 +24,33 @@ COLUMNS = {"question": str, "choices": dict, "answerKey": str}
 
 _CALLED = r"(?:(?:the|option|choice|letter|label|number)\s+)*[(\[]{0,3}LABEL"
 _IS = r" ?(?:(?:is|are|(?:would|must|should|will) be|therefore|thus|clearly|likely|:|=|-(?=\s))\s*)*"
+_AMONG = r"(?: (?:among|of|from) (?:these|those|them|the \w+))?"
+_MOST = r"(?:(?:only|final|most (?:likely|appropriate|reasonable|suitable|plausible|accurate))\s+)?"
+_RIGHT = (
+    r"\s+(?:(?:is|would be|must be|should be|has to be)\s+(?:(?:the|my|our)\s+)?"
+    rf"{_MOST}(?:correct|right|best|answer|choice)|makes (?:the most )?sense)\b(?![^.!\n]*\?)"
+)
+_LEADS = (
+    "therefore|thus|so|hence|it is|it's|it must be|that is|that's|that would be|this is|this means|only|sure|certainly|"
+    "of course|yes|ok|okay|i think|i believe|i would say|i'd say"
+)
+_BEFORE = (  # what a clause about a label begins with: "Model B is correct" is about a model
+    r"(?:^|[.,;:!?>#*-]|\b(?:option|choice|answer|letter|label|so|thus|therefore|hence|that|but|only|because|since|then|is|"
+    r"believe|think|say|conclude|makes|clearly|while|whereas|the))"
+)
 _SAID = (
-    rf"\b(?:answer|ans|(?:correct|right|best|final|my)\s+(?:option|choice|letter|label|one)){_IS}{_CALLED}",
-    rf"(?<!not )(?<!n't )\b(?:choose|chose|pick|select|go with|going with)\s+{_CALLED}",
-    r"(?<!\bor )(?<!\band )(?<!\bnor )(?<!\bif )[(\[]{0,3}(?<!\w)LABEL[)\]]*"
-    r"(?=\s+is\s+(?:the\s+)?(?:correct|right|best|answer)\b)",
-    rf"^\s*(?:(?:therefore|thus|so|hence|it is|it's|it must be)\b[\s,:]*)+{_CALLED}(?=[.,)\]\s]*$)",
+    rf"(?<!wrong )(?<!worst )(?<!incorrect )(?<!false )(?<!least likely )"
+    rf"\b(?:answer|ans\.?|(?:correct|right|best|final|my)\s+(?:option|choice|letter|label|one)){_AMONG}{_IS}{_CALLED}",
+    rf"^\s*(?:the\s+)?(?:label|letter|choice|option|result|solution|correct|conclusion|final)\s*(?:is\s|[:=])\s*{_CALLED}",
+    rf"(?<!not )(?<!n't )(?<!never )\b(?:choose|chose|pick|select|go with|going with)\s+{_CALLED}",
+    rf"{_BEFORE}\s*[(\[]{{0,3}}(?<!\w)LABEL[)\]]*(?={_RIGHT})",
+    rf"^\s*(?:(?:{_LEADS}|=)(?:\b|(?<==))[\s,:!=]*)+{_CALLED}(?=[.!,)\]\s]*$)",
+    rf"[,;.]\s+(?:(?:so|therefore|thus|hence|it is|it's|it must be)[\s,:]+)+{_CALLED}(?=[.!,)\]\s]*$)",
 )  # fmt: skip
-_REASON = r"[)\]]?[,;.]?\s*(?:because|since|as it|is\s+(?:the\s+)?(?:correct|right|best|answer))\b"
+_REASON = rf"[)\]]?[,;.]?\s*(?:because|since|as it)\b|[)\]]?{_RIGHT}"
 
 
-def easy(data: str | None = None) -> Task:
+def easy(data: str | Sequence[str] | None = None) -> Task:
     """The task ARC-Easy, from the hub or from a local file with the same columns.
 
     Raises:
@@ -42,7 +59,7 @@ def easy(data: str | None = None) -> Task:
     return _task("arc_easy", f"{HUB}:ARC-Easy", data)
 
 
-def challenge(data: str | None = None) -> Task:
+def challenge(data: str | Sequence[str] | None = None) -> Task:
     """The task ARC-Challenge, from the hub or from a local file with the same columns.
 
     Raises:
@@ -51,7 +68,7 @@ def challenge(data: str | None = None) -> Task:
     return _task("arc_challenge", f"{HUB}:ARC-Challenge", data)
 
 
-def _task(name: str, hub: str, data: str | None) -> Task:
+def _task(name: str, hub: str, data: str | Sequence[str] | None) -> Task:
     @functools.cache
     def splits() -> Mapping[str, list[DataRow]]:
         if data is not None:
@@ -79,7 +96,7 @@ def _checked(table: Table) -> list[dict[str, Any]]:
         labels, texts = row["choices"].get("label"), row["choices"].get("text")
         if not labels or not texts or len(labels) != len(texts) or row["answerKey"] not in labels:
             raise DataError(
-                f'{table.source}, {place}: choices must be {{"text": [...], "label": [...]}} of equal lengths, '
+                f'{place}: choices must be {{"text": [...], "label": [...]}} of equal lengths, '
                 f"with the answerKey {row['answerKey']!r} among the labels"
             )
     return table.rows
@@ -119,7 +136,7 @@ def extract(completion: str, choices: Mapping[str, list[str]]) -> str | None:
 
 def _bare(text: str) -> str:
     """Returns a choice's text without what may stand around it, in lower case."""
-    return " ".join(text.split()).strip(" .,:;()[]!-").lower()
+    return " ".join(text.split()).strip(" .,:;()[]!-=").lower()
 
 
 class _Answers:
@@ -144,7 +161,9 @@ class _Answers:
 
     def of_lines(self, lines: list[str]) -> set[str]:
         """Returns the labels that a text answers with by its lines: several if they are at odds."""
-        begun = re.compile(rf"\s*(?:[>#*-]+\s+)?(?:(?:option|choice)\s+)?[(\[]*({self.label})", re.I | re.ASCII)
+        begun = re.compile(
+            rf"\s*(?:[>#*-]+\s+)?[(\[\s]*(?:(?:option|choice|letter|label)\s+)?[(\[\s]*({self.label})", re.I | re.ASCII
+        )
         found: list[tuple[str, str]] = []
         for line in lines:
             match = begun.match(line)
@@ -152,16 +171,18 @@ class _Answers:
             found.append((self.names[match[1].lower()] if match else "", kind))
         ends = [kind for _, kind in (found[:1] + found[-1:])]
         alone = {label for label, kind in found if kind == "alone"}
-        before = {label for label, kind in found if kind in ("text", "comma")}
+        before = {label for label, kind in found if kind in ("text", "own", "comma")}
         if "several" in ends or not ends:
             return set()
+        if ends[-1] == "own" and {label for label, _ in found if label} == {found[-1][0]}:
+            return {found[-1][0]}
         if "alone" in ends:
             # beside it, two or more lines that begin with labels repeat or discuss the choices
             return alone if len(before) > 1 else alone | before
-        return alone | before if ends[0] == "text" else set()
+        return alone | before if ends[0] in ("text", "own") else set()
 
     def ending(self, label: str, rest: str) -> str:
-        """Says how a line goes on after a label: "alone", "text" (its choice, a reason), "comma", "several", or ""."""
+        """Says what follows a label: "alone", "own" (its choice), "text" (a reason), "comma", "several", or ""."""
         also = rf"[\s.,:;()\]/&]*(?:or\b|and\b)?\s*[(\[]?{self.label}(?=[.,:;)\]](?!\d)|\s*$)"
         if re.match(also, rest, re.I | re.ASCII):
             return "several"
@@ -171,8 +192,10 @@ class _Answers:
         own = self.texts[self.names[label.lower()]]
         if choice in self.texts.values() and choice != own:
             return "several"
+        if choice == own:
+            return "own"
         if choice.startswith(own) and not choice[len(own) : len(own) + 1].isalnum():
             return "text"
         if re.match(_REASON, rest, re.I) or re.match(r"[)\]]?(?:[.:](?!\d)|[)\]]|\s+-+\s|\s*\()", rest):
             return "text"
-        return "comma" if re.match(r"[,;](?!\d)", rest) else ""
+        return "comma" if re.match(r"\s*[,;](?!\d)", rest) else ""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
+from t2ray.config.files import nearest
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError
-from t2ray.tasks import builtin
+from t2ray.tasks import BUILTIN, builtin
 from t2ray.tasks.task import LONGEST, Task
 
 
@@ -43,12 +43,40 @@ def build_task(config: TrainConfig, domain: str) -> Task:
     )
 
 
+def task_named(name: str, config: TrainConfig | None = None, data: str | None = None) -> Task:
+    """Returns a domain of a job, by its name there, or a built-in task.
+
+    Args:
+        data: a source of other rows with the columns of the task's own; every split of a domain has all of them.
+
+    Raises:
+        ConfigError: there is no such domain or task, or it takes no rows.
+        DataError: the rows are missing, or do not have what the task needs.
+    """
+    domain = config.domains.get(name) if config is not None else None
+    if config is None or domain is None:
+        if config is not None and name not in BUILTIN:
+            raise ConfigError(
+                f"the run {config.run!r} has no domain {name!r}{nearest(name, [*config.domains, *BUILTIN])}"
+            )
+        return builtin(name, data)
+    if data is None:
+        return build_task(config, name)
+    if domain.others is not None:
+        raise ConfigError(f"the domain {name!r} takes its prompts from the other domains, and not from {data}")
+    rows = {"data": data} | ({} if domain.task else {"validation": data})
+    return build_task(
+        config.model_copy(update={"domains": {**config.domains, name: domain.model_copy(update=rows)}}), name
+    )
+
+
 def _others(config: TrainConfig, domain: str, others: str) -> Task:
     """The task that gives the prompts of no domain; the reward that `own` needs for it is never called."""
-    from t2ray.tasks.data import FORMATS, own
+    from t2ray.tasks.data import own
+    from t2ray.tasks.files import is_file_like
 
     settings = config.domains[domain]
-    if settings.prompt is None and Path(others).suffix not in FORMATS:
+    if settings.prompt is None and not is_file_like(others):
         return builtin(others)
     if settings.prompt is None:
         raise ConfigError(f'domains.{domain}: others: {others} also needs prompt, such as "{{prompt}}" for a column')

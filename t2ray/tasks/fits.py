@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from t2ray.core import DataError, Message
+from t2ray.core import ConfigError, DataError, Example, Message
 from t2ray.tasks.task import DataRow, Task
 
 SPLITS = ("train", "validation")
@@ -41,17 +41,17 @@ def long_prompts(
         splits: which splits are looked at, each with the number of its first rows; None means all.
 
     Raises:
-        ConfigError: the model's chat template refuses a conversation.
+        DataError: the model's chat template refuses a conversation, whose place is named.
     """
     answer = 1 if task.to_end else task.max_tokens
     rows: dict[str, dict[int, int]] = {}
     of, shown = {}, []
     for split, limit in splits.items():
         examples = task.examples(split, limit)
-        lengths = [tokens(example.messages) for example in examples]
+        places = task.places(split) if task.places else [example.id for example in examples]
+        lengths = [_length(tokens, *pair) for pair in zip(places, examples, strict=False)]
         rows[split] = {i: length for i, length in enumerate(lengths) if length + answer > context}
         of[split] = len(examples)
-        places = task.places(split) if task.places else [example.id for example in examples]
         shown += [f"{places[i]} ({length} tokens)" for i, length in rows[split].items()]
     if not shown:
         return None
@@ -59,6 +59,13 @@ def long_prompts(
     first = ", ".join(dict.fromkeys(shown[:_SHOWN])) + (", ..." if len(shown) > _SHOWN else "")
     most = f"the model's context of {context} tokens with {answer} for the answer"
     return LongPrompts(rows=rows, of=of, text=f"prompts too long for {most}: {counts}: {first}")
+
+
+def _length(tokens: CountTokens, place: str, example: Example) -> int:
+    try:
+        return tokens(example.messages)
+    except ConfigError as error:
+        raise DataError(f"{place}: {error}") from None
 
 
 def without(task: Task, long: LongPrompts) -> Task:

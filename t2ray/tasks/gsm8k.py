@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
 from t2ray.core import Message, user
-from t2ray.tasks.data import read
+from t2ray.tasks.files import read
 from t2ray.tasks.number import last, numbers, only
 from t2ray.tasks.task import DataRow, Task
 from t2ray.tasks.text import boxed, plain, settled
@@ -26,11 +26,12 @@ COLUMNS = {"question": str, "answer": str}
 _HEADING = re.compile(
     r"[^\w√<>≠.-]*(?:(?!(?:the |final |my )*answer|[a-z]\s*=|about|approx|minus|negative)[a-z]|\d+[.):]\s+[a-z])", re.I
 )
-_SAID = re.compile(r"\banswer\b(?:\s*(?:is|equals|(?:would|must|should|will) be|comes to|[:=]))+\s*([^\n]*)", re.I)
+_SAID = re.compile(r"\banswer\b(?:\s*(?:is|equals|(?:would|must|should|will) be|comes to|[:=]))+\s*", re.I)
+_MOST = 500  # characters of an answer
 _REASON = re.compile(r"[.!?](?:\s|$)|\b(?:because|since)\b", re.I)
 
 
-def task(data: str | None = None) -> Task:
+def task(data: str | Sequence[str] | None = None) -> Task:
     """The task GSM8K, from the hub or from a local file with the same columns.
 
     Raises:
@@ -105,5 +106,6 @@ def extract(completion: str) -> Fraction | None:
         return marked[0] if len({*marked}) == 1 else None
     if boxes := boxed(text):
         return only(boxes[-1])
-    said = [answer for answer in _SAID.findall(text) if numbers(answer)]
+    said = [text[match.end() :][:_MOST].partition("\n")[0] for match in _SAID.finditer(text)]
+    said = [answer for answer in said if numbers(answer)]
     return only(_REASON.split(said[-1])[0]) if said else last(text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import itertools
 import re
 import textwrap
 import warnings
@@ -18,22 +19,26 @@ from typing import Any
 
 from t2ray.core import DataError, Message, user
 from t2ray.sandbox import check as sandbox
-from t2ray.tasks.data import Table, read
+from t2ray.tasks.files import read
+from t2ray.tasks.table import Table
 from t2ray.tasks.task import DataRow, Task
 from t2ray.tasks.text import settled
 
 HUB = "google-research-datasets/mbpp:full"
 COLUMNS = {"task_id": int, "text": str, "code": str, "test_setup_code": str, "test_list": list}
 
-_FENCE = re.compile(r"(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*\{?\.?([\w+#-]*)[^\n`]*\n(.*?)(?:\1|\Z)", re.DOTALL)
+_FENCE = re.compile(r"(?<![`~])(`{3,}|~{3,})(?![`~])[ \t]*\{?\.?([\w+#-]*)[^\n`]*\n")
+_QUOTED = re.compile(r"^>(?!>) ?", re.M)
+_QUOTES = re.compile(r"\s*(\'{3}|\"{3})(?:python)?\n(.*)\1\s*", re.DOTALL)
+_ENDS = re.compile(r"(?:\s*(?:<\|[^<>|\n]{1,40}\|>|</?s>|<(?:end_of_turn|eos)>))+\s*\Z")
 _TAGGED = re.compile(r"\[(BEGIN|PYTHON)\](.*?)(?:\[DONE\]|\[/PYTHON\]|\Z)", re.DOTALL)
 _PYTHON = {"", "python", "python3", "python2", "py", "py3", "ipython", "ipython3", "code"}
 _CODE = re.compile(r"(?:def|class|import|from|async def)\s+\w|@\w|[A-Za-z_]\w*\s*=[^=]")
 _UNWANTED = {0xFEFF: None, 0x200B: None, 0xA0: " "}  # no Python outside of strings: marks of a file, wide spaces
-_MOST_ENDS = 200
+_MOST_ENDS, _MOST_FENCES = 200, 20
 
 
-def task(data: str | None = None) -> Task:
+def task(data: str | Sequence[str] | None = None) -> Task:
     """The task MBPP, from the hub or from a local file with the same columns.
 
     Raises:
@@ -66,7 +71,7 @@ def _checked(table: Table) -> list[dict[str, Any]]:
         try:
             _parse(row["code"], row["test_setup_code"], *row["test_list"])
         except (SyntaxError, TypeError) as error:
-            raise DataError(f"{table.source}, {place}: the code or a test is no Python: {error}") from None
+            raise DataError(f"{place}: the code or a test is no Python: {error}") from None
     return table.rows
 
 
@@ -110,13 +115,16 @@ def extract(completion: str, names: Sequence[str]) -> str:
     imports, functions, classes and constants that it uses and other blocks define. `[BEGIN]` and `[PYTHON]` are fences
     too. Without a block it is the whole text, or its part that is Python. Reasoning before the answer does not count.
     """
-    text = settled(completion).translate(_UNWANTED)
-    fenced = [(kind.lower(), textwrap.dedent(body)) for _, kind, body in _FENCE.findall(text)]
+    text = _ENDS.sub("", settled(completion).translate(_UNWANTED))
+    if re.search(r"^> ?(?:```|~~~)", text, re.M):
+        text = _QUOTED.sub("", text)
+    text = re.sub(r"\r\n?", "\n", text)
+    fenced = _fenced(text)
     blocks = [body for kind, body in fenced if kind in _PYTHON] or [body for _, body in fenced]
     blocks = blocks or [body for _, body in _TAGGED.findall(text)]
     if not blocks:
-        return _python_in(text.partition("[DONE]")[0])
-    blocks = [re.sub(r"\r\n?", "\n", block) for block in blocks]
+        quoted = _QUOTES.fullmatch(text)
+        return quoted[2] if quoted else _python_in(textwrap.dedent(text.partition("[DONE]")[0]))
     trees = [(block, tree) for block in blocks if (tree := _tree(block))]
     if not trees:
         return blocks[-1]
@@ -133,6 +141,25 @@ def extract(completion: str, names: Sequence[str]) -> str:
     return "\n".join(part for _, part in sorted(parts, key=lambda part: part[0]))  # as the text has them
 
 
+def _fenced(text: str) -> list[tuple[str, str]]:
+    """Returns the fenced blocks of a text, each as its language and what it holds.
+
+    Of a block in Python a fence within one of its strings is no end.
+    """
+    found: list[tuple[str, str]] = []
+    at = 0
+    while opening := _FENCE.search(text, at):
+        fences = itertools.islice(re.finditer(re.escape(opening[1]), text[opening.end() :]), _MOST_FENCES)
+        ends = [opening.end() + fence.start() for fence in fences] or [len(text)]
+        kind = opening[2].lower()
+        bodies = [textwrap.dedent(text[opening.end() : end]) for end in ends]
+        whole = (i for i, body in enumerate(bodies) if kind in _PYTHON and _tree(body))
+        chosen = next(whole, 0)
+        found.append((kind, bodies[chosen]))
+        at = min(len(text), ends[chosen] + len(opening[1]))
+    return found
+
+
 def _tree(code: str) -> ast.Module | None:
     try:
         return _parse(code)
@@ -140,14 +167,22 @@ def _tree(code: str) -> ast.Module | None:
         return None
 
 
-def _bound(statement: ast.stmt) -> list[str]:
+def _bound(statement: ast.AST) -> list[str]:
     """The names that an import, a function, a class or an assignment gives to its module."""
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [statement.name]
-    targets = statement.targets if isinstance(statement, ast.Assign) else []
-    return [part.id for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+    names = []
+    for child in ast.iter_child_nodes(statement):  # of an assignment, or of what `if` and `try` hold
+        if isinstance(child, ast.expr):
+            stored = (
+                part for part in ast.walk(child) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
+            )
+            names += [part.id for part in stored]
+        else:
+            names += _bound(child)
+    return names
 
 
 def _used(tree: ast.AST) -> set[str]:

@@ -38,7 +38,8 @@ class Task:
     `(completion: str, row: dict) -> float in [-1, 1]` as "module:function", or several with their weights; a reward
     above `success_above` counts as right. `gold(row)` returns a completion that must score +1; it is None if the task
     has no right answers. `max_tokens` limits a completion; with `to_end` it is lowered to what the context has room
-    for. `places(split)` says for people where each row of a split is from, such as "d.jsonl, line 3".
+    for. `places(split)` says for people where each row of a split is from, such as "d.jsonl, line 3". `notes` say what
+    the user should know of how the rows were read.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Task:
     to_end: bool = True
     success_above: float = 0.0
     places: Callable[[str], Sequence[str]] | None = None
+    notes: tuple[str, ...] = ()
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Returns the first `limit` rows of a split (all if None) as examples with the ids `name/split/i`.

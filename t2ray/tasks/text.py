@@ -16,6 +16,9 @@ _THOUGHT_END = re.compile(r"[<◁]/(?:think|thinking|thought|reasoning)[>▷]|\[
 _ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.I)
 _BOXED = re.compile(r"\\f?boxed\s*(?:\{((?:[^{}]|\{[^{}]*\})*)\}|(\S+))")
 
+_WIDE = {wide: wide - 0xFEE0 for wide in range(0xFF01, 0xFF5F)}  # the full-width forms of ASCII: "１２" is "12"
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+
 # In this order. A currency sign is dropped, so that "-$5" and "$-5" are -5 and "$B$" is B.
 _PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, re.ASCII | re.MULTILINE), by)
@@ -24,10 +27,14 @@ _PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\n(?: ?\n)+", "\n"),
         (r"<<[^<>\n]*>>", ""),  # GSM8K's calculator: 48/2 = <<48/2=24>>24
         (r"<\|[^<>|]*\|>|</?[A-Za-z][A-Za-z0-9]*[ /]{0,2}>", " "),  # <|im_end|>, <b>, </s>
-        ("[\u200b-\u200f\u2060\ufeff]", ""),
+        ("[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]", ""),
+        ("[❌✖✗✘🚫]", " not "),
+        ("[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]", " "),
         ("(?<=\\d)[\u00a0\u2009\u202f'\u2019_](?=\\d{3}(?!\\d))|\\\\!", ""),  # 1'234, 1_234
         ("[\u00a0\u2009\u202f]", " "),
         ("\u2019", "'"),
+        ("[\u3002\u3001]", ". "),  # the full stop and the comma of Chinese and Japanese
+        ("\u2026", "..."),
         (r"^[ \t]*>[ \t]", ""),  # a quotation
         # ---------------------------------------------------------------------------------------------------- LaTeX
         (r"\{,\}", ","),
@@ -39,6 +46,8 @@ _PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\[dtc]?frac\s*(\d)(\d)", r"\1/\2"),
         (r"\\(?:times|cdot)(?![A-Za-z])|[×·]", "*"),
         (r"\\(?:approx|sim|implies|Rightarrow|rightarrow|to)(?![A-Za-z])|[≈→⇒]|[=-]>", "="),
+        (r"\\pm(?![A-Za-z])\s?", "±"),
+        (r"(?<=\d)\(([\d.,]+)\)", r"*\1"),  # 4(5)
         (r"\\(?:neq|ne|lt|gt|leq|le|geq|ge)(?![A-Za-z])|[≤≥]|!=", "≠"),
         (r"\^\s?\{?(?:\\circ(?![A-Za-z])|°)\}?", " "),  # 20^\circ
         (r"\\sqrt\s?\{?", "√"),
@@ -65,7 +74,7 @@ def settled(text: str) -> str:
     Reasoning is `<think>...</think>` and its like. What is never closed is reasoning to its end; what is never opened
     is reasoning from the text's beginning, because some prompts end with the opening tag.
     """
-    text = _THOUGHT.sub(" ", text)
+    text = _THOUGHT.sub("\n", text)
     for end in [*_THOUGHT_END.finditer(text)][-1:]:
         text = text[end.end() :]
     answers = _ANSWER.findall(text)
@@ -74,6 +83,9 @@ def settled(text: str) -> str:
 
 def plain(text: str) -> str:
     r"""Returns a text without Markdown's and LaTeX's signs: `**\$1{,}200**` is " 1,200 "; `\boxed{}` stays."""
+    text = re.sub(
+        "(?<![\\d.,])10([⁻⁰¹²³⁴-⁹]+)", lambda match: f"10^{match[1].translate(_RAISED)}", text.translate(_WIDE)
+    )
     for pattern, by in _PLAIN:
         text = pattern.sub(by, text)
     return re.sub(r"(\d?)([¼-¾⅐-⅞])", _vulgar, text, flags=re.ASCII)

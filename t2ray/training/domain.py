@@ -136,7 +136,7 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
-        unsafe_code=config.unsafe_code, success_above=task.success_above, 
+        unsafe_code=config.unsafe_code, success_above=task.success_above,
         forgive=config.domains[domain].on_reward_error == "abstain",
     )  # fmt: skip
     with verifier as verify:
@@ -149,7 +149,7 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
         first = trainer.shares.rank == 0
         if first and (lost := damage(store)):
             lines.append(f"{lost}; it was made again")
-        for line in lines if first else ():
+        for line in (*lines, *task.notes) if first else ():
             note(store, line)
         if first and finished(store) is not None:  # it goes on, and is not done until it has ended again
             store.delete(RESULT)

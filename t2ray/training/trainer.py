@@ -191,7 +191,7 @@ class Trainer:
         loss, kl, tokens, signals, ratio, cut = self.shares.sum([sums for _, sums in own]).tolist()
         self.optimiser.zero_grad()
         z_K.backward(gradient_K)
-        grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip))
+        grad_norm = float(torch.nn.utils.clip_grad_norm_([self.p_K], self.rl.clip or math.inf))
         self.optimiser.param_groups[0]["lr"] = self._lr(step)
         if signals:
             self.optimiser.step()

@@ -63,7 +63,9 @@ def resolved(config: ServeConfig) -> ServeConfig:
     if experts is None:
         demo = config.model == "tiny" and Store(RUN_EXPERTS).names()
         if not demo and config.model != "tiny":
-            raise ResourceError(f"no experts were named for {config.model}; add `experts: FOLDER` to the configuration")
+            raise ResourceError(
+                f"no experts were named for {config.model}; name them by --experts or `experts: FOLDER`"
+            )
         experts = RUN_EXPERTS if demo else str(SHIPPED)
     if "://" not in experts:
         experts = str(Path(experts).absolute())

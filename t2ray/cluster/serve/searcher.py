@@ -117,6 +117,7 @@ class Searcher:
                     calls.generate, calls.score, verify, examples, experts,
                     settings=settings, sampling=calls.sampling, gold=lambda row: str(row["answer"]), progress=tell,
                 )  # fmt: skip
+            found.check()
             meta = {
                 "shots": len(examples),
                 "experts": list(experts),

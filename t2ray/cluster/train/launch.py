@@ -19,14 +19,14 @@ from t2ray.experts.registry import Registry
 from t2ray.integrity import Damaged
 from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
-from t2ray.runs.folder import open_run
+from t2ray.runs.folder import free_name, open_run
 from t2ray.runs.fork import starts
 from t2ray.runs.heartbeat import note_fault, start_heartbeat
 from t2ray.runs.lease import lease
 from t2ray.runs.prepare import check_run, job_tasks, prepare
 from t2ray.runs.rows import check_rows
 from t2ray.store import Store
-from t2ray.training.domain import CONFIG, START, Result, damage, domain_store, expert_of, finished, train_domain
+from t2ray.training.domain import START, Result, damage, domain_store, expert_of, finished, train_domain
 from t2ray.training.metrics import StepMetrics
 
 
@@ -107,7 +107,7 @@ def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, w
     decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
     held = stack.enter_context(lease(f"{config.out}/{config.run}", wait_s=wait_s))
     check_run(config, resume)  # another driver may have begun it since
-    new = not Store(f"{config.out}/{config.run}").exists(CONFIG)
+    new = free_name(f"{config.out}/{config.run}")
     check_rows(config, job_tasks(config), new=new)
     for domain, z in starts(config).items() if new and config.source is not None else ():
         domain_store(config, domain).write_tensors(START, z, {})

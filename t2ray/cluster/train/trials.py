@@ -18,9 +18,7 @@ from t2ray.config.train import TrainConfig
 from t2ray.core import Example
 from t2ray.evals.evaluate import evaluate
 from t2ray.sweep.results import ReportScore, Trial
-from t2ray.tasks import builtin
-from t2ray.tasks.build import build_task
-from t2ray.tasks.task import Task
+from t2ray.tasks.build import task_named
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store
 from t2ray.training.metrics import read_metrics
@@ -81,7 +79,7 @@ def _bench(run: str | None, model: str | None, factors: str | None, experts: str
 
 
 async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
-    task = _task(bench, name)
+    task = task_named(name, bench.place.run)
     # Shots of further seeds are other prompts: a setting that is good for one draw of shots alone should not win.
     shots = _slice(task.examples("train"), seed, job.shots)
     experts = tuple(word.strip() for word in job.only.split(",")) if job.only else bench.experts
@@ -97,11 +95,6 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
         held_out = task.examples("validation", job.held_out)
         cell = await evaluate(name, held_out, fixed(found.mixture), bench.engine.generate, verify, sampling)
     return cell.acc
-
-
-def _task(bench: Workbench, name: str) -> Task:
-    run = bench.place.run
-    return build_task(run, name) if run is not None and name in run.domains else builtin(name)
 
 
 def _slice(examples: list[Example], seed: int, count: int) -> list[Example]:
