@@ -116,14 +116,9 @@ async def evaluate(
         if progress is not None:
             progress(done)
     return Cell(
-        task=task_name,
-        correct=tuple(example.id in right for example in examples),
-        labels=labels,
-        pass1_s=pass1_s,
-        pass2_s=pass2_s,
-        truncated=truncated,
-        too_long=too_long,
-    )
+        task=task_name, correct=tuple(example.id in right for example in examples), labels=labels, pass1_s=pass1_s,
+        pass2_s=pass2_s, truncated=truncated, too_long=too_long,
+    )  # fmt: skip
 
 
 def _fits(fits: Callable[[tuple[Message, ...]], bool], example: Example) -> bool:
