@@ -56,10 +56,9 @@ class DomainConfig(Strict):
         0.0, ge=-1, lt=1, description="A completion whose reward is above this counts as right in an accuracy."
     )
     gold: str | None = Field(
-        None,
-        description="Column of the right answers, such as reward_model.ground_truth, for `t2ray verify` and ties of the "
-        "few-shot search; without one, the answers that messages end with.",
-    )
+        None, description="Column of the right answers, such as reward_model.ground_truth, for `t2ray verify` and for "
+        "ties of the few-shot search; without one, the answers that messages end with.",
+    )  # fmt: skip
     max_tokens: int | None = Field(
         None,
         ge=1,
