@@ -175,13 +175,17 @@ def test_a_search_in_the_background_makes_a_mixture_that_can_be_asked_for_at_onc
 
 def test_health_metrics_and_the_page(endpoint: Endpoint) -> None:
     assert httpx.get(f"{endpoint.url}/health", timeout=GUARD_S).json() == {"status": "ok"}
-    assert "<title>" in httpx.get(endpoint.url, timeout=GUARD_S).text
+    page = httpx.get(endpoint.url, headers={"x-request-id": "<odd>"}, timeout=GUARD_S)
+    assert "<title>" in page.text
+    (given,) = page.headers.get_list("x-request-id")  # by Ray's proxy and by the API together
+    assert len(given) == 32
 
     def told() -> bool:
         text = httpx.get(f"{endpoint.url}/metrics", timeout=GUARD_S).text
-        return all(
-            f"ray_t2ray_{name}" in text for name in ("requests_total", "ttft_seconds", "batch_mixtures", "kv_used")
-        )
+        assert "ray_serve" not in text
+        wanted = ["vllm:generation_tokens_total"]
+        wanted += [f"ray_t2ray_{name}" for name in ("requests_total", "ttft_seconds", "batch_mixtures", "kv_used")]
+        return all(name in text for name in wanted)
 
     wait_until(told, "metrics of the API and of the engine")
 

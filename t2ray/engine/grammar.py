@@ -16,8 +16,8 @@ from t2ray.models.chat import Chat
 KEPT = 64
 """Grammars whose compiled form is kept: a client asks with few schemas, and each takes milliseconds to compile."""
 
-# One space at most between two signs: where there may be more, small models write nothing else.
-SPACES = {"whitespace_flexible": True, "whitespace_pattern": "[ ]?"}
+# As Python's `json` and chat templates write it: where any white space is allowed, small models write nothing else.
+SPACES = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def following(schema: Mapping[str, Any]) -> str:
