@@ -165,10 +165,23 @@ def test_a_reward_module_with_a_librarys_name_is_refused(library: str, tmp_path:
 
 
 def test_what_a_neighbour_hides_is_told(tmp_path: Path) -> None:
-    (tmp_path / "own_rewards.py").write_text("import wave\nwave.open\ndef f(completion, row): return 1.0\n")
-    (tmp_path / "wave.py").write_text("")
+    (tmp_path / "own_rewards.py").write_text("import yaml\nyaml.load\ndef f(completion, row): return 1.0\n")
+    (tmp_path / "yaml.py").write_text("")
     (line,) = loaded((tmp_path, "own_rewards:f"))
-    assert "has no attribute 'open'; wave.py in " in line and "shares its name with a library" in line
+    assert "has no attribute 'load'; yaml.py in " in line and "shares its name with a library" in line
+
+
+def test_a_neighbour_with_a_name_of_pythons_own_disturbs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "own_rewards.py").write_text("import math\ndef f(completion, row): return math.ceil(0.5)\n")
+    for name in ("math", "random", "types", "asyncio"):
+        (tmp_path / f"{name}.py").write_text("raise RuntimeError('not this one')\n")
+    before = list(sys.path)
+    try:
+        with Verifier("own_rewards:f", workers=1, path=str(tmp_path)) as verifier:
+            assert rewards(verifier, ["x"]) == [1.0]
+    finally:
+        sys.path[:] = before
+        del sys.modules["own_rewards"]
 
 
 def test_two_jobs_may_each_have_a_module_of_one_name(tmp_path: Path) -> None:

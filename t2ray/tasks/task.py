@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import site
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
@@ -72,9 +73,9 @@ class Task:
 
 
 def load_reward(reward: str, folder: str | None = None) -> Reward:
-    """Imports the function that "module:function" names, with `folder` first on `sys.path`.
+    """Imports the function that "module:function" names, from `folder` first.
 
-    `folder` stays there, because a reward module may import its neighbours later.
+    `folder` stays on `sys.path`, because a reward module may import its neighbours later.
 
     Raises:
         ConfigError: `reward` has no colon, the module cannot be found or imported, shares its name with a library, or
@@ -109,13 +110,16 @@ def load_reward(reward: str, folder: str | None = None) -> Reward:
 
 
 def _put_first(folder: str, top: str, reward: str) -> None:
-    """Makes `folder` the first place where Python looks, so that its module `top` is the one that is imported.
+    """Makes `folder` the first place where Python looks beside its own library, so that `top` is imported from there.
 
     Raises:
         ConfigError: the module shares its name with a library.
     """
-    if sys.path[:1] != [folder]:
-        sys.path[:] = [folder, *(path for path in sys.path if path != folder)]
+    own_library = sysconfig.get_path("stdlib")  # first: a random.py in the folder would end every process that starts
+    standard = [path for path in sys.path if path.startswith(own_library) and "site-packages" not in path]
+    places = [*standard, folder, *(path for path in sys.path if path != folder and path not in standard)]
+    if sys.path != places:
+        sys.path[:] = places
         importlib.invalidate_caches()
     own = PathFinder.find_spec(top, [folder])
     if own is None or own.origin is None:

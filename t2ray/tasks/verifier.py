@@ -11,7 +11,7 @@ Not here: calling the functions and weighing their rewards (`grading`).
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import concurrent.futures.process
 import functools
 import math
 import multiprocessing
@@ -22,7 +22,7 @@ from typing import Any
 
 import pebble
 
-from t2ray.core import ConfigError, RewardError
+from t2ray.core import ConfigError, ResourceError, RewardError
 from t2ray.grades import Grade
 from t2ray.tasks.grading import Grader, Item, Marks, named, weighed
 from t2ray.tasks.task import Task, load_reward
@@ -111,6 +111,11 @@ class Verifier:
             future: Any = self._pool.schedule(self._job, args=(todo,), timeout=limit_s)
             try:
                 found += await asyncio.wrap_future(future)
+            except concurrent.futures.process.BrokenProcessPool as error:
+                raise ResourceError(
+                    f"the verifier's processes end as they start: {error}; is a module beside the reward called as a "
+                    "library is, or is the machine out of memory?"
+                ) from error
             except (concurrent.futures.TimeoutError, pebble.ProcessExpired) as error:
                 if len(todo) > 1:
                     singly = len(todo)
