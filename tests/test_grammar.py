@@ -111,6 +111,20 @@ def test_a_grammar_holds_also_a_greedy_answer_with_biases_and_one_that_is_cut(ki
     asyncio.run(asyncio.wait_for(main(), GUARD_S))
 
 
+def test_a_grammar_that_shows_only_later_that_nothing_follows_it_fails_its_own_row(model: Model) -> None:
+    endless = f"start: {following({'$ref': '#'})}"
+    check(endless)
+
+    async def main() -> None:
+        async with running("online", model) as engine:
+            calls = [engine.generate(user("a"), MIXTURES[0], sampling(grammar)) for grammar in (endless, CHOICE)]
+            failed, answer = await asyncio.gather(*calls, return_exceptions=True)
+            assert isinstance(failed, ConfigError) and "\n" not in str(failed) and "<" not in str(failed)
+            assert not isinstance(answer, BaseException) and answer.text in ("yes", "no")
+
+    asyncio.run(asyncio.wait_for(main(), GUARD_S))
+
+
 @pytest.mark.parametrize(
     "grammar",
     [

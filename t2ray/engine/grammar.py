@@ -103,4 +103,4 @@ def _library() -> Any:
 
 
 def _said(error: str) -> str:
-    return f"the grammar cannot be followed: {' '.join(error.split())[:300]}"
+    return f"the grammar cannot be followed: {' '.join(error.partition('<state>')[0].split())[:300]}"
