@@ -26,7 +26,16 @@ from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.serve import EngineConfig
 from t2ray.config.train import TrainConfig
-from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, SamplingParams, UnknownExpert, user
+from t2ray.core import (
+    Completion,
+    ConfigError,
+    ContextExceeded,
+    GenerationError,
+    Mixture,
+    SamplingParams,
+    UnknownExpert,
+    user,
+)
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Registry
@@ -198,6 +207,8 @@ def test_mistakes_are_refused_in_front_and_end_nobody(engine: VLLMEngine) -> Non
     ):
         with pytest.raises(error):
             asyncio.run(engine.generate(prompt, mixture, sampling))
+    with pytest.raises(GenerationError, match="refuses"):  # what vLLM itself refuses
+        asyncio.run(engine.read("x", Mixture.base(), 50))
     engine.check()
     assert answers(engine, [("17+25", Mixture.base())], GREEDY)
 

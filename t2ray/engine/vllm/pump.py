@@ -170,6 +170,7 @@ class Pump:
                 del self.jobs[job.id]
                 self._forget(job)
                 job.fail(GenerationError(f"vLLM refuses the request: {error}"))
+                self.after_step()
 
     def _fold(self, mixture: Mixture) -> None:
         pairs = [[key, list(alpha)] for key, alpha in mixture.weights]
