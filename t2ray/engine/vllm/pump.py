@@ -166,7 +166,10 @@ class Pump:
             try:
                 prompt = seams.TokensPrompt(prompt_token_ids=list(job.prompt_ids), cache_salt=_salt(job.mixture))
                 self.engine.add_request(job.id, prompt, seams.SamplingParams(**job.params))
-            except ValueError as error:  # vLLM refuses it: it is this caller's error, and the others go on
+            except (
+                ValueError,
+                seams.VLLMClientError,
+            ) as error:  # vLLM refuses it: it is this caller's error, and the others go on
                 del self.jobs[job.id]
                 self._forget(job)
                 job.fail(GenerationError(f"vLLM refuses the request: {error}"))

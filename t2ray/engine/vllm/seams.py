@@ -12,6 +12,7 @@ from typing import Any
 from vllm import SamplingParams, TokensPrompt
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMClientError
 from vllm.model_executor.layers.linear import (
     LinearBase,
     QKVParallelLinear,
@@ -46,6 +47,7 @@ __all__ = [
     "StatLoggerBase",
     "TokensPrompt",
     "UnquantizedLinearMethod",
+    "VLLMClientError",
     "VllmConfig",
     "current_platform",
     "first_runner",
