@@ -64,6 +64,7 @@ class _Reply:
 
 class FakeEngine:
     base_digest, layout, context = BASE, LAYOUT, 512
+    chat = SimpleNamespace(tools="hermes")
 
     def __init__(self) -> None:
         self.experts: dict[str, Tensor] = {}
@@ -97,7 +98,7 @@ def opened(registry: Registry) -> Experts:
 
 def catalog(experts: Experts) -> Catalog:
     made = experts.catalog()[1]
-    assert made is not None
+    assert made is not None and made.tools == "hermes"
     return made
 
 
