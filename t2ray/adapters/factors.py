@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from t2ray.core import ConfigError, ModelError
-from t2ray.models.targets import Target, select_targets
+from t2ray.models.checkpoint import open_checkpoint
+from t2ray.models.targets import Selection, Target, select_targets
 from t2ray.models.weights import Weights, open_weights
 from t2ray.store import Store
 
@@ -85,10 +86,15 @@ class Plan(BaseModel):
 
 
 class Manifest(Plan):
-    """The last file of a folder of factors. `errors`: of the computed SVD and of the factors as stored, by target."""
+    """The last file of a folder of factors. `errors`: of the computed SVD and of the factors as stored, by target.
+
+    `share` and `left_out` are as in `Selection`; folders of before version 0.2 do not have them.
+    """
 
     model: str
     errors: dict[str, tuple[float, float]]
+    share: float | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,7 @@ class Decomposition:
     plan: Plan
     model: str
     weights: Weights
+    selection: Selection
     out: Path
 
     def missing(self) -> list[Target]:
@@ -111,9 +118,9 @@ class Decomposition:
             ModelError: a weight that is not finite, or whose factors do not reproduce it.
             ResourceError: the file cannot be written.
         """
-        w_MN = self.weights.read(f"{target.name}.weight")
+        w_MN = open_checkpoint(self.weights.folder).matrix(target)
         if not bool(torch.isfinite(w_MN).all()):
-            raise ModelError(f"{self.weights.folder}: {target.name}.weight holds values that are not finite")
+            raise ModelError(f"{self.weights.folder}: {target.name} holds values that are not finite")
         u_MR, s_R, vh_RN, error = decompose_matrix(w_MN, getattr(torch, self.plan.svd_dtype))
         if not error <= TOLERANCE:
             raise ModelError(
@@ -135,7 +142,8 @@ class Decomposition:
         if (self.out / MANIFEST).exists():
             return Factors.open(self.out, self.plan.base_digest)
         errors = {target.name: _errors(self.out / f"{target.name}.safetensors") for target in self.plan.targets}
-        manifest = Manifest(**dict(self.plan), model=self.model, errors=errors)
+        said = {"share": self.selection.share, "left_out": self.selection.left_out}
+        manifest = Manifest(**dict(self.plan), model=self.model, errors=errors, **said)
         Store(self.out).write_text(MANIFEST, manifest.model_dump_json(indent=1))
         return Factors(self.out, manifest)
 
@@ -153,18 +161,22 @@ def prepare(
 
     Raises:
         ConfigError: bad targets or layers, or an `out` that holds something else.
-        ModelError: a model that cannot be read, or whose targets are quantised.
+        ModelError: a model that cannot be read, whose targets are quantised, or whose weights are not those that its
+            configuration says.
     """
     if "://" in str(out):
         raise ConfigError(f"{out}: factors are memory-mapped; name a folder of a file system that every worker sees")
     weights, out = open_weights(model), Path(out).expanduser().absolute()
-    chosen = select_targets(weights.shapes, targets, layers)
-    dtypes = {target.name: weights.entries[f"{target.name}.weight"].dtype for target in chosen}
-    for name, found in dtypes.items():
+    checkpoint = open_checkpoint(weights.folder)
+    selection = select_targets(checkpoint.hf, targets, layers)
+    dtypes = {key: weights.entries[key].dtype for target in selection.targets for key in checkpoint.sources(target)}
+    for key, found in dtypes.items():
         if found not in STORED:
-            raise ModelError(f"{weights.folder}: {name}.weight is stored as {found}; use the model before quantisation")
-    dtype = dtype or STORED[dtypes[chosen[0].name]]
-    plan = Plan(base_digest=weights.digest, svd_dtype=svd_dtype, dtype=dtype, targets=tuple(chosen))
+            raise ModelError(f"{weights.folder}: {key} is stored as {found}; use the model before quantisation")
+    for target in selection.targets:
+        checkpoint.check(target)
+    dtype = dtype or STORED[next(iter(dtypes.values()))]
+    plan = Plan(base_digest=weights.digest, svd_dtype=svd_dtype, dtype=dtype, targets=selection.targets)
     store = Store(out)
     if (out / PLAN).exists():
         _refuse_other(out, store.read_text(PLAN), plan)
@@ -173,7 +185,7 @@ def prepare(
     else:
         store.write_text(PLAN, plan.model_dump_json(indent=1))
     store.sweep()
-    return Decomposition(plan=plan, model=model, weights=weights, out=out)
+    return Decomposition(plan=plan, model=model, weights=weights, selection=selection, out=out)
 
 
 def _refuse_other(out: Path, text: str, wanted: Plan) -> None:

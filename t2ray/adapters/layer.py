@@ -36,10 +36,12 @@ class SVFLinear(nn.Module):
     U_Mr: Tensor
     Vh_rN: Tensor
 
-    def __init__(self, linear: nn.Linear, U_Mr: Tensor, Vh_rN: Tensor, span: slice, bound: Bound) -> None:
+    def __init__(
+        self, weight_MN: Tensor, bias_M: Tensor | None, U_Mr: Tensor, Vh_rN: Tensor, span: slice, bound: Bound
+    ) -> None:
         super().__init__()
-        self.weight = linear.weight.requires_grad_(False)
-        self.bias = linear.bias if linear.bias is None else linear.bias.requires_grad_(False)
+        self.weight = nn.Parameter(weight_MN, requires_grad=False)
+        self.bias = bias_M if bias_M is None else nn.Parameter(bias_M, requires_grad=False)
         self.register_buffer("U_Mr", U_Mr.to(self.weight.dtype), persistent=False)
         self.register_buffer("Vh_rN", Vh_rN.to(self.weight.dtype), persistent=False)
         self.packed_factors: tuple[Tensor, Tensor] | None = None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from t2ray.core import ModelError
 from t2ray.models.families import Family
+from t2ray.models.targets import Target
 
 if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
@@ -35,15 +36,18 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     mask_BT = torch.ones_like(ids_BT)
     z_RK = (1 + 0.1 * torch.randn(2, adapter.size, generator=draw)).to(device)
     called: set[str] = set()
-    modules = dict(hf.named_modules())
+    places = {target: target.name if target.expert is None else _experts(target) for target in adapter.layout}
     hooks = [
-        modules[target.name].register_forward_hook(lambda *_, name=target.name: called.add(name))
-        for target in adapter.layout
+        hf.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+        for name in dict.fromkeys(places.values())
     ]
     try:
         with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             _same(own, family.logits(family.hidden(ids_BT, mask_BT)), family, "the loss's logits")
+            with adapter.rows(adapter.neutral[None]):
+                neutral = family.logits(family.hidden(ids_BT, mask_BT))
+            _same(own, neutral, family, "the logits through the factors")
             with adapter.rows(z_RK, torch.arange(2, device=device)):
                 together = family.hidden(ids_BT, mask_BT)
             for row in range(2):
@@ -53,12 +57,17 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    missed = [target.name for target in adapter.layout if target.name not in called]
+    missed = [target.name for target, place in places.items() if place not in called]
     if missed:
         raise ModelError(
             f"{family.architecture}: its forward passes by {missed[0]} and {len(missed) - 1} more adapted layers, so "
             "that experts could not change them; choose other matrices by --targets"
         )
+
+
+def _experts(target: Target) -> str:
+    """The module of an MoE layer that has all its experts: which of them are called depends on the tokens."""
+    return target.parameter.rpartition(".")[0]
 
 
 def _same(expected: Tensor, found: Tensor, family: Family, stage: str) -> None:

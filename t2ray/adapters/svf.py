@@ -8,6 +8,7 @@ Shapes: R mixtures, K singular values of all targets in a row, B rows of a batch
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 
 from t2ray.adapters.factors import Factors, Target
 from t2ray.adapters.layer import Bound, SVFLinear
+from t2ray.adapters.moe import SVFExperts
 from t2ray.config.files import nearest
 from t2ray.core import ExpertError, Mixture, UnknownExpert
+from t2ray.models.targets import matrix
 
 
 class SVF:
@@ -27,7 +30,7 @@ class SVF:
     """
 
     def __init__(self, model: nn.Module, factors: Factors) -> None:
-        """Replaces the targets' linear layers in `model` by SVF layers.
+        """Replaces the targets' layers in `model` by SVF layers.
 
         Raises:
             ExpertError: a target of the decomposition that `model` lacks or holds in another shape.
@@ -38,22 +41,23 @@ class SVF:
         self.bank: dict[str, Tensor] = {}
         self._folded_K: Tensor | None = None
         self._each: tuple[tuple[Tensor | None, ...], Tensor | None] = (), None
-        modules = dict(model.named_modules())
         singular: list[Tensor] = []
+        experts: dict[str, dict[tuple[int, str], SVFLinear]] = defaultdict(dict)
         start = 0
         for target in self.layout:
-            linear = modules.get(target.name)
-            if not isinstance(linear, nn.Linear) or linear.weight.shape != (target.m, target.n):
-                raise ExpertError(
-                    f"the decomposition has {target.name} ({target.m} x {target.n}), the model has {linear}"
-                )
-            U_Mr, s_r, Vh_rN = (part.to(linear.weight.device) for part in factors.load(target.name))
-            singular.append(s_r.to(torch.promote_types(linear.weight.dtype, torch.float32)))
-            layer = SVFLinear(linear, U_Mr, Vh_rN, slice(start, start + target.rank), self.bound)
-            parent, _, child = target.name.rpartition(".")
-            setattr(modules[parent], child, layer)
+            weight_MN, bias_M = _found(model, target)
+            U_Mr, s_r, Vh_rN = (part.to(weight_MN.device) for part in factors.load(target.name))
+            singular.append(s_r.to(torch.promote_types(weight_MN.dtype, torch.float32)))
+            layer = SVFLinear(weight_MN, bias_M, U_Mr, Vh_rN, slice(start, start + target.rank), self.bound)
+            if target.expert is None:
+                model.set_submodule(target.name, layer)
+            else:
+                module, _, attribute = target.parameter.rpartition(".")
+                experts[module][target.expert, attribute] = layer
             self.layers.append(layer)
             start += target.rank
+        for name, matrices in experts.items():
+            model.set_submodule(name, SVFExperts(model.get_submodule(name), matrices, self.bound))
         self.size = start
         self.s_K = torch.cat([s_r.to(singular[0].device) for s_r in singular])
         self.neutral = torch.ones(self.size, device=self.s_K.device)
@@ -217,6 +221,20 @@ def mixed(mixture: Mixture, bank: Mapping[str, Tensor], layer_of_K: Tensor) -> T
     for alpha, expert_K in terms(mixture, bank, layer_of_K):
         z_K = z_K + alpha * (expert_K - 1)
     return z_K
+
+
+def _found(model: nn.Module, target: Target) -> tuple[Tensor, Tensor | None]:
+    """A target's weight and bias in the model; raises ExpertError where it has none, or one of another shape."""
+    try:
+        weight_MN, bias_M = matrix(model, target)
+    except (AttributeError, IndexError):
+        weight_MN = None
+    if weight_MN is None or weight_MN.shape != (target.m, target.n):
+        found = "none of that name" if weight_MN is None else f"one of {' x '.join(map(str, weight_MN.shape))}"
+        raise ExpertError(
+            f"the decomposition has {target.name} ({target.m} x {target.n}), the model has {found}; decompose it anew"
+        )
+    return weight_MN, bias_M
 
 
 def parametrise(p_K: Tensor, kind: str, s_K: Tensor, ranks: Sequence[int]) -> Tensor:

@@ -22,7 +22,7 @@ def add(p: Parser) -> None:
         "--targets",
         nargs="+",
         metavar="PATTERN",
-        help='Patterns of the matrices to factor, such as "*.mlp.*". Default: every projection.',
+        help='Patterns of the matrices to factor, such as "*.mlp.*". Default: every linear layer of the decoder, and no matrix of a routed MoE expert.',
     )
     p.add_argument(
         "--layers", metavar="RANGES", help='The decoder layers to factor, such as "0-15,20". Default: all of them.'
@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
     """Factors the matrices of the model, and shows a progress bar."""
     from t2ray.adapters.factors import decompose
     from t2ray.cluster.train.decompose import decompose_on_ray
+    from t2ray.models.targets import adapted
 
     options = {"targets": args.targets, "layers": args.layers, "svd_dtype": args.svd_dtype, "dtype": args.dtype}
     with bar("decompose") as progress:
@@ -56,8 +57,10 @@ def run(args: argparse.Namespace) -> None:
             factors = decompose_on_ray(args.model, args.out, workers=args.workers, progress=progress, **options)
         else:
             factors = decompose(args.model, args.out, progress=progress, **options)
-    worst = max(factors.manifest.errors.values(), key=lambda error: error[0])
+    computed, stored = (max(pair) for pair in zip(*factors.manifest.errors.values(), strict=True))
     console.print(
-        f"{len(factors.layout)} matrices, {factors.K} singular values in {args.out}; "
-        f"largest relative reconstruction error {worst[0]:.1e}"
+        f"{len(factors.layout)} matrices, {factors.K} singular values in {args.out}; largest relative reconstruction "
+        f"error {computed:.1e}, of the factors as stored {stored:.1e}"
     )
+    if factors.manifest.share is not None:
+        console.print(adapted(factors.manifest.share, factors.manifest.left_out))

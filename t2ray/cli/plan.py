@@ -27,7 +27,7 @@ def add(p: Parser) -> None:
     p.set_defaults(command=run)
     p.add_argument("model", metavar="MODEL", help='A config.json, a folder with one, "tiny" or a hub id.')
     p.add_argument(
-        "--targets", nargs="+", metavar="PATTERN", help="Patterns of the adapted matrices. Default: every projection."
+        "--targets", nargs="+", metavar="PATTERN", help="Patterns of the adapted matrices. Default: as `t2ray decompose`."
     )
     p.add_argument(
         "--layers", metavar="RANGES", help='The adapted decoder layers, such as "0-15,20". Default: all of them.'
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 (GiB)")
     check_json_folder(args.json)
 
+    from t2ray.models.targets import adapted
     from t2ray.runs.memory import GIB, RESERVE, least_gpus, serving, shape_of, training
 
     shape = shape_of(args.model, args.targets, args.layers)
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         f"{shape.parameters:,} parameters in {shape.layers} layers; {len(shape.targets)} matrices with {shape.K:,} "
         f"singular values; factors {factors / GIB:.1f} GiB on disk"
     )
+    console.print(adapted(shape.selection.share, shape.selection.left_out))
     found = {}
     for kind, loads in kinds.items():
         gpus = args.gpus or least_gpus(loads, memory, kind)

@@ -170,7 +170,7 @@ class TrainConfig(Strict):
     )
     rl: RLConfig = Field(RLConfig(), description="RL settings that all domains share.")
     targets: tuple[str, ...] | None = Field(
-        None, description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every projection.'
+        None, description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every linear layer of the decoder and no routed MoE expert.'
     )
     layers: str | None = Field(
         None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from os.path import commonprefix
@@ -38,6 +39,7 @@ class StaticBatches:
     def __init__(self, model: Model, *, max_rows: int = 512, max_tokens: int = 131_072) -> None:
         self.model = model
         self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.recurrent = any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.family.config).layers)
 
     def run(self, requests: Iterable[Request]) -> None:
         """Sets the `result` of each request."""
@@ -139,11 +141,12 @@ class StaticBatches:
         from t2ray.engine.text import TextStream  # an endpoint alone reads prompts
 
         chat, ids, cache = self.model.chat, request.prompt_ids, DynamicCache(config=self.model.family.config)
+        step = len(ids) if self.recurrent else READ_TOKENS
         stream, tokens = TextStream(chat, ()), list[Token]()
         logprob, top = float("nan"), tuple[Token, ...]()
         with self._bind([request]):
-            for start in range(0, len(ids), READ_TOKENS):
-                piece_1T = torch.tensor([ids[start : start + READ_TOKENS]], device=self.model.device)
+            for start in range(0, len(ids), step):
+                piece_1T = torch.tensor([ids[start : start + step]], device=self.model.device)
                 logits_TV = self.model.hf(input_ids=piece_1T, past_key_values=cache).logits[0]
                 logprob_TV = logits_TV.float().log_softmax(-1)
                 for i, logprob_V in enumerate(logprob_TV, start):
@@ -159,6 +162,8 @@ class StaticBatches:
 
     def _score(self, batch: list[Request]) -> list[tuple[float, ...]]:
         """Reads what all prompts begin with once, then each one's rest; its labels continue from its cache."""
+        if self.recurrent:
+            return [self._score_whole(request) for request in batch]
         hf, L, shared = self.model.hf, len(batch[0].labels), _shared_prefix(batch)
         ids_BT, mask_BT = self._left_padded(batch, shared)
         positions_BT = (mask_BT.cumsum(-1) - 1).clamp_min(0)[:, shared:]
@@ -167,7 +172,7 @@ class StaticBatches:
             if shared:
                 prefix_1T = torch.tensor([batch[0].prompt_ids[:shared]], device=ids_BT.device)
                 hf(input_ids=prefix_1T, past_key_values=cache, logits_to_keep=1)
-                cache.batch_repeat_interleave(len(batch))
+                _repeat(cache, 1, len(batch))
             first = hf(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -183,7 +188,7 @@ class StaticBatches:
         )
         logits = first.float().repeat_interleave(L, 0)
         if longest > 1:
-            cache.batch_repeat_interleave(L)
+            _repeat(cache, len(batch), L)
             mask = torch.cat([mask_BT.repeat_interleave(L, 0), real_LT[:, :-1]], 1)
             start = positions_BT[:, -1:].repeat_interleave(L, 0) + 1
             positions = start + torch.arange(longest - 1, device=start.device)
@@ -195,6 +200,28 @@ class StaticBatches:
         logprob_LT = logits.log_softmax(-1).gather(-1, label_LT[..., None])[..., 0] * real_LT
         totals: list[float] = logprob_LT.sum(-1).tolist()
         return [tuple(totals[i : i + L]) for i in range(0, len(totals), L)]
+
+    def _score_whole(self, request: Request) -> tuple[float, ...]:
+        """Each label behind the whole prompt: a recurrent state is not continued by several tokens at once."""
+        longest = max(map(len, request.labels))
+        rows = [replace(request, prompt_ids=request.prompt_ids + label, labels=()) for label in request.labels]
+        ids_LT, mask_LT = self._left_padded(rows)
+        with self._bind([request]):
+            logits = self.model.hf(
+                input_ids=ids_LT,
+                attention_mask=mask_LT,
+                position_ids=(mask_LT.cumsum(-1) - 1).clamp_min(0),
+                use_cache=False,
+                logits_to_keep=longest + 1,
+            ).logits
+        logprob_LT = logits[:, :-1].float().log_softmax(-1).gather(-1, ids_LT[:, -longest:, None])[..., 0]
+        real_LT = torch.tensor([[0] * (longest - len(label)) + [1] * len(label) for label in request.labels])
+        return tuple((logprob_LT * real_LT.to(logprob_LT)).sum(-1).tolist())
+
+
+def _repeat(cache: DynamicCache, rows: int, times: int) -> None:
+    """Each of a cache's rows so many times, side by side; recurrent states can be reordered alone."""
+    cache.reorder_cache(torch.arange(rows).repeat_interleave(times))
 
 
 def _shared_prefix(batch: Sequence[Request]) -> int:

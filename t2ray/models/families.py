@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from t2ray.core import ModelError
+
 # What a model does to its logits after the head, by the attribute of its configuration, in this order.
 _AFTER_HEAD: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "logits_scaling": lambda logits, value: logits / value,  # Granite
@@ -34,7 +36,7 @@ class Family:
     def __init__(self, hf: Any) -> None:
         self.architecture = type(hf).__name__
         self.config = hf.config.get_text_config(decoder=True)
-        self.backbone: nn.Module = hf.base_model
+        self.backbone: nn.Module = _headless(hf.base_model)
         self.head: nn.Module = hf.get_output_embeddings()
         self.vocabulary = int(self.config.vocab_size)
         self.context = context_of(self.config)
@@ -58,3 +60,30 @@ def context_of(config: Any) -> int:
     """Returns the tokens that prompt and answer may have together, from the configuration of a text decoder."""
     limits = (getattr(config, name, None) for name in _CONTEXT)
     return int(next((limit for limit in limits if limit), _NO_LIMIT))
+
+
+def layers_prefix(hf: Any) -> str:
+    """What the names of all that is in the layers of the language decoder begin with: "model.layers.".
+
+    Raises:
+        ModelError: its layers are in no list.
+    """
+    decoder = _headless(hf.get_decoder())
+    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(hf).__name__} keeps its decoder's layers in no list; t2ray cannot tell them apart")
+    layers = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    return next(f"{name}." for name, module in hf.named_modules() if module is layers)
+
+
+def layer_of(name: str, prefix: str) -> int | None:
+    """The number of the decoder's layer that a module or parameter lies in; None of one that lies elsewhere."""
+    number = name.removeprefix(prefix).partition(".")[0]
+    return int(number) if name.startswith(prefix) and number.isdigit() else None
+
+
+def _headless(hf: Any) -> Any:
+    """The part that makes hidden states, of a model that may have a head, or one within that has."""
+    while hf.get_output_embeddings() is not None:
+        hf = hf.base_model if hf.base_model is not hf else getattr(hf, "language_model", None) or hf.model
+    return hf

@@ -15,10 +15,13 @@ import torch
 from t2ray.core import ModelError, ResourceError
 from t2ray.models.chat import Chat
 from t2ray.models.families import context_of
+from t2ray.models.skeleton import model_class
 
 
 def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
     """Loads the model in a Hugging Face folder; returns it, in eval mode and without gradients, with its `Chat`.
+
+    A model with a vision tower is loaded as such.
 
     Args:
         device: where the model is loaded; by default the GPU if there is one. "auto" divides the model's layers over
@@ -28,7 +31,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
         ResourceError: "auto" needs accelerate, which is not installed.
         ModelError: the folder has no causal language model that transformers knows without remote code.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -37,7 +40,8 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
     if divided and find_spec("accelerate") is None:
         raise ResourceError("a base that is divided over GPUs needs accelerate: pip install accelerate, on every node")
     try:
-        hf = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        hf = model_class(config).from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=False, **divided
         )
         tokenizer = _tokenizer(folder)
@@ -48,7 +52,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
             "with config.json and tokenizer.json"
         ) from None
     hf = (hf if divided else hf.to(device)).eval().requires_grad_(False)
-    chat = _chat(tokenizer, hf.generation_config.eos_token_id)
+    chat = _chat(folder, tokenizer, hf.generation_config.eos_token_id)
     hf.generation_config = GenerationConfig()  # else the model's own penalties and defaults would apply too
     # A prefill asks for the last token's logits alone, a slice that lies scattered in memory: its product with a
     # vocabulary of 49,152 takes 7.3 s for 64 rows of bfloat16 on a CPU, and 24 ms where the slice is copied first.
@@ -63,7 +67,8 @@ def load_chat(folder: Path) -> tuple[Chat, int]:
         The model's chat, and its context in tokens.
 
     Raises:
-        ModelError: the folder has no tokenizer that transformers knows without remote code.
+        ModelError: the folder has no tokenizer that transformers knows without remote code, or nothing says which token
+            ends an answer.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -75,7 +80,7 @@ def load_chat(folder: Path) -> tuple[Chat, int]:
             eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except (ValueError, OSError, KeyError) as error:
         raise ModelError(f"{folder}: transformers cannot load its tokenizer: {' '.join(str(error).split())}") from None
-    return _chat(tokenizer, eos), context_of(text)
+    return _chat(folder, tokenizer, eos), context_of(text)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -85,9 +90,12 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
 
 
-def _chat(tokenizer: Any, eos: int | list[int] | None) -> Chat:
+def _chat(folder: Path, tokenizer: Any, eos: int | list[int] | None) -> Chat:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     eos = tokenizer.eos_token_id if eos is None else eos
-    eos = 0 if eos is None else eos
+    if eos is None:
+        raise ModelError(
+            f"{folder}: nothing says which token ends an answer; write eos_token_id into its generation_config.json"
+        )
     return Chat(tokenizer, eos if isinstance(eos, list) else [eos])

@@ -1,4 +1,4 @@
-"""The shapes of a model's parameters from its config.json alone, without its weights."""
+"""A model's modules from its config.json alone: on the meta device, where parameters have shapes and no memory."""
 
 from __future__ import annotations
 
@@ -10,25 +10,40 @@ from t2ray.core import ModelError
 from t2ray.models.weights import TINY
 
 
-def skeleton(ref: str) -> tuple[dict[str, tuple[int, ...]], Any]:
-    """Returns the shape of each parameter by name, and the model's configuration. A tied head is listed once.
+def skeleton(ref: str) -> Any:
+    """Returns the transformers module of a model, on the meta device.
 
     Args:
         ref: a config.json, a folder with one, "tiny" or a hub id.
 
     Raises:
-        ModelError: there is no such configuration, or transformers knows no causal language model of it.
+        ModelError: there is no such configuration, transformers knows no language model of it, or it has no attention.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(TINY if ref == "tiny" else ref, trust_remote_code=False)
-        with torch.device("meta"):  # shapes without memory
-            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        with torch.device("meta"):
+            hf = model_class(config).from_config(config, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
             f"{ref}: no configuration of a model that transformers knows: {reason}; name a config.json, a folder with "
             "one, or a hub id that can be reached"
         ) from None
-    return {name: tuple(parameter.shape) for name, parameter in hf.named_parameters()}, config
+    if not getattr(hf.config.get_text_config(decoder=True), "num_attention_heads", None):
+        raise ModelError(
+            f"{ref}: {type(hf).__name__} has no attention, and t2ray adapts models that have; choose a transformer or "
+            "a hybrid of one"
+        )
+    return hf
+
+
+def model_class(config: Any) -> Any:
+    """The class of transformers that loads a configuration's model: one with a vision tower where it was saved so."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as WITH_IMAGES
+
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    text_alone = type(config) not in WITH_IMAGES or saved_as.endswith("ForCausalLM")
+    return AutoModelForCausalLM if text_alone else AutoModelForImageTextToText

@@ -1,88 +1,140 @@
-"""Which of a model's matrices are adapted (the targets): chosen by the names and shapes of its tensors alone."""
+"""Which of a model's matrices are adapted (the targets): chosen by the kinds of its modules, under their names there.
+
+Targets lie in the numbered layers of the language decoder: the weight of every linear layer (`torch.nn.Linear`, and
+`Conv1D`, as GPT-2 calls it), and each matrix of the MoE experts, which are stored together. Embeddings, head, norms and
+what chooses between MoE experts are never targets.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from t2ray.core import ConfigError
+from torch import Tensor, nn
 
-LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.(.+)$")
-PROJECTION = re.compile(r"(?:^|\.)(?:\w*attn|\w*attention|mlp|feed_forward|ffn)\.")
-OTHER_TOWER = re.compile(r"vision|visual|audio|encoder")
-NEVER = re.compile(r"(?:^|[._])(?:embed\w*|wte|wpe|lm_head|\w*norm|ln_\w+|router)(?:$|\.)|\.gate$")
+from t2ray.core import ConfigError, ModelError
+from t2ray.models.families import layer_of, layers_prefix
+
+ROUTERS = {"router", "gate", "shared_expert_gate"}
+"""What modules are called that choose between MoE experts, where they are linear layers."""
+
+MOE_MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+"""What transformers calls the parameters in which a layer's MoE experts are stored together, (experts, ., .)."""
+
 ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`."""
+    """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`.
+
+    `m` are its outputs, `n` its inputs, however it is stored. A matrix of an MoE expert has that one's number in its
+    name, `model.layers.0.mlp.experts.3.down_proj`, and as `expert`.
+    """
 
     name: str
     layer: int
     m: int
     n: int
     rank: int
+    expert: int | None = None
+
+    @property
+    def parameter(self) -> str:
+        """The name of the parameter that it is, or is part of."""
+        if self.expert is None:
+            return f"{self.name}.weight"
+        module, _, matrix = self.name.rpartition(".")
+        return f"{module.rpartition('.')[0]}.{matrix}"
 
 
-def select_targets(
-    shapes: Mapping[str, tuple[int, ...]], patterns: Sequence[str] | None = None, layers: str | None = None
-) -> list[Target]:
-    """Returns the matrices to adapt, in the order of the model. Embeddings, head, norms and routers are never targets.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The chosen targets, in the order of the model, and what of the decoder's layers they leave out.
+
+    `share` is that of the numbers in the layers' matrices which are adapted, 0 to 1. `left_out` are the kinds of
+    matrices that are not, in some layer or in all, such as "mlp.experts.down_proj".
+    """
+
+    targets: tuple[Target, ...]
+    share: float
+    left_out: tuple[str, ...]
+
+
+def adapted(share: float, left_out: Sequence[str]) -> str:
+    """What is adapted and what is not, as a sentence; arguments as in `Selection`."""
+    percent = f"{100 * share:.0f} %" if share == 1 or 0.01 < share < 0.995 else f"{100 * share:.2f} %"
+    rest = f"; left out: {', '.join(left_out)} (choose by targets and layers)" if left_out else ""
+    return f"adapted: {percent} of the decoder layers' weights{rest}"
+
+
+def select_targets(hf: Any, patterns: Sequence[str] | None = None, layers: str | None = None) -> Selection:
+    """Chooses the matrices to adapt.
 
     Args:
-        shapes: the shape of each of the model's tensors by name.
-        patterns: globs over the names without ".weight", such as "*.mlp.*". By default all attention and MLP
-            projections of the numbered decoder layers are chosen.
+        hf: the transformers module, which may be on the meta device.
+        patterns: globs over the names, such as "*.mlp.*" or "*.experts.*". By default all linear layers are chosen,
+            and no matrix of a routed MoE expert.
         layers: the numbers of the layers to choose from, such as "0-3,8"; by default all.
 
     Raises:
         ConfigError: a pattern matches no matrix, or the model does not have these layers.
+        ModelError: the model has no linear layers where they are looked for.
     """
-    found = []
-    for name, shape in shapes.items():
-        place = LAYER.search(name)
-        if len(shape) == 2 and name.endswith(".weight") and place:
-            target = name.removesuffix(".weight")
-            if not NEVER.search(target):
-                m, n = shape
-                found.append(Target(name=target, layer=int(place[1]), m=m, n=n, rank=min(m, n)))
-    found.sort(key=_order)
+    found = sorted(_candidates(hf), key=_order)
+    if not found:
+        names = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear)]
+        raise ModelError(f"{type(hf).__name__} has no linear layers in a numbered layer of its decoder; {_some(names)}")
     if patterns is None:
-        chosen = [t for t in found if PROJECTION.search(t.name) and not OTHER_TOWER.search(t.name)]
-        if not chosen:
-            raise ConfigError(f"the model has no attention or MLP projections in numbered layers; {_names(shapes)}")
+        chosen = [target for target in found if target.expert is None]
     else:
         patterns = [pattern.removesuffix(".weight") for pattern in patterns]
         for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(t.name, pattern) for t in found):
+            if not any(fnmatch.fnmatchcase(target.name, pattern) for target in found):
                 raise ConfigError(
-                    f"the target pattern {pattern!r} matches no matrix; {_names([t.name for t in found])}"
+                    f"the target pattern {pattern!r} matches no matrix; {_some([target.name for target in found])}"
                 )
         chosen = [t for t in found if any(fnmatch.fnmatchcase(t.name, pattern) for pattern in patterns)]
-    if layers is None:
-        return chosen
-    wanted, there = parse_layers(layers), {t.layer for t in chosen}
-    if not wanted <= there:
-        raise ConfigError(
-            f"layers {layers!r}: the model has no targets in layer {min(wanted - there)}; it has them in layers "
-            f"{min(there)} to {max(there)}"
-        )
-    return [t for t in chosen if t.layer in wanted]
+    if layers is not None:
+        wanted, there = parse_layers(layers), {target.layer for target in chosen}
+        if not wanted <= there:
+            raise ConfigError(
+                f"layers {layers!r}: the model has no targets in layer {min(wanted - there)}; it has them in layers "
+                f"{min(there)} to {max(there)}"
+            )
+        chosen = [target for target in chosen if target.layer in wanted]
+    return _selection(hf, chosen)
 
 
-def _order(target: Target) -> tuple[str, int, int, list[tuple[int, str]]]:
-    """Sort key: by stack of layers, by layer, then q k v o gate up down, then by name with numbers as numbers."""
-    prefix, last = target.name[: target.name.index(f".{target.layer}.")], target.name.rpartition(".")[2]
-    natural = [(int(part), "") if part.isdigit() else (-1, part) for part in target.name.split(".")]
-    return prefix, target.layer, ORDER.index(last) if last in ORDER else len(ORDER), natural
+def matrix(hf: Any, target: Target) -> tuple[Tensor, Tensor | None]:
+    """A target's weight, (m, n), and bias, (m,), as views of the parameters of a module of transformers.
+
+    Raises:
+        AttributeError: the module has no such parameter.
+    """
+    module, _, attribute = target.parameter.rpartition(".")
+    return stored(hf.get_submodule(module), attribute, target.expert)
 
 
-def _names(names: Sequence[str] | Mapping[str, Any]) -> str:
-    return "its names look like " + ", ".join(repr(name) for name in list(names)[:3])
+def stored(module: nn.Module, attribute: str, expert: int | None) -> tuple[Tensor, Tensor | None]:
+    """As `matrix`, of the module's parameter of this name, or of one expert's part of it."""
+    weight: Tensor = getattr(module, attribute)
+    bias: Tensor | None = getattr(module, "bias" if expert is None else f"{attribute}_bias", None)
+    if expert is not None:
+        weight, bias = weight[expert], None if bias is None else bias[expert]
+    return (weight.t() if is_transposed(module) else weight), bias
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores (inputs, outputs): `Conv1D`, and MoE experts of which transformers' interface says so."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return False
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", True))  # Llama 4's experts do not say
 
 
 def parse_layers(text: str) -> set[int]:
@@ -98,3 +150,61 @@ def parse_layers(text: str) -> set[int]:
             raise ConfigError(f"layers {text!r}: {part!r} is neither a number nor a range; write for example 0-3,8")
         layers.update(range(int(span[1]), int(span[2] or span[1]) + 1))
     return layers
+
+
+def _candidates(hf: Any) -> list[Target]:
+    """Every matrix that may be adapted."""
+    from transformers.pytorch_utils import Conv1D
+
+    prefix, found = layers_prefix(hf), list[Target]()
+    for name, module in hf.named_modules():
+        layer = layer_of(name, prefix)
+        if layer is None:
+            continue
+        if isinstance(module, nn.Linear | Conv1D):
+            m, n = _sizes(module, module.weight)
+            if m > 1 and not ROUTERS & set(name.split(".")):
+                found.append(Target(name=name, layer=layer, m=m, n=n, rank=min(m, n)))
+            continue
+        for attribute in MOE_MATRICES:
+            stored = getattr(module, attribute, None)
+            if isinstance(stored, nn.Parameter) and stored.ndim == 3:
+                m, n = _sizes(module, stored)
+                found += [
+                    Target(name=f"{name}.{i}.{attribute}", layer=layer, m=m, n=n, rank=min(m, n), expert=i)
+                    for i in range(len(stored))
+                ]
+    return found
+
+
+def _sizes(module: nn.Module, stored: Tensor) -> tuple[int, int]:
+    """Outputs and inputs of a matrix, or of each one of a stack."""
+    first, second = stored.shape[-2:]
+    return (second, first) if is_transposed(module) else (first, second)
+
+
+def _selection(hf: Any, chosen: Sequence[Target]) -> Selection:
+    prefix = layers_prefix(hf)
+    matrices = {name: p.numel() for name, p in hf.named_parameters() if p.ndim > 1}
+    parts = {name: numbers for name, numbers in matrices.items() if layer_of(name, prefix) is not None}
+    whole = sum(parts.values())
+    for target in chosen:
+        parts[target.parameter] -= target.m * target.n
+    kinds = dict.fromkeys(_kind(name.removeprefix(prefix)) for name, numbers in parts.items() if numbers)
+    return Selection(targets=tuple(chosen), share=1 - sum(parts.values()) / whole, left_out=tuple(kinds))
+
+
+def _kind(name: str) -> str:
+    """`mlp.down_proj` of `3.mlp.down_proj.weight`."""
+    return name.partition(".")[2].removesuffix(".weight")
+
+
+def _order(target: Target) -> tuple[int, int, list[tuple[int, str]]]:
+    """Sort key: by layer, then q k v o gate up down, then by name with numbers as numbers."""
+    last = target.name.rpartition(".")[2]
+    natural = [(int(part), "") if part.isdigit() else (-1, part) for part in target.name.split(".")]
+    return target.layer, ORDER.index(last) if last in ORDER else len(ORDER), natural
+
+
+def _some(names: Sequence[str]) -> str:
+    return "its names look like " + ", ".join(repr(name) for name in names[:3])

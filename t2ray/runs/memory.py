@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from t2ray.core import ConfigError, ResourceError
+from t2ray.models.families import layer_of, layers_prefix
 from t2ray.models.skeleton import skeleton
-from t2ray.models.targets import LAYER, Target, select_targets
+from t2ray.models.targets import Selection, Target, select_targets
 from t2ray.training.loss import CHUNK_ELEMENTS
 
 GIB = 2**30
@@ -58,13 +59,17 @@ class ModelShape:
     parameters: int
     layers: int
     weight_bytes: Mapping[int | None, int]
-    targets: tuple[Target, ...]
+    selection: Selection
     size: int
     kv_token_layer: int
     hidden: int
     heads_width: int
     intermediate: int
     vocabulary: int
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        return self.selection.targets
 
     @property
     def K(self) -> int:
@@ -78,33 +83,35 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
         ModelError: there is no such model.
         ConfigError: the model does not have these targets or layers.
     """
-    shapes, config = skeleton(ref)
-    text = config.get_text_config()
-    dtype = str(getattr(text, "dtype", None) or getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    hf = skeleton(ref)
+    text, prefix = hf.config.get_text_config(decoder=True), layers_prefix(hf)
+    dtype = str(getattr(text, "dtype", None) or getattr(hf.config, "dtype", None) or "float32").removeprefix("torch.")
     size = _BYTES.get(dtype, 4)
     weight_bytes: dict[int | None, int] = {}
-    for name, dimensions in shapes.items():
-        place = LAYER.search(name)
-        where = int(place[1]) if place else (None if "embed" in name or "wte" in name else -1)
-        count = size
-        for dimension in dimensions:
-            count *= dimension
-        weight_bytes[where] = weight_bytes.get(where, 0) + count
-    heads = int(text.num_attention_heads)
+    for name, parameter in hf.named_parameters():
+        layer = layer_of(name, prefix)
+        where = layer if layer is not None else (None if "embed" in name or "wte" in name else -1)
+        weight_bytes[where] = weight_bytes.get(where, 0) + size * parameter.numel()
+    heads = _largest(text.num_attention_heads)
     width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    kv_heads = int(getattr(text, "num_key_value_heads", None) or heads)
+    kv_heads = _largest(getattr(text, "num_key_value_heads", None) or heads)
     return ModelShape(
         parameters=sum(weight_bytes.values()) // size,
         layers=int(text.num_hidden_layers),
         weight_bytes=weight_bytes,
-        targets=tuple(select_targets(shapes, targets, layers)),
+        selection=select_targets(hf, targets, layers),
         size=size,
         kv_token_layer=2 * kv_heads * width * size,
         hidden=int(text.hidden_size),
         heads_width=heads * width,
-        intermediate=int(getattr(text, "intermediate_size", 4 * text.hidden_size)),
+        intermediate=_largest(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(text.vocab_size),
     )
+
+
+def _largest(value: int | Sequence[int]) -> int:
+    """A size of a configuration, of which some have one per layer."""
+    return int(value) if isinstance(value, int) else max(value)
 
 
 def training(shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, rows: int) -> list[GpuMemory]:
