@@ -17,7 +17,7 @@ import torch
 from pyarrow import fs
 from safetensors.torch import save_file
 
-from t2ray.adapters.factors import Factors, Target, decompose
+from t2ray.adapters.factors import Factors, Manifest, Target, decompose_matrix
 from t2ray.cli.main import main
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
 from t2ray.experts.exchange import export_expert, histogram, import_expert
@@ -325,11 +325,17 @@ def test_a_mixture_is_kept_by_name_and_is_no_expert(registry: Registry) -> None:
 
 @pytest.fixture
 def factors(tmp_path: Path) -> Factors:
-    generator = torch.Generator().manual_seed(0)
-    named = {f"{target.name}.weight": torch.randn(target.m, target.n, generator=generator) for target in LAYOUT}
-    (tmp_path / "model").mkdir()
-    save_file(named, tmp_path / "model" / "model.safetensors")
-    return decompose(str(tmp_path / "model"), tmp_path / "factors")
+    """Of three matrices that no model has together."""
+    generator, folder = torch.Generator().manual_seed(0), tmp_path / "factors"
+    for target in LAYOUT:
+        w_MN = torch.randn(target.m, target.n, generator=generator)
+        tensors = dict(zip(("U", "s", "Vh"), decompose_matrix(w_MN)[:3], strict=True))
+        Store(folder).write_tensors(f"{target.name}.safetensors", tensors)
+    manifest = Manifest(
+        base_digest=BASE, svd_dtype="float32", dtype="float32", targets=LAYOUT, model="model",
+        errors={target.name: (0.0, 0.0) for target in LAYOUT},
+    )  # fmt: skip
+    return Factors(folder, manifest)
 
 
 def test_an_exported_expert_is_imported_unchanged(local: Registry, factors: Factors, tmp_path: Path) -> None:

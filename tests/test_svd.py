@@ -14,11 +14,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2ray.adapters import factors as svd
 from t2ray.adapters.factors import Factors, Target, decompose, decompose_matrix, select_targets
 from t2ray.core import ConfigError, ModelError
-from t2ray.models.targets import parse_layers
+from t2ray.models.targets import adapted, parse_layers
 from t2ray.models.weights import Weights
 
 KINDS = {
@@ -47,9 +48,22 @@ def tensors(dtype: torch.dtype = torch.float32, layers: int = 2, seed: int = 0) 
     return named
 
 
+def config(layers: int = 2) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=40, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, attention_bias=True,
+    )  # fmt: skip
+
+
+def llama(layers: int = 2) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        return LlamaForCausalLM(config(layers))
+
+
 def make(folder: Path, named: dict[str, torch.Tensor]) -> str:
     folder.mkdir()
     save_file(named, folder / "model.safetensors")
+    config().save_pretrained(folder)
     return str(folder)
 
 
@@ -62,45 +76,37 @@ def model(tmp_path: Path) -> str:
 
 
 def test_default_targets_are_the_projections_in_the_order_of_the_model() -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in reversed(tensors(layers=11).items())}
-    names = [target.name for target in select_targets(shapes)]
-    assert names == [f"model.layers.{layer}.{kind}" for layer in range(11) for kind in KINDS]
+    chosen = select_targets(llama(layers=11))
+    assert [target.name for target in chosen.targets] == [
+        f"model.layers.{layer}.{kind}" for layer in range(11) for kind in KINDS
+    ]
+    assert (chosen.share, chosen.left_out) == (1.0, ())
 
 
 def test_a_target_has_layer_shape_and_rank() -> None:
-    shapes = {"model.layers.3.mlp.down_proj.weight": (16, 40)}
-    assert select_targets(shapes) == [Target(name="model.layers.3.mlp.down_proj", layer=3, m=16, n=40, rank=16)]
+    (down,) = select_targets(llama(4), ["*.3.mlp.down_proj"]).targets
+    assert down == Target(name="model.layers.3.mlp.down_proj", layer=3, m=16, n=40, rank=16)
+    assert down.parameter == "model.layers.3.mlp.down_proj.weight"
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.embed_tokens.weight",
-        "lm_head.weight",
-        "model.layers.0.input_layernorm.weight",
-        "model.layers.0.self_attn.q_norm.weight",
-        "model.layers.0.embed_positions.weight",
-        "model.layers.0.mlp.gate.weight",
-        "transformer.wte.weight",
-        "transformer.h.0.ln_1.weight",
-    ],
-)
-def test_embeddings_head_norms_and_routers_are_never_targets(name: str) -> None:
-    shapes = {name: (8, 8), "model.layers.0.mlp.up_proj.weight": (8, 4)}
-    for patterns in (None, ["*"]):
-        assert [target.name for target in select_targets(shapes, patterns)] == ["model.layers.0.mlp.up_proj"]
+def test_embeddings_head_and_norms_are_never_targets() -> None:
+    assert select_targets(llama(), ["*"]) == select_targets(llama())
 
 
-def test_another_tower_is_a_target_only_when_asked() -> None:
-    tower = "vision_tower.encoder.layers.0.mlp.fc1"
-    shapes = {f"{tower}.weight": (8, 8), "language_model.model.layers.0.mlp.up_proj.weight": (8, 4)}
-    assert [target.name for target in select_targets(shapes)] == ["language_model.model.layers.0.mlp.up_proj"]
-    assert [target.name for target in select_targets(shapes, ["vision_tower.*"])] == [tower]
+def test_what_is_left_out_is_told_with_its_share() -> None:
+    chosen = select_targets(llama(), ["*.q_proj", "*.down_proj"], "0")
+    assert set(chosen.left_out) == set(KINDS)  # in one layer or in both
+    sizes = {kind: m * n for kind, (m, n) in KINDS.items()}
+    share = (sizes["self_attn.q_proj"] + sizes["mlp.down_proj"]) / (2 * sum(sizes.values()))
+    assert chosen.share == pytest.approx(share)
+    assert adapted(0.11, ["mlp.experts.down_proj"]) == (
+        "adapted: 11 % of the decoder layers' weights; left out: mlp.experts.down_proj (choose by targets and layers)"
+    )
+    assert adapted(1.0, []) == "adapted: 100 % of the decoder layers' weights"
 
 
 def test_patterns_and_layers_choose_together() -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors(layers=4).items()}
-    chosen = select_targets(shapes, ["*.mlp.*", "*.q_proj.weight"], "0,2-3")
+    chosen = select_targets(llama(4), ["*.mlp.*", "*.q_proj.weight"], "0,2-3").targets
     assert {target.layer for target in chosen} == {0, 2, 3}
     assert [target.name.rpartition(".")[2] for target in chosen[:4]] == ["q_proj", "gate_proj", "up_proj", "down_proj"]
     assert len(chosen) == 12
@@ -120,9 +126,8 @@ def test_patterns_and_layers_choose_together() -> None:
 def test_what_matches_nothing_is_refused_with_examples(
     patterns: list[str] | None, layers: str | None, says: str
 ) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors().items()}
     with pytest.raises(ConfigError, match=says):
-        select_targets(shapes, patterns, layers)
+        select_targets(llama(), patterns, layers)
 
 
 def test_layer_ranges_are_inclusive() -> None:
@@ -259,12 +264,24 @@ def test_a_folder_with_a_foreign_plan_is_refused(model: str, tmp_path: Path) -> 
 def test_a_weight_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
     named = tensors()
     named["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj holds values that are not finite"):
         decompose(make(tmp_path / "model", named), tmp_path / "f")
 
 
+def test_weights_of_another_shape_than_the_configuration_says_are_refused_before_anything_is_computed(
+    tmp_path: Path,
+) -> None:
+    named = tensors() | {"model.layers.1.mlp.up_proj.weight": torch.zeros(8, 16)}
+    with pytest.raises(ModelError, match=r"up_proj has the shape \(8, 16\), and its config.json says \(40, 16\)"):
+        decompose(make(tmp_path / "model", named), tmp_path / "f")
+    del named["model.layers.1.mlp.up_proj.weight"]
+    with pytest.raises(ModelError, match=r"no weight for model\.layers\.1\.mlp\.up_proj of LlamaForCausalLM"):
+        decompose(make(tmp_path / "other", named), tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
-    named = {"model.layers.0.mlp.up_proj.weight": torch.zeros(4, 4, dtype=torch.int8)}
+    named = tensors() | {"model.layers.0.mlp.up_proj.weight": torch.zeros(40, 16, dtype=torch.int8)}
     with pytest.raises(ModelError, match="stored as I8"):
         decompose(make(tmp_path / "model", named), tmp_path / "f")
 
