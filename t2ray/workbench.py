@@ -23,6 +23,7 @@ from t2ray.engine.choose import vllm_engine
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Expert, Registry
+from t2ray.models.load import load_chat
 from t2ray.models.weights import open_weights
 from t2ray.runs.folder import read_run
 from t2ray.store import Store
@@ -112,6 +113,7 @@ def open_factors(place: Place, bar: Bar = quiet) -> Factors:
     if (folder / MANIFEST).exists():
         return Factors.open(folder, weights.digest)
     targets, layers = (place.run.targets, place.run.layers) if place.run else (None, None)
+    load_chat(weights.folder)  # a model that cannot be used is told before it is decomposed
     with bar("decompose") as progress:
         return decompose(place.model, folder, targets=targets, layers=layers, progress=progress)
 

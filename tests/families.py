@@ -158,9 +158,7 @@ def tokenized(tokenizer: Path, folder: Path) -> Path:
     return folder
 
 
-def write(
-    name: str, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.float32, **own: Any
-) -> Path:
+def write(name: str, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.float32, **own: Any) -> Path:
     """A random model of an architecture with the tokenizer of another folder."""
     config = CONFIG_MAPPING[name](**(settings(name) | own))
     with torch.random.fork_rng():

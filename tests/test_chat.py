@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from t2ray.core import ConfigError, Message, user
+from t2ray.core import ConfigError, Message, ModelError, user
 from t2ray.models.chat import Chat
+from t2ray.models.load import load_chat
 
 
 @pytest.fixture
@@ -103,3 +108,36 @@ def test_text_survives_byte_for_byte(chat: Chat) -> None:
 def test_the_end_token_pads_where_the_tokenizer_has_no_padding_token(chat: Chat) -> None:
     chat.tokenizer.pad_token = None
     assert Chat(chat.tokenizer, [7, 8]).pad_id == 7
+
+
+def test_a_template_gets_what_a_job_says_and_the_day_that_the_run_began(chat: Chat) -> None:
+    chat.tokenizer.chat_template = (
+        "{{ strftime_now('%d %b %Y') }}{% if not thinking %} quick{% endif %}{{ messages[0].content }}"
+    )
+    chat.date = date(2026, 1, 31)
+    assert chat.decode(chat.encode(user("?"))) == "31 Jan 2026 quick?"
+    chat.template = {"thinking": True}
+    assert chat.decode(chat.encode(user("?"))) == "31 Jan 2026?"
+
+
+def test_a_raw_text_that_begins_with_the_token_that_begins_texts_gets_no_second_one(tiny_llama: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama, bos_token="<|system|>")
+    bos = tokenizer.bos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", bos)]
+    )
+    chat = Chat(tokenizer, [tokenizer.eos_token_id])
+    assert chat.encode_text("Hi")[0] == bos
+    assert chat.encode_text("<|system|>Hi") == chat.encode_text("Hi")
+    assert chat.encode_text("<|system|><|system|>Hi") == (bos, *chat.encode_text("Hi"))
+
+
+def test_a_model_that_nothing_ends_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    (folder / "generation_config.json").unlink()
+    for name in ("config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        settings.pop("eos_token_id", None), settings.pop("eos_token", None)
+        (folder / name).write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match="nothing says which token ends an answer; write eos_token_id"):
+        load_chat(folder)

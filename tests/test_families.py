@@ -3,167 +3,263 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, WITH_IMAGES, tokenized, write
+from safetensors.torch import load_file, save_file
+from small import rollout
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Mixture, ModelError, SamplingParams
+from t2ray.core import Completion, ContextExceeded, Mixture, ModelError, SamplingParams
 from t2ray.engine.offline import OfflineEngine
-from t2ray.engine.online import OnlineEngine
-from t2ray.engine.probe import compare, expected
+from t2ray.engine.protocol import Engine
+from t2ray.engine.serving import compare, sample, serving_engine
+from t2ray.experts.registry import Registry
 from t2ray.models.chat import Chat
 from t2ray.models.families import Family
+from t2ray.models.skeleton import model_class, skeleton
+from t2ray.models.targets import matrix, select_targets
+from t2ray.runs.memory import shape_of
+from t2ray.training.loss import backward
 
-SMALL: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 261, "max_position_embeddings": 256, "pad_token_id": 0,
-    "bos_token_id": None, "eos_token_id": 1, "initializer_range": 0.2,
-}  # fmt: skip
-HEADS = {"head_dim": 16}
-
-# Architecture -> what its configuration has besides.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": HEADS,
-    "mistral": HEADS,
-    "qwen2": {},
-    "qwen3": HEADS,
-    "gemma": HEADS,
-    "gemma2": HEADS | {"final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": HEADS | {"query_pre_attn_scalar": 16},
-    "phi": {},
-    "phi3": {},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "gpt_neox": {},
-    "gptj": {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 8, "n_positions": 256},
-    "falcon": {"num_kv_heads": 4},
-    "stablelm": {},
-    "olmo2": {},
-    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 2.0},
-    "cohere": {"logit_scale": 0.3},
-    "cohere2": HEADS | {"logit_scale": 0.2},
-    "starcoder2": {},
-    "nemotron": HEADS,
-    "smollm3": {},
-    "glm4": HEADS,
-    "exaone4": HEADS,
-}
-
-
-@pytest.fixture(scope="module")
-def models(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    """Loaded models by architecture, made when a test asks for one."""
-    return _Models(tiny_llama, tmp_path_factory.mktemp("families"))
-
-
-class _Models(dict[str, Model]):
-    def __init__(self, tokenizer: Path, out: Path) -> None:
-        super().__init__()
-        self.tokenizer, self.out = tokenizer, out
-
-    def __missing__(self, name: str) -> Model:
-        folder = write(name, FAMILIES[name], self.tokenizer, self.out / name)
-        decompose(str(folder), self.out / f"{name}-factors")
-        self[name] = load_model(str(folder), self.out / f"{name}-factors", device="cpu")
-        return self[name]
-
-
-def write(name: str, own: dict[str, Any], tokenizer: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """A random model of an architecture with the tokenizer of another folder."""
-    settings = {key: value for key, value in {**SMALL, **own}.items()}
-    config = CONFIG_MAPPING[name](**settings)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        if (tokenizer / file).exists():
-            shutil.copy(tokenizer / file, folder)
-    return folder
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BASE, MATH = Mixture.base(), Mixture.parse("math")
+PROMPTS = ("17+25", "a longer prompt than that")
+LABELS = ("yes", "no!!")
 
 
 def plain(model: Model) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model.hf.config._name_or_path).eval()
+    folder = model.hf.config._name_or_path
+    return model_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder).eval().requires_grad_(False)
 
 
 def merged(model: Model, z_K: Tensor) -> Any:
     """The model of transformers alone, its matrices replaced by `U diag(s z) V^T`, worked out anew by torch's SVD."""
-    hf = plain(model)
-    modules = dict(hf.named_modules())
-    for target, z_r in model.adapter.split(z_K).items():
-        weight_MN = modules[target].weight.data
+    hf, z = plain(model), model.adapter.split(z_K)
+    for target in model.adapter.layout:
+        weight_MN, _ = matrix(hf, target)
         u, s, vh = torch.linalg.svd(weight_MN.double(), full_matrices=False)
-        weight_MN.copy_(u @ torch.diag(s * z_r.double()) @ vh)
+        weight_MN.copy_(u @ torch.diag(s * z[target.name].double()) @ vh)
     return hf
 
 
-def ids_of(model: Model, rows: int = 2, length: int = 7) -> Tensor:
-    return torch.randint(5, 260, (rows, length), generator=torch.Generator().manual_seed(1))
+def random_z(model: Model, rows: int) -> Tensor:
+    return 1 + 0.1 * torch.randn(rows, model.adapter.size, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_losss_logits_are_the_models(models: dict[str, Model], name: str) -> None:
-    model, ids_BT = models[name], ids_of(models[name])
+def ids_of(rows: int = 2, length: int = 7) -> Tensor:
+    return torch.randint(6, 260, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+def logits(model: Model, ids_BT: Tensor) -> Tensor:
+    return model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
+
+
+def reference_logprobs(hf: Any, ids: tuple[int, ...], answer: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Of an answer's tokens, and of the likeliest in their places; all at once, without a cache."""
+    logprob_TV = hf(input_ids=torch.tensor([[*ids, *answer]])).logits[0, len(ids) - 1 : -1].float().log_softmax(-1)
+    return logprob_TV.gather(-1, torch.tensor(answer)[:, None])[:, 0], logprob_TV.max(-1).values
+
+
+async def answers(engine: Engine) -> tuple[list[Completion], list[tuple[float, ...]]]:
+    """Of all prompts with both mixtures, asked together."""
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    asked = [(prompt, mixture) for prompt in PROMPTS for mixture in (BASE, MATH)]
+    texts = await asyncio.gather(*(engine.generate(*pair, sampling) for pair in asked))
+    return texts, await asyncio.gather(*(engine.score(prompt, LABELS, mixture) for prompt, mixture in asked))
+
+
+def check_answers(model: Model, found: tuple[list[Completion], list[tuple[float, ...]]], references: list[Any]) -> None:
+    """That they are greedy answers and scores of the models they should be of, base and merged in turn."""
+    for i, (answer, scores) in enumerate(zip(*found, strict=True)):
+        hf = references[i % 2]
+        chosen, best = reference_logprobs(hf, answer.prompt_ids, answer.token_ids)
+        close(torch.tensor(answer.logprobs), chosen)
+        close(chosen, best)
+        for label, score in zip(LABELS, scores, strict=True):
+            chosen, _ = reference_logprobs(hf, answer.prompt_ids, model.chat.encode_answer(label))
+            assert score == pytest.approx(float(chosen.sum()), abs=5e-3)
+
+
+def trained(model: Model) -> Tensor:
+    """Two steps of the loss from z = 1."""
+    z_1K = torch.ones(1, model.adapter.size, requires_grad=True)
+    optimizer = torch.optim.AdamW([z_1K], lr=0.01, weight_decay=0.0)
+    batch = [rollout(row[:4], row[4:]) for row in ids_of().tolist()]
+    for _ in range(2):
+        optimizer.zero_grad(set_to_none=False)
+        z_1K.grad = torch.zeros_like(z_1K)
+        terms = backward(model, z_1K, batch, [1.0, -0.5], lam=0.1, temperature=1.0, batch=2)
+        optimizer.step()
+        assert terms.loss == terms.loss
+    return z_1K.detach()[0]
+
+
+async def served(model: Model, z_K: Tensor) -> tuple[str, Any]:
+    """How a model is served, and what an endpoint answers."""
+    engine = await serving_engine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
+    try:
+        engine.set_experts({"math": z_K})
+        return "in batches" if isinstance(engine, OfflineEngine) else "continuously", await answers(engine)
+    finally:
+        engine.stop()
+
+
+ROWS: dict[str, str] = {}
+"""The lines of docs/models.md, as the tests find them."""
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *WITH_IMAGES])
+def test_a_family_works_from_end_to_end(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plan, factors, probe, loss, training, registry, mixed batches and scores, served: against the model itself."""
+    folder = write(name, tiny_llama, tmp_path / "model")
+    planned = shape_of(str(folder))
+    factors = decompose(str(folder), tmp_path / "factors")
+    assert factors.layout == planned.targets and factors.manifest.left_out == planned.selection.left_out
+    model = load_model(str(folder), tmp_path / "factors", device="cpu")
+    base, ids_BT, z_2K = plain(model), ids_of(), random_z(model, 2)
+    mixed = merged(model, z_2K[1])
     with torch.no_grad():
-        ours = model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
-        torch.testing.assert_close(ours, plain(model)(input_ids=ids_BT).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(logits(model, ids_BT), base(input_ids=ids_BT).logits, rtol=1e-4, atol=1e-4)
+        with model.adapter.rows(z_2K, torch.arange(2)):
+            together = logits(model, ids_BT)
+        with model.adapter.folded(z_2K[1]):
+            folded = logits(model, ids_BT[1:])
+        expected = mixed(input_ids=ids_BT[1:]).logits
+    close(together[1:], expected)
+    close(folded, expected)
+
+    z_K = trained(model)
+    still = [target for target, z_r in model.adapter.split(z_K).items() if bool((z_r == 1).all())]
+    assert not still, f"two steps do not move {still}"
+    registry = Registry(tmp_path / "experts")
+    registry.save("math", model.adapter.split(z_K), base_digest=model.base_digest)
+    loaded = registry.load("math", base_digest=model.base_digest, layout=model.adapter.layout)
+    assert torch.equal(model.adapter.join(loaded.z), z_K)
+
+    offline = OfflineEngine(model)
+    offline.set_experts({"math": z_2K[1]})
+    check_answers(model, asyncio.run(answers(offline)), [base, mixed])
+    way, found = asyncio.run(served(model, z_2K[1]))
+    check_answers(model, found, [base, mixed])
+    known = FAMILIES[name][0] if name in FAMILIES else WITH_IMAGES[name][0]
+    ROWS[name] = f"| {known} | `{name}` | {way} | {row(factors.manifest.left_out)} |"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_z_is_the_model_with_its_singular_values_scaled(models: dict[str, Model], name: str) -> None:
-    """Alone and beside another row, against a model that knows nothing of t2ray."""
-    model, ids_BT = models[name], ids_of(models[name])
-    draw = torch.Generator().manual_seed(2)
-    z_RK = 1 + 0.1 * torch.randn(2, model.adapter.size, generator=draw)
+def row(left_out: tuple[str, ...]) -> str:
+    return ", ".join(f"`{kind}`" for kind in left_out) or "nothing"
+
+
+def test_the_page_of_models_is_what_the_families_showed() -> None:
+    """`T2RAY_WRITE_DOCS=1 pytest tests/test_families.py` writes it."""
+    if ROWS.keys() != FAMILIES.keys() | WITH_IMAGES.keys():
+        pytest.skip("only some families were tested")
+    begin, end = "| --- | --- | --- | --- |\n", "\n\n"
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    page = before + begin + "\n".join(ROWS[name] for name in (*FAMILIES, *WITH_IMAGES)) + end + rest.partition(end)[2]
+    if os.environ.get("T2RAY_WRITE_DOCS"):
+        PAGE.write_text(page, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == page, "docs/models.md is stale; see this test's docstring"
+
+
+# ------------------------------------------------------------------------------------------------------- names, experts
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text"])
+def test_every_moe_experts_matrix_has_a_z_of_its_own_routed_by_token(
+    name: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Beside another row = alone = folded = a model with those matrices; a step moves those that tokens went to."""
+    folder = write(name, tiny_llama, tmp_path / "model")
+    assert not any(target.expert is not None for target in select_targets(skeleton(str(folder))).targets)
+    factors = decompose(str(folder), tmp_path / "factors", targets=["*.experts.*"])
+    stacks = {target.parameter for target in factors.layout if target.expert is not None}
+    assert len(factors.layout) >= 4 * len(stacks) > 0
+    model = load_model(str(folder), tmp_path / "factors", device="cpu")
+    base, ids_BT, z_2K = plain(model), ids_of(length=12), random_z(model, 2)
     with torch.no_grad():
-        with model.adapter.rows(z_RK, torch.arange(2)):
-            together = model.logits(model.hidden(ids_BT, torch.ones_like(ids_BT)))
-        for row, z_K in enumerate(z_RK):
-            expected = merged(model, z_K)(input_ids=ids_BT[row : row + 1]).logits
-            torch.testing.assert_close(together[row : row + 1], expected, rtol=2e-3, atol=2e-3)
-            with model.adapter.folded(z_K):
-                folded = model.logits(model.hidden(ids_BT[row : row + 1], torch.ones_like(ids_BT[:1])))
-            torch.testing.assert_close(folded, expected, rtol=2e-3, atol=2e-3)
+        assert torch.equal(logits(model, ids_BT), logits(model, ids_BT))
+        torch.testing.assert_close(logits(model, ids_BT), base(input_ids=ids_BT).logits, rtol=1e-4, atol=1e-4)
+        with model.adapter.rows(z_2K, torch.arange(2)):
+            together = logits(model, ids_BT)
+        for i in range(2):
+            hf = merged(model, z_2K[i])
+            close(together[i : i + 1], hf(input_ids=ids_BT[i : i + 1]).logits)
+            with model.adapter.folded(z_2K[i]):
+                close(logits(model, ids_BT[i : i + 1]), hf(input_ids=ids_BT[i : i + 1]).logits)
+    way, found = asyncio.run(served(model, z_2K[1]))
+    check_answers(model, found, [base, hf])
+    moved = {target for target, z_r in model.adapter.split(trained(model)).items() if bool((z_r != 1).any())}
+    assert sum(".experts." in target for target in moved) >= 4
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_answers_of_a_mixed_batch_are_those_of_the_merged_model(models: dict[str, Model], name: str) -> None:
-    model = models[name]
-    z_K = 1 + 0.1 * torch.randn(model.adapter.size, generator=torch.Generator().manual_seed(3))
-    engine = OfflineEngine(model)
-    engine.set_experts({"math": z_K})
-    sampling = SamplingParams(max_tokens=6, ignore_eos=True)
-    prompts = ["17+25", "a longer prompt than that"]
-    mixtures = [Mixture.base(), Mixture.parse("math")]
+def test_a_checkpoint_without_the_prefix_has_the_same_factors(tiny_llama: Path, tmp_path: Path) -> None:
+    """GPT-2 lies on the hub as `h.0.attn.c_attn.weight`, with its inputs before its outputs."""
+    folder = write("gpt2", tiny_llama, tmp_path / "model")
+    named = load_file(folder / "model.safetensors")
+    bare = tokenized(tiny_llama, write("gpt2", tiny_llama, tmp_path / "bare"))
+    save_file({name.removeprefix("transformer."): t for name, t in named.items()}, bare / "model.safetensors")
+    ours, hubs = decompose(str(folder), tmp_path / "f"), decompose(str(bare), tmp_path / "g")
+    assert ours.layout == hubs.layout and ours.base_digest != hubs.base_digest
+    attn = ours.layout[0]
+    assert (attn.name, attn.m, attn.n) == ("transformer.h.0.attn.c_attn", 96, 32)
+    for target in ours.layout:
+        for a, b in zip(ours.load(target.name), hubs.load(target.name), strict=True):
+            assert torch.equal(a, b)
 
-    async def ask() -> list[Any]:
-        return await asyncio.gather(*(engine.generate(p, m, sampling) for p in prompts for m in mixtures))
 
-    answers = asyncio.run(ask())
-    references = {str(Mixture.base()): plain(model), "math:1": merged(model, z_K)}
-    for answer in answers:
-        reference, ids = references[str(answer.mixture)], list(answer.prompt_ids)
-        for token in answer.tokens:  # greedy, without a cache
-            with torch.no_grad():
-                logprob_V = reference(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            assert float(logprob_V[token.id]) == pytest.approx(token.logprob, abs=2e-3)
-            assert float(logprob_V.max()) - float(logprob_V[token.id]) < 2e-3
-            ids.append(token.id)
+def test_a_model_without_attention_is_one_line_before_anything_is_computed(tiny_llama: Path, tmp_path: Path) -> None:
+    config = CONFIG_MAPPING["mamba"](hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="MambaForCausalLM has no attention"):
+        decompose(str(tmp_path / "model"), tmp_path / "factors")
+
+
+def test_a_row_does_not_depend_on_the_length_of_its_neighbours_with_long_rope(tiny_llama: Path, tmp_path: Path) -> None:
+    """transformers takes other frequencies for all rows where one is long; the context ends before that."""
+    rope = {
+        "rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    folder = write("phi3", tiny_llama, tmp_path / "model", rope_parameters=rope, original_max_position_embeddings=32)
+    decompose(str(folder), tmp_path / "factors")
+    model = load_model(str(folder), tmp_path / "factors", device="cpu")
+    engine, sampling = OfflineEngine(model), SamplingParams(max_tokens=4, ignore_eos=True)
+    assert model.context == 32
+    with pytest.raises(ContextExceeded):
+        asyncio.run(engine.generate("x" * 30, BASE, sampling))
+    short, long = ids_of(1, 8), ids_of(1, 80)
+    expected = plain(model)(input_ids=short).logits
+    with torch.no_grad():
+        logits(model, long)
+        torch.testing.assert_close(logits(model, short), expected, rtol=1e-4, atol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------- probe
 
 
 def test_what_a_model_does_after_its_head_is_in_no_table_is_refused(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A Granite whose scale nobody knew would be trained on wrong logits."""
-    folder = write("granite", FAMILIES["granite"], tiny_llama, tmp_path / "granite")
+    folder = write("granite", tiny_llama, tmp_path / "granite")
     decompose(str(folder), tmp_path / "factors")
     monkeypatch.setattr("t2ray.models.families._AFTER_HEAD", {})
     with pytest.raises(ModelError, match="GraniteForCausalLM: the loss's logits differ by .* does not support"):
@@ -185,10 +281,10 @@ def test_a_layer_that_the_model_never_calls_is_told(
 def test_in_half_precision_a_z_of_1_is_the_base_model_bit_for_bit_also_beside_other_rows(
     tiny_llama: Path, tmp_path: Path, dtype: torch.dtype
 ) -> None:
-    folder = write("llama", HEADS, tiny_llama, tmp_path / "half", dtype)
+    folder = write("llama", tiny_llama, tmp_path / "half", dtype)
     decompose(str(folder), tmp_path / "factors")
     model = load_model(str(folder), tmp_path / "factors", device="cpu")
-    ids_BT = ids_of(model)
+    ids_BT = ids_of()
     z_RK = torch.stack([model.adapter.neutral, 1 + 0.1 * torch.randn(model.adapter.size)])
     with torch.no_grad():
         base = model.hidden(ids_BT, torch.ones_like(ids_BT))
@@ -199,7 +295,7 @@ def test_in_half_precision_a_z_of_1_is_the_base_model_bit_for_bit_also_beside_ot
 
 def test_in_half_precision_a_small_change_of_z_is_not_lost(tiny_llama: Path, tmp_path: Path) -> None:
     """|z - 1| = 0.001, of which a folded bfloat16 weight keeps half; and so no mixture is folded."""
-    folder = write("llama", HEADS, tiny_llama, tmp_path / "half", torch.bfloat16)
+    folder = write("llama", tiny_llama, tmp_path / "half", torch.bfloat16)
     decompose(str(folder), tmp_path / "factors")
     model = load_model(str(folder), tmp_path / "factors", device="cpu")
     layer = model.adapter.layers[0]  # type: ignore[attr-defined]
@@ -243,48 +339,44 @@ def test_an_architecture_without_a_limit_has_a_context_of_its_own() -> None:
 # -------------------------------------------------------------------------------------------------------------- serving
 
 
-def served(model: Model) -> None:
-    """Starts an online engine as an endpoint does: with a probe."""
-
-    async def start() -> None:
-        wanted = await expected(model)
-        engine = OnlineEngine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
-        engine.start()
-        try:
-            await compare(engine, model, wanted)
-        finally:
-            engine.stop()
-
-    asyncio.run(start())
-
-
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "granite", "cohere"])
-def test_the_online_engine_computes_what_the_offline_one_does_also_with_eager_attention(
-    models: dict[str, Model], name: str
+def test_an_engine_that_computes_something_else_does_not_serve(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Gemma 2 attends eagerly: its scorings need another attention than the paged one of its steps."""
-    served(models[name])
+    decompose(str(tiny_llama), tmp_path / "factors")
+    model = load_model(str(tiny_llama), tmp_path / "factors", device="cpu")
 
-
-@pytest.mark.parametrize("name", ["gptj", "falcon", "stablelm"])
-def test_a_model_that_cannot_be_batched_continuously_is_refused_before_it_answers(
-    models: dict[str, Model], name: str
-) -> None:
-    with pytest.raises(ModelError, match="For.*continuous batching.*can be trained and evaluated, and not be served"):
-        served(models[name])
-
-
-def test_an_engine_that_computes_something_else_is_refused(models: dict[str, Model]) -> None:
-    model = models["llama"]
-
-    async def wrong() -> None:
+    async def start() -> Engine:
         engine = OfflineEngine(model)
-        wanted = await expected(model)
+        wanted = await sample(engine)
         scores = tuple(score - 1 for score in wanted.scores)
-        await compare(engine, model, replace(wanted, scores=scores))
+        with pytest.raises(ModelError, match="computes other answers than the model .*differ by 1"):
+            await compare(engine, model, replace(wanted, scores=scores))
+        monkeypatch.setattr("t2ray.engine.serving.TOLERANCE", (-1.0, -1.0))
+        return await serving_engine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
 
-    with pytest.raises(ModelError, match="computes other answers than the model .*differ by 1"):
-        asyncio.run(wrong())
+    assert isinstance(asyncio.run(start()), OfflineEngine)
+    assert "computes other answers" in caplog.text and "batches of whole answers instead" in caplog.text
+
+
+def test_calls_that_come_while_a_batch_runs_make_the_next_and_the_loop_goes_on(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    decompose(str(tiny_llama), tmp_path / "factors")
+    model = load_model(str(tiny_llama), tmp_path / "factors", device="cpu")
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+
+    async def ask() -> tuple[list[Completion], int]:
+        with ThreadPoolExecutor(1) as pool:
+            engine = OfflineEngine(model, pool=pool)
+            first = asyncio.ensure_future(engine.generate("17+25", BASE, sampling))
+            while not engine.stats.running:
+                await asyncio.sleep(0)
+            others = [engine.generate(f"prompt {i}", BASE, sampling) for i in range(3)]
+            return await asyncio.gather(first, *others), engine.stats.steps
+
+    found, batches = asyncio.run(ask())
+    alone = asyncio.run(OfflineEngine(model).generate("prompt 2", BASE, sampling))
+    assert batches == 2 and found[3].token_ids == alone.token_ids
 
 
 # ------------------------------------------------------------------------------------------------------- ends of turns

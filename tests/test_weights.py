@@ -118,3 +118,9 @@ def test_weights_are_opened_once_until_a_file_changes(tmp_path: Path) -> None:
     write({"a.weight": torch.ones(2, 3), "b.weight": torch.ones(1)})
     again = open_weights(tmp_path)
     assert again is not first and again.digest != first.digest and list(again.shapes) == ["a.weight", "b.weight"]
+
+
+def test_a_folder_of_gguf_files_is_told_how_to_be_dequantised(tmp_path: Path) -> None:
+    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"quantised; dequantise them once .*gguf_file='model-q4.gguf'"):
+        Weights(tmp_path)

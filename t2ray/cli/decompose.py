@@ -22,7 +22,8 @@ def add(p: Parser) -> None:
         "--targets",
         nargs="+",
         metavar="PATTERN",
-        help='Patterns of the matrices to factor, such as "*.mlp.*". Default: every linear layer of the decoder, and no matrix of a routed MoE expert.',
+        help='Patterns of the matrices to factor, such as "*.mlp.*". Default: every linear layer of the '
+        "decoder, and no routed MoE expert.",
     )
     p.add_argument(
         "--layers", metavar="RANGES", help='The decoder layers to factor, such as "0-15,20". Default: all of them.'

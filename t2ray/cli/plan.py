@@ -27,7 +27,10 @@ def add(p: Parser) -> None:
     p.set_defaults(command=run)
     p.add_argument("model", metavar="MODEL", help='A config.json, a folder with one, "tiny" or a hub id.')
     p.add_argument(
-        "--targets", nargs="+", metavar="PATTERN", help="Patterns of the adapted matrices. Default: as `t2ray decompose`."
+        "--targets",
+        nargs="+",
+        metavar="PATTERN",
+        help="Patterns of the adapted matrices. Default: see decompose.",
     )
     p.add_argument(
         "--layers", metavar="RANGES", help='The adapted decoder layers, such as "0-15,20". Default: all of them.'

@@ -133,7 +133,7 @@ class DomainConfig(Strict):
 # What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
 FREE = frozenset(
     {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
-     "preset", "unsafe_code", "verify_timeout_s"}
+     "preset", "unsafe_code", "verify_timeout_s", "date"}
 )  # fmt: skip
 FREE_DOMAIN = frozenset({"gold", "on_reward_error", "on_long_prompt", "publish"})
 FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
@@ -170,12 +170,23 @@ class TrainConfig(Strict):
     )
     rl: RLConfig = Field(RLConfig(), description="RL settings that all domains share.")
     targets: tuple[str, ...] | None = Field(
-        None, description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every linear layer of the decoder and no routed MoE expert.'
+        None,
+        description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every linear layer of the '
+        "decoder and no routed MoE expert.",
     )
     layers: str | None = Field(
         None,
         coerce_numbers_to_str=True,
         description='Decoder layers to adapt, such as "0-3,8"; without any, all of them.',
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        {}, description='What the model\'s chat template gets besides the messages, such as {"enable_thinking": false}.'
+    )
+    date: str | None = Field(
+        None,
+        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        description='The day that is today to chat templates that ask, such as "2026-01-31"; without one, that on '
+        "which the run began.",
     )
     seed: int = Field(0, description="Seed of all randomness of the job: the prompts, the rollouts and the initial z.")
     workers: int | str = Field(
@@ -271,6 +282,8 @@ class TrainConfig(Strict):
             settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
             if settings["rl"].get("engine") == "transformers":  # as runs were written before there was another
                 del settings["rl"]["engine"], settings["rl"]["truncate"]
+        if not self.chat_template_kwargs:  # as runs were written before there were any
+            del fields["chat_template_kwargs"]
         return portable(fields | {"domains": domains})
 
 

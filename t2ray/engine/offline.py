@@ -1,7 +1,7 @@
 """The offline engine: calls that are awaited together share static batches. For rollouts, the search and evaluation.
 
-It computes in the thread of its callers' event loop, which blocks while a batch runs. Not here: requests that come and
-go one by one (`online`).
+It computes in the thread of its callers' event loop, which blocks while a batch runs; or, where it serves a model that
+cannot be batched continuously, in a thread of its own. Not here: requests that come and go one by one (`online`).
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import Completion, Delta, ExpertError, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.batches import StaticBatches
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import Request, fitting, reading, scoring
@@ -25,9 +26,19 @@ if TYPE_CHECKING:
 
 
 class OfflineEngine:
-    """Batches the calls of one turn of the event loop; see `engine.protocol.Engine`."""
+    """Batches the calls of one turn of the event loop; see `engine.protocol.Engine`.
 
-    def __init__(self, model: Model, *, max_batch_rows: int = 512, max_batch_tokens: int = 131_072) -> None:
+    With a `pool`, of one thread, batches are computed there, and calls that come meanwhile make the next batch.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        max_batch_rows: int = 512,
+        max_batch_tokens: int = 131_072,
+        pool: Executor | None = None,
+    ) -> None:
         self.model = model
         self.chat, self.context = model.chat, model.context
         self.layout, self.base_digest = model.adapter.layout, model.base_digest
@@ -38,6 +49,7 @@ class OfflineEngine:
         self._z: dict[Mixture, Tensor | None] = {}
         self._flushing: asyncio.Task[None] | None = None
         self._flushed = time.monotonic()
+        self._pool, self._turn, self._running = pool, asyncio.Lock(), 0
 
     @property
     def experts(self) -> Collection[str]:
@@ -45,18 +57,21 @@ class OfflineEngine:
 
     @property
     def stats(self) -> EngineStats:
-        """Counts of whole batches: nothing runs between two turns of the event loop."""
+        """Counts of whole batches. Keys and values are allocated by batch; with a pool there is no loop to be idle."""
         names = ("rows", "mixtures", "steps", "tokens", "finished", "failed")
+        idle_s = 0.0 if self._pool else time.monotonic() - self._flushed
         return EngineStats(
-            running=0, waiting=len(self._queue), aborted=0, folds=0, kv_free=0, kv_total=0,
-            idle_s=time.monotonic() - self._flushed, **{name: self.count[name] for name in names},
+            running=self._running, waiting=len(self._queue), aborted=0, folds=0, kv_free=self.batches.max_tokens,
+            kv_total=self.batches.max_tokens, idle_s=idle_s, **{name: self.count[name] for name in names},
         )  # fmt: skip
 
     def start(self) -> None:
         """Nothing: a batch allocates what it needs."""
 
     def stop(self) -> None:
-        """Nothing: no batch outlives its callers."""
+        """Ends the pool, if there is one, with the batch that it computes."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
 
     def check(self) -> None:
         """Never raises: an error reaches the callers of its batch."""
@@ -86,6 +101,8 @@ class OfflineEngine:
             )
         )
         assert isinstance(completion, Completion)
+        if self._pool and any(logprob != logprob for logprob in completion.logprobs):
+            raise ExpertError("this mixture's numbers overflow: the model's scores are not finite; use smaller weights")
         return completion
 
     def _guide(self, grammar: str) -> Guide:
@@ -128,13 +145,20 @@ class OfflineEngine:
         return request.result
 
     async def _flush(self) -> None:
-        queue, self._queue, self._flushing = self._queue, [], None
-        self._z.clear()
-        try:
-            self.batches.run(queue)
-        except BaseException:
-            self.count["failed"] += len(queue)
-            raise
+        async with self._turn:
+            queue, self._queue, self._flushing = self._queue, [], None
+            self._z.clear()
+            self._running = len(queue)
+            try:
+                if self._pool is None:
+                    self.batches.run(queue)
+                else:
+                    await asyncio.get_running_loop().run_in_executor(self._pool, self.batches.run, queue)
+            except BaseException:
+                self.count["failed"] += len(queue)
+                raise
+            finally:
+                self._running = 0
         answers = [request.result for request in queue if isinstance(request.result, Completion)]
         self.count["rows"], self.count["mixtures"] = len(queue), len({request.mixture for request in queue})
         self.count.update(steps=1, finished=len(queue), tokens=sum(len(answer.tokens) for answer in answers))

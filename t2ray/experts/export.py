@@ -25,7 +25,7 @@ from t2ray.core import ConfigError, Mixture, ResourceError, __version__
 from t2ray.experts.card import CARD, card, shown
 from t2ray.experts.registry import ExpertManifest
 from t2ray.models.load import load_base
-from t2ray.models.targets import Target
+from t2ray.models.targets import Target, matrix
 from t2ray.models.weights import resolve
 from t2ray.store import Store
 
@@ -97,7 +97,7 @@ def export_merged(source: Source, out: str | Path, dtype: torch.dtype | None = N
     if dtype is not None and torch.finfo(dtype).bits > torch.finfo(hf.dtype).bits:
         hf.to(dtype)
     for target, left_MR, right_RN in source.changes:
-        weight_MN, change_MN = hf.get_parameter(f"{target.name}.weight"), (left_MR @ right_RN).cpu()
+        weight_MN, change_MN = matrix(hf, target)[0], (left_MR @ right_RN).cpu()
         stored_MN = (weight_MN.float() + change_MN).to(dtype or weight_MN.dtype)
         errors[target.name] = _missed(change_MN, stored_MN.float() - weight_MN.float())
         weight_MN.copy_(stored_MN)
@@ -134,6 +134,8 @@ def export_peft(source: Source, out: str | Path, rank: int) -> dict[str, float]:
     changes = [change for change in source.changes if change[1].shape[1]]
     if not changes:
         raise ConfigError(f"the mixture {source.mixture} changes nothing; name an expert that does")
+    if moe := [target.name for target, _, _ in changes if target.expert is not None]:
+        raise ConfigError(f"{moe[0]} is of an MoE expert, of which PEFT has no LoRA by matrix; export it as merged")
     rank = min(rank, max(left_MR.shape[1] for _, left_MR, _ in changes))
     for target, left_MR, right_RN in changes:
         kept = min(rank, left_MR.shape[1])

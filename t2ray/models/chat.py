@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from datetime import date, datetime, time
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,11 +24,14 @@ class Chat:
     """A model's tokenizer with its chat template.
 
     A model without a template gets a conversation as plain text: the contents of the messages, one after the other.
-    `eos_ids` are the tokens that end an answer.
+    `eos_ids` are the tokens that end an answer. `template` is what the chat template gets besides the conversation,
+    such as `{"enable_thinking": False}`, and `date` is today to it, if it asks; without one, the day that it is.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
+        self.template: dict[str, Any] = {}
+        self.date: date | None = None
         self.eos_ids = tuple(eos_ids)
         self.end_id = self._end_of_turn()
         if self.end_id not in self.eos_ids:
@@ -62,7 +66,12 @@ class Chat:
         try:
             return tuple(
                 self.tokenizer.apply_chat_template(
-                    turns, tools=tools or None, add_generation_prompt=True, tokenize=True, return_dict=False
+                    turns,
+                    tools=tools or None,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
+                    **self._given(),
                 )
             )
         except TemplateError as error:
@@ -83,8 +92,19 @@ class Chat:
         return "llama" if re.search(r'"name":[^{}]*"parameters":', template) else None
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with."""
-        return tuple(self.tokenizer(text)["input_ids"])
+        """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with.
+
+        A text that begins with such a token itself gets no second one.
+        """
+        ids = tuple(self.tokenizer(text)["input_ids"])
+        twice = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
+        return ids[1:] if twice and text.startswith(self.tokenizer.bos_token) else ids
+
+    def _given(self) -> dict[str, Any]:
+        if self.date is None:
+            return self.template
+        now = datetime.combine(self.date, time(12))  # templates write the date by this function
+        return {"strftime_now": now.strftime, **self.template}
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Returns the ids of an answer; with a chat template, the token that ends the turn is the last of them."""

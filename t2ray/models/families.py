@@ -40,6 +40,7 @@ class Family:
         self.head: nn.Module = hf.get_output_embeddings()
         self.vocabulary = int(self.config.vocab_size)
         self.context = context_of(self.config)
+        _fix_long_rope(hf, self.config)
         values = {name: getattr(self.config, name, None) for name in _AFTER_HEAD}
         self._after_head = {name: value for name, value in values.items() if isinstance(value, int | float)}
 
@@ -59,7 +60,8 @@ class Family:
 def context_of(config: Any) -> int:
     """Returns the tokens that prompt and answer may have together, from the configuration of a text decoder."""
     limits = (getattr(config, name, None) for name in _CONTEXT)
-    return int(next((limit for limit in limits if limit), _NO_LIMIT))
+    limit = int(next((limit for limit in limits if limit), _NO_LIMIT))
+    return min(limit, int(_rope(config)["original_max_position_embeddings"])) if _is_long_rope(config) else limit
 
 
 def layers_prefix(hf: Any) -> str:
@@ -80,6 +82,25 @@ def layer_of(name: str, prefix: str) -> int | None:
     """The number of the decoder's layer that a module or parameter lies in; None of one that lies elsewhere."""
     number = name.removeprefix(prefix).partition(".")[0]
     return int(number) if name.startswith(prefix) and number.isdigit() else None
+
+
+def _is_long_rope(config: Any) -> bool:
+    return bool(_rope(config).get("rope_type") == "longrope")
+
+
+def _rope(config: Any) -> Any:
+    return getattr(config, "rope_parameters", None) or {}
+
+
+def _fix_long_rope(hf: Any, config: Any) -> None:
+    """Keeps a model with long rope to its short factors, which reach as far as `context_of` says.
+
+    transformers takes the long factors for a whole batch as soon as one row of it is longer, so that a row's answer
+    would depend on its neighbours.
+    """
+    for module in hf.modules() if _is_long_rope(config) else ():
+        if getattr(module, "rope_type", None) == "longrope":
+            module.rope_type = "default"  # which never changes the frequencies that it has now, the short ones
 
 
 def _headless(hf: Any) -> Any:

@@ -6,6 +6,7 @@ A run is only resumed if it is asked for.
 from __future__ import annotations
 
 import json
+from datetime import date
 from pathlib import Path
 
 from t2ray.adapters.factors import MANIFEST as FACTORS
@@ -13,6 +14,7 @@ from t2ray.adapters.factors import Factors, factors_folder
 from t2ray.config.train import TrainConfig
 from t2ray.core import RunError
 from t2ray.experts.registry import Registry
+from t2ray.models.load import load_chat
 from t2ray.models.weights import open_weights, resolve
 from t2ray.runs.folder import begun, read_run
 from t2ray.runs.fork import starts
@@ -37,6 +39,9 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
     """
     config = _as_begun(_absolute(config))
     check_run(config, resume)
+    folder = f"{config.out}/{config.run}"
+    began = read_run(folder).date if Store(folder).exists(CONFIG) else None
+    config = config.model_copy(update={"date": config.date or began or date.today().isoformat()})
     _check_base(config)
     check_trackers(config)
     check_lengths(config, job_tasks(config))
@@ -87,6 +92,7 @@ def _check_base(config: TrainConfig) -> None:
     """Raises a T2RayError if the factors or the registry belong to another model than the job's."""
     assert config.factors is not None and config.experts is not None
     digest, registry = open_weights(config.model).digest, Registry(config.experts)
+    load_chat(resolve(config.model))
     if Path(config.factors, FACTORS).exists():
         Factors.open(config.factors, digest)
     for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 import torch
@@ -132,6 +133,8 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             f"from={config.out}/{config.run}"
         )
     model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
+    model.chat.template = config.chat_template_kwargs
+    model.chat.date = date.fromisoformat(config.date) if config.date else None
     task, lines = _fitting(build_task(config, domain), model)
     engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
     verifier = Verifier(

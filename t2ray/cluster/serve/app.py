@@ -25,6 +25,7 @@ from t2ray.config.files import validate
 from t2ray.config.serve import ServeConfig
 from t2ray.core import ResourceError
 from t2ray.experts.registry import SHIPPED
+from t2ray.models.load import load_chat
 from t2ray.models.weights import open_weights, resolve
 from t2ray.store import Store
 
@@ -58,6 +59,7 @@ def resolved(config: ServeConfig) -> ServeConfig:
     digest = open_weights(folder).digest
     factors = Path(config.factors or factors_folder("runs", digest, None, None)).absolute()
     if not (factors / MANIFEST).exists():
+        load_chat(folder)  # a model that cannot be used is told before it is decomposed
         decompose(config.model, factors)
     experts = config.experts
     if experts is None:

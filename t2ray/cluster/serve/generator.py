@@ -1,4 +1,4 @@
-"""A `Generator` replica: one model, one continuous engine, every expert of the registry. Deployed by `cluster.serve`.
+"""A `Generator` replica: one model, one engine, every expert of the registry. Deployed by `cluster.serve`.
 
 Not here: which mixture a request gets (`dispatcher`), and HTTP (`ingress`).
 """
@@ -41,9 +41,8 @@ from t2ray.core import (
     check_name,
 )
 from t2ray.engine.choose import vllm_engine
-from t2ray.engine.online import OnlineEngine
-from t2ray.engine.probe import compare, expected
 from t2ray.engine.protocol import Engine
+from t2ray.engine.serving import serving_engine
 from t2ray.experts.admission import check_header
 from t2ray.experts.exchange import import_expert
 from t2ray.experts.heatmap import HeatMap, mean_distance
@@ -69,16 +68,18 @@ class Generator:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
+        vllm = self.config.engine.kind == "vllm"
         self.engine: Engine
-        if self.config.engine.kind == "vllm":
+        if vllm:
             self.engine = vllm_engine(self.config.model, self.factors, self.config.engine, mode="mixtures")
-            await self._begin()
         else:
-            model = load_model(self.config.model, self.config.factors)
-            self.engine = OnlineEngine(model, self.config.engine)
-            wanted = await expected(model)
-            await self._begin()
-            await compare(self.engine, model, wanted)
+            self.engine = await serving_engine(
+                load_model(self.config.model, self.config.factors), self.config.engine
+            )  # which has started
+        self.experts = Experts(self.config, self.engine, partial(joined, self.factors.layout))
+        await self.experts.open()
+        if vllm:
+            self.engine.start()
         self._gauges = {
             name: metrics.Gauge(f"t2ray_{name}", description=text)
             for name, text in (
@@ -94,11 +95,6 @@ class Generator:
         self._told: tuple[int, float] = 0, time.monotonic()
         self.experts.follow()
         self._reporting.start(self._report)
-
-    async def _begin(self) -> None:
-        self.experts = Experts(self.config, self.engine, partial(joined, self.factors.layout))
-        await self.experts.open()
-        self.engine.start()
 
     # --------------------------------------------------------------------------------------------------------- passes
 
