@@ -167,5 +167,7 @@ def write(name: str, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.f
         for parameter in hf.parameters():  # MoE routers and biases start at 0
             if not bool(parameter.any()):
                 parameter.data.normal_(0, 0.1)
-        hf.to(dtype).save_pretrained(folder)
+        if dtype != torch.float32:  # Llama 4 has complex numbers, which are cast with a warning
+            hf.to(dtype)
+        hf.save_pretrained(folder)
     return tokenized(tokenizer, folder)

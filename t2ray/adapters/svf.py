@@ -56,6 +56,8 @@ class SVF:
                 experts[module][target.expert, attribute] = layer
             self.layers.append(layer)
             start += target.rank
+        if experts:  # one by one also where nothing is bound, so that z = 1 is the base model in half precision
+            model.set_experts_implementation("eager")  # type: ignore[operator]  # of transformers' models
         for name, matrices in experts.items():
             model.set_submodule(name, SVFExperts(model.get_submodule(name), matrices, self.bound))
         self.size = start

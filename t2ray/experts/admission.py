@@ -14,8 +14,8 @@ from torch import Tensor
 from t2ray.core import ExpertError
 from t2ray.models.targets import Target
 
-HEADER_BYTES = 1 << 20
-"""The longest header that is read; one of 1,000 targets has about a tenth of it."""
+HEADER_BYTES = 1 << 22
+"""The longest header that is read; one of 10,000 targets, as MoE experts may have, has about a quarter of it."""
 
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 """The types of numbers that z may be stored in, and their bytes."""
