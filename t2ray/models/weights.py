@@ -152,8 +152,8 @@ def _shards(folder: Path) -> list[Path]:
     shards = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     if not shards and (quantised := sorted(folder.glob("*.gguf"))):
         raise ModelError(
-            f"{folder} has GGUF files, whose weights are quantised; dequantise them once with transformers: load them by "
-            f"AutoModelForCausalLM and AutoTokenizer .from_pretrained({str(folder)!r}, gguf_file={quantised[0].name!r}), "
+            f"{folder} has GGUF files, whose weights are quantised; dequantise them once with transformers: load them "
+            f"by AutoModelForCausalLM and AutoTokenizer .from_pretrained(FOLDER, gguf_file={quantised[0].name!r}), "
             "save_pretrained both into a new folder, and name that (needs pip install gguf)"
         )
     if not shards:
