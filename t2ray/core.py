@@ -69,12 +69,13 @@ class RunError(T2RayError, RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a chat: `Message(role="user", content="17+25")`, or the `tools` on offer, as a JSON list.
+    """One turn of a chat: `Message(role="user", content="17+25")`; or the `tools` on offer, as a JSON list, or what the
+    chat `template` gets besides, as a JSON object.
 
     `calls` is the JSON list of the functions that it calls, `call_id` the call whose result a `tool` turn has.
     """
 
-    role: Literal["system", "user", "assistant", "tool", "tools"]
+    role: Literal["system", "user", "assistant", "tool", "tools", "template"]
     content: str
     calls: str = ""
     call_id: str = ""

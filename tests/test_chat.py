@@ -118,6 +118,11 @@ def test_a_template_gets_what_a_job_says_and_the_day_that_the_run_began(chat: Ch
     assert chat.decode(chat.encode(user("?"))) == "31 Jan 2026 quick?"
     chat.template = {"thinking": True}
     assert chat.decode(chat.encode(user("?"))) == "31 Jan 2026?"
+    own = Message(role="template", content='{"thinking": false}')
+    assert chat.decode(chat.encode((*user("?"), own))) == "31 Jan 2026 quick?"
+    chat.template = {"chat_template": "another"}
+    with pytest.raises(ConfigError, match="chat_template_kwargs has 'chat_template', which t2ray itself says"):
+        chat.encode(user("?"))
 
 
 def test_a_raw_text_that_begins_with_the_token_that_begins_texts_gets_no_second_one(tiny_llama: Path) -> None:

@@ -121,7 +121,6 @@ class ChatRequest(Generation):
         "function_call": (None, "none", "auto"),
         **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), NULL),
         **dict.fromkeys(("moderation", "chat_template", "documents"), NULL),
-        "chat_template_kwargs": (None, {}),
         "add_generation_prompt": (None, True),
         **dict.fromkeys(("echo", "continue_final_message"), FALSE),
         "modalities": (None, ["text"]),
@@ -134,6 +133,9 @@ class ChatRequest(Generation):
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST, description="the newer name of max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20, description="likeliest tokens per token; needs logprobs")
+    chat_template_kwargs: dict[str, bool | int | float | str | None] | None = Field(
+        None, max_length=32, description="what the model's chat template gets besides, such as enable_thinking"
+    )
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -156,7 +158,10 @@ class ChatRequest(Generation):
 
     @property
     def conversation(self) -> tuple[Message, ...]:
-        return tuple(message.message for message in self.messages)
+        turns = tuple(message.message for message in self.messages)
+        if not self.chat_template_kwargs:
+            return turns
+        return (*turns, Message(role="template", content=json.dumps(self.chat_template_kwargs)))
 
 
 class CompletionRequest(Generation):

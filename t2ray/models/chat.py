@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date, datetime, time
+from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
@@ -57,21 +58,23 @@ class Chat:
         """Returns the ids of a conversation, up to where the assistant's answer begins.
 
         Raises:
-            ConfigError: the model's chat template refuses the conversation, in its own words.
+            ConfigError: the model's chat template refuses the conversation, in its own words, or it was given what
+                is not for it to have.
         """
+        turns = [m for m in messages if m.role not in ("tools", "template")]
         if not self.tokenizer.chat_template:
-            return self.encode_text("".join(m.content for m in messages))
+            return self.encode_text("".join(m.content for m in turns))
         tools = [tool for m in messages if m.role == "tools" for tool in json.loads(m.content)]
-        turns = _turns([m for m in messages if m.role != "tools"])
+        template = self._given(messages)
         try:
             return tuple(
                 self.tokenizer.apply_chat_template(
-                    turns,
+                    _turns(turns),
                     tools=tools or None,
                     add_generation_prompt=True,
                     tokenize=True,
                     return_dict=False,
-                    **self._given(),
+                    **template,
                 )
             )
         except TemplateError as error:
@@ -100,11 +103,20 @@ class Chat:
         twice = len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id
         return ids[1:] if twice and text.startswith(self.tokenizer.bos_token) else ids
 
-    def _given(self) -> dict[str, Any]:
+    def _given(self, messages: Sequence[Message]) -> dict[str, Any]:
+        """What the template gets besides the turns: a run's and the conversation's own; and the day that it is."""
+        given = dict(self.template)
+        for message in messages:
+            if message.role == "template":
+                given |= json.loads(message.content)
+        if taken := sorted(given.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
+            raise ConfigError(
+                f"chat_template_kwargs has {taken[0]!r}, which t2ray itself says; name variables of the model's template"
+            )
         if self.date is None:
-            return self.template
+            return given
         now = datetime.combine(self.date, time(12))  # templates write the date by this function
-        return {"strftime_now": now.strftime, **self.template}
+        return {"strftime_now": now.strftime, **given}
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Returns the ids of an answer; with a chat template, the token that ends the turn is the last of them."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from t2ray.adapters.factors import MANIFEST as FACTORS
 from t2ray.adapters.factors import Factors, factors_folder
 from t2ray.config.train import TrainConfig
-from t2ray.core import RunError
+from t2ray.core import RunError, user
 from t2ray.experts.registry import Registry
 from t2ray.models.load import load_chat
 from t2ray.models.weights import open_weights, resolve
@@ -92,7 +92,9 @@ def _check_base(config: TrainConfig) -> None:
     """Raises a T2RayError if the factors or the registry belong to another model than the job's."""
     assert config.factors is not None and config.experts is not None
     digest, registry = open_weights(config.model).digest, Registry(config.experts)
-    load_chat(resolve(config.model))
+    chat = load_chat(resolve(config.model))
+    chat.template = config.chat_template_kwargs
+    chat.encode(user("?"))
     if Path(config.factors, FACTORS).exists():
         Factors.open(config.factors, digest)
     for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base
