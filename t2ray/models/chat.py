@@ -111,7 +111,7 @@ class Chat:
                 given |= json.loads(message.content)
         if taken := sorted(given.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
             raise ConfigError(
-                f"chat_template_kwargs has {taken[0]!r}, which t2ray itself says; name variables of the model's template"
+                f"chat_template_kwargs has {taken[0]!r}, which t2ray itself says; name the template's variables"
             )
         if self.date is None:
             return given
