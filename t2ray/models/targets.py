@@ -185,7 +185,7 @@ def _sizes(module: nn.Module, stored: Tensor) -> tuple[int, int]:
 
 def _selection(hf: Any, chosen: Sequence[Target]) -> Selection:
     prefix = layers_prefix(hf)
-    matrices = {name: p.numel() for name, p in hf.named_parameters() if p.ndim > 1}
+    matrices = {name: p.numel() for name, p in hf.named_parameters() if p.ndim > 1 and not name.endswith("bias")}
     parts = {name: numbers for name, numbers in matrices.items() if layer_of(name, prefix) is not None}
     whole = sum(parts.values())
     for target in chosen:
