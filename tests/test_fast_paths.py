@@ -71,7 +71,7 @@ def test_factored_and_folded_without_gradients_are_the_float64_layer(m: int, n: 
     dense = nn.Linear(n, m)
     with torch.no_grad():
         dense.weight.copy_((U_Mr * s_r) @ Vh_rN)
-    layer = SVFLinear(dense, U_Mr.float(), Vh_rN.float(), slice(2, 2 + rank), Bound())
+    layer = SVFLinear(dense.weight, dense.bias, U_Mr.float(), Vh_rN.float(), slice(2, 2 + rank), Bound())
     x, z_RK = gaussian(3, 4, n, seed=1), 1 + gaussian(2, rank + 5, seed=2)
     gain_RK = torch.zeros_like(z_RK)
     gain_RK[:, 2 : 2 + rank] = z_RK[:, 2 : 2 + rank] * s_r

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from t2ray.config.files import FilePath, Strict, expanded, nearest, override, portable, read_yaml, validate
+from t2ray.config.files import FilePath, Strict, expanded, nearest, override, read_yaml, validate
+from t2ray.config.resume import unchangeable
 from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.core import ConfigError, check_name
 
@@ -128,15 +129,6 @@ class DomainConfig(Strict):
             missing = [key for key in ("prompt", "reward") if not getattr(self, key)]
             raise ValueError(f"a domain with data also needs {' and '.join(missing)}")
         return self
-
-
-# What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
-FREE = frozenset(
-    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
-     "preset", "unsafe_code", "verify_timeout_s", "date"}
-)  # fmt: skip
-FREE_DOMAIN = frozenset({"gold", "on_reward_error", "on_long_prompt", "publish"})
-FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
 
 
 class TrainConfig(Strict):
@@ -274,17 +266,7 @@ class TrainConfig(Strict):
 
     def resume_fields(self) -> dict[str, Any]:
         """What a resume must not change, as plain values: everything that changes what a step does to z."""
-        fields = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
-        domains = {
-            name: {k: v for k, v in one.items() if k not in FREE_DOMAIN} for name, one in fields["domains"].items()
-        }
-        for settings in (fields, *domains.values()):
-            settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
-            if settings["rl"].get("engine") == "transformers":  # as runs were written before there was another
-                del settings["rl"]["engine"], settings["rl"]["truncate"]
-        if not self.chat_template_kwargs:  # as runs were written before there were any
-            del fields["chat_template_kwargs"]
-        return portable(fields | {"domains": domains})
+        return unchangeable(self.model_dump(mode="json"))
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:
