@@ -114,7 +114,7 @@ def test_a_template_gets_what_a_job_says_and_the_day_that_the_run_began(chat: Ch
     chat.tokenizer.chat_template = (
         "{{ strftime_now('%d %b %Y') }}{% if not thinking %} quick{% endif %}{{ messages[0].content }}"
     )
-    chat.date = date(2026, 1, 31)
+    chat.tell_date(date(2026, 1, 31))
     assert chat.decode(chat.encode(user("?"))) == "31 Jan 2026 quick?"
     chat.template = {"thinking": True}
     assert chat.decode(chat.encode(user("?"))) == "31 Jan 2026?"
@@ -142,7 +142,7 @@ def test_a_model_that_nothing_ends_is_one_line(tiny_llama: Path, tmp_path: Path)
     (folder / "generation_config.json").unlink()
     for name in ("config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text())
-        settings.pop("eos_token_id", None), settings.pop("eos_token", None)
+        settings |= {"eos_token_id": None, "eos_token": None}
         (folder / name).write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="nothing says which token ends an answer; write eos_token_id"):
         load_chat(folder)

@@ -26,13 +26,12 @@ class Chat:
 
     A model without a template gets a conversation as plain text: the contents of the messages, one after the other.
     `eos_ids` are the tokens that end an answer. `template` is what the chat template gets besides the conversation,
-    such as `{"enable_thinking": False}`, and `date` is today to it, if it asks; without one, the day that it is.
+    such as `{"enable_thinking": False}`.
     """
 
     def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
         self.tokenizer = tokenizer
         self.template: dict[str, Any] = {}
-        self.date: date | None = None
         self.eos_ids = tuple(eos_ids)
         self.end_id = self._end_of_turn()
         if self.end_id not in self.eos_ids:
@@ -113,10 +112,20 @@ class Chat:
             raise ConfigError(
                 f"chat_template_kwargs has {taken[0]!r}, which t2ray itself says; name the template's variables"
             )
-        if self.date is None:
-            return given
-        now = datetime.combine(self.date, time(12))  # templates write the date by this function
-        return {"strftime_now": now.strftime, **given}
+        return given
+
+    def tell_date(self, day: date) -> None:
+        """Makes the chat template, where it asks for the date, take this day for today."""
+        now = datetime.combine(day, time(12))
+
+        def dated(template: str) -> str:
+            call = r"strftime_now\(\s*([\"'])(.*?)\1\s*\)"
+            return re.sub(call, lambda match: json.dumps(now.strftime(match[2])), template)
+
+        given = self.tokenizer.chat_template
+        if given:
+            several = isinstance(given, dict)
+            self.tokenizer.chat_template = {k: dated(v) for k, v in given.items()} if several else dated(given)
 
     def encode_answer(self, text: str) -> tuple[int, ...]:
         """Returns the ids of an answer; with a chat template, the token that ends the turn is the last of them."""

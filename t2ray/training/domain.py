@@ -134,7 +134,8 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
         )
     model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
     model.chat.template = config.chat_template_kwargs
-    model.chat.date = date.fromisoformat(config.date) if config.date else None
+    if config.date:
+        model.chat.tell_date(date.fromisoformat(config.date))
     task, lines = _fitting(build_task(config, domain), model)
     engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
     verifier = Verifier(
