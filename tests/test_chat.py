@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,8 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from t2ray.core import ConfigError, Message, ModelError, user
+from t2ray.core import ConfigError, Message, user
 from t2ray.models.chat import Chat
-from t2ray.models.load import load_chat
 
 
 @pytest.fixture
@@ -135,14 +132,3 @@ def test_a_raw_text_that_begins_with_the_token_that_begins_texts_gets_no_second_
     assert chat.encode_text("Hi")[0] == bos
     assert chat.encode_text("<|system|>Hi") == chat.encode_text("Hi")
     assert chat.encode_text("<|system|><|system|>Hi") == (bos, *chat.encode_text("Hi"))
-
-
-def test_a_model_that_nothing_ends_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
-    (folder / "generation_config.json").unlink()
-    for name in ("config.json", "tokenizer_config.json"):
-        settings = json.loads((folder / name).read_text())
-        settings |= {"eos_token_id": None, "eos_token": None}
-        (folder / name).write_text(json.dumps(settings))
-    with pytest.raises(ModelError, match="nothing says which token ends an answer; write eos_token_id"):
-        load_chat(folder)
