@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -260,3 +261,58 @@ def test_dispatch_needs_domains_of_different_names() -> None:
     for tasks in ([], [labelled("math", 1), labelled("math", 1)], [labelled("others", 1)]):
         with pytest.raises(ConfigError, match="other domains of different names"):
             dispatch(tasks, labelled("chat", 1))
+
+
+# ------------------------------------------------------------------------------------------------------ shuffled choices
+
+
+def test_shuffling_moves_the_gold_with_its_text_and_every_order_comes_up() -> None:
+    row = {"question": "?", "choices": {"text": ["u", "v", "w"], "label": ["1", "2", "3"]}, "answerKey": "2"}
+    seen = {json.dumps(arc.shuffle(row, random.Random(seed))) for seed in range(99)}
+    assert len(seen) == 6
+    for text in seen:
+        other = json.loads(text)
+        labels, texts = other["choices"]["label"], other["choices"]["text"]
+        assert labels == ["1", "2", "3"] and sorted(texts) == ["u", "v", "w"] and other["question"] == "?"
+        assert texts[labels.index(other["answerKey"])] == "v"
+    assert row["answerKey"] == "2" and row["choices"] == {"text": ["u", "v", "w"], "label": ["1", "2", "3"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "stays"),
+    [
+        ("all of the above", True), ("None of these", True), ("both A and B", True), ("A or (C)", True),
+        ("neither of the above", True), ("1 and 3", True), ("Both have roots.", False), ("all of their lunch", False),
+        ("rocks above them", False), ("a and b", False), ("10 and 30", False), ("vitamin A and sugar", False),
+    ],
+)  # fmt: skip
+def test_a_row_whose_choices_speak_of_one_another_stays_as_it_is(text: str, stays: bool) -> None:
+    row = {"question": "?", "choices": {"text": ["u", "v", text], "label": ["A", "B", "C"]}, "answerKey": "C"}
+    assert all(arc.shuffle(row, random.Random(seed)) == row for seed in range(20)) == stays
+
+
+def test_every_real_gold_passes_after_a_shuffle_and_the_golds_become_even() -> None:
+    task = real("arc_easy")
+    examples = [task.shuffled(example, seed) for seed, example in enumerate(task.examples("all"))]
+    assert [task.shuffled(x, i) for i, x in enumerate(task.examples("all"))] == examples
+    assert task.gold is not None
+    golds = [task.gold(x.row) for x in examples]
+    assert all(arc.reward(gold, dict(x.row)) == 1 for gold, x in zip(golds, examples, strict=True))
+    assert all(x.messages == task.messages(x.row) for x in examples)
+    four = Counter(gold for gold, x in zip(golds, examples, strict=True) if len(x.row["choices"]["label"]) == 4)
+    assert max(four[label] for label in "ABCD") < 1.1 * min(four[label] for label in "ABCD")
+
+
+def test_a_task_without_choices_is_not_shuffled() -> None:
+    task = builtin("math")
+    example = task.examples("test", 1)[0]
+    assert task.shuffled(example, 7) is example
+
+
+def test_readings_are_what_verifiers_take_from_a_completion() -> None:
+    letters = {"label": ["A", "B", "C"], "text": ["soil", "sunlight", "air"]}
+    row = {"question": "?", "choices": letters, "answerKey": "B"}
+    assert builtin("arc_easy").reading("So the answer is (b).", row) == "B"
+    assert builtin("arc_easy").reading("A or B", row) is None
+    assert builtin("gsm8k").reading("#### $1,200.50", {"answer": "#### 3"}) == "2401/2"
+    assert builtin("math").reading(" 42\n", {}) == "42"

@@ -598,3 +598,28 @@ def test_a_registry_keeps_an_expert_whose_run_has_lost_it(tiny_llama: Path, tmp_
     store.delete(EXPERT)
     store.delete(FOLDER)
     assert train(config, resume=True) == results and not store.exists(EXPERT)
+
+
+def test_each_rollout_has_its_choices_in_an_order_of_its_own_and_validation_the_files(
+    model: Model, tmp_path: Path
+) -> None:
+    task = replace(letter_task(), shuffle=lambda row, rng: {"text": f"{row['text']} {rng.random()}"})
+
+    def asked(folder: str, seed: int) -> dict[float, list[str]]:
+        prompts: dict[float, list[str]] = {0.0: [], 1.0: []}
+        trainer = trainer_of(model, tmp_path / folder, settings(steps=2), task=task, seed=seed)
+        generate = trainer.generate
+
+        async def listen(prompt: Any, mixture: Any, sampling: Any, /) -> Any:
+            prompts[sampling.temperature].append(prompt[-1].content)
+            return await generate(prompt, mixture, sampling)
+
+        trainer.generate = listen
+        run(trainer)
+        return prompts
+
+    first = asked("first", 0)
+    assert len(first[1.0]) == 16 and len({text.split()[-1] for text in first[1.0]}) == 16
+    assert len({text.rsplit(" ", 1)[0] for text in first[1.0]}) == 8  # two samples of each prompt
+    assert {text for text in first[0.0]} == {f"validation {i}" for i in range(6)}
+    assert asked("again", 0) == first and asked("other", 1)[1.0] != first[1.0]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import site
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class Task:
     has no right answers. `max_tokens` limits a completion; with `to_end` it is lowered to what the context has room
     for. `places(split)` says for people where each row of a split is from, such as "d.jsonl, line 3". `notes` say what
     the user should know of how the rows were read.
+
+    `reading(completion, row)` returns what the verifier takes a completion to answer ("B", "72"), or None if it takes
+    nothing from it; a task without it is read as the whole completion. A task of multiple choice has `choices(row)`,
+    the readings that a row allows, and where their order means nothing `shuffle(row, rng)`, the row with its choices
+    in another order and the right answer with them.
     """
 
     name: str
@@ -53,6 +59,9 @@ class Task:
     success_above: float = 0.0
     places: Callable[[str], Sequence[str]] | None = None
     notes: tuple[str, ...] = ()
+    reading: Callable[[str, DataRow], str | None] = lambda completion, row: completion.strip()
+    choices: Callable[[DataRow], Sequence[str]] | None = None
+    shuffle: Callable[[DataRow, random.Random], DataRow] | None = None
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Returns the first `limit` rows of a split (all if None) as examples with the ids `name/split/i`.
@@ -70,6 +79,13 @@ class Task:
             Example(id=f"{self.name}/{split}/{i}", messages=self.messages(row), row=row)
             for i, row in enumerate(rows[:limit])
         ]
+
+    def shuffled(self, example: Example, seed: int) -> Example:
+        """Returns an example with its choices in an order drawn from `seed`; the example itself if it has none."""
+        if self.shuffle is None:
+            return example
+        row = self.shuffle(example.row, random.Random(seed))
+        return replace(example, messages=self.messages(row), row=row)
 
 
 def load_reward(reward: str, folder: str | None = None) -> Reward:

@@ -202,11 +202,12 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ its parts
 
     async def _roll_out(self, step: int, share: int) -> list[Rollout]:
-        """Returns the rollouts of one share of a step."""
+        """Returns the rollouts of one share of a step, each with an order of its own of the choices that it has."""
         places = range(share, self.rl.prompts, self.shares.total)
         chosen = prompts_of_step(self.train, self.rl.prompts, step, self.seed)
-        seeds = [[rollout_seed(self.seed, step, i, j) for j in range(self.rl.samples)] for i in places]
-        examples = [chosen[i] for i in places]
+        jobs = [(chosen[i], rollout_seed(self.seed, step, i, j)) for i in places for j in range(self.rl.samples)]
+        examples = [self.task.shuffled(example, seed) for example, seed in jobs]
+        seeds = [[seed] for _, seed in jobs]
         return await roll_out(self.generate, self.verify, examples, self.policy, self.sampling, seeds)
 
     def _gradient(
