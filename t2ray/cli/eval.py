@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from t2ray.adapt.strategies import Strategy, fixed
 from t2ray.cli.options import Parser, add_job, add_json, add_model, add_unsafe_code, at_least_one, locate
-from t2ray.cli.output import bar, check_json_folder, console, write_json
+from t2ray.cli.output import bar, check_json_folder, console, write_json, write_whole
 from t2ray.config.train import TrainConfig
-from t2ray.core import ConfigError, Example, Mixture, SamplingParams
+from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams
 from t2ray.tasks.build import task_named
 from t2ray.tasks.table import kind_of
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
+    from t2ray.evals.answers import Answer, Baseline
     from t2ray.evals.evaluate import Cell
     from t2ray.workbench import Workbench
 
@@ -67,6 +68,23 @@ def add(p: Parser) -> None:
         choices=["transformers", "vllm"],
         help="What computes. vllm has to be installed. Default: transformers.",
     )
+    p.add_argument(
+        "--form",
+        default="generated",
+        choices=["generated", "scored"],
+        help="How multiple choice is answered: in words, which the verifier reads, or by the likeliest of the choices.",
+    )
+    p.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="Shuffle the choices of multiple choice by this seed. Default: the order of the file.",
+    )
+    p.add_argument(
+        "--answers",
+        metavar="FILE.parquet",
+        help="File that receives every answer: prompt, completion, reading, gold, reward.",
+    )
     add_unsafe_code(p)
     add_json(p)
     add_job(p)
@@ -78,33 +96,41 @@ def run(args: argparse.Namespace) -> None:
     files, strategies = _tasks(args.tasks), _words(args.strategies, "--strategies")
     at_least_one(args, "limit")
     check_json_folder(args.json)
+    check_json_folder(args.answers, "--answers")
 
+    from t2ray.evals.answers import parquet
     from t2ray.workbench import open_workbench
 
     place = locate(args)
     found = {name: _task(name, named, place.run) for name, named in files.items()}
-    tasks, codes = {name: task for name, (task, _) in found.items()}, {name: code for name, (_, code) in found.items()}
-    examples = {name: task.examples(args.split, args.limit) for name, task in tasks.items()}
+    tasks = {name: task for name, (task, _) in found.items()}
+    examples = {name: _examples(task, args) for name, task in tasks.items()}
     bench = open_workbench(place, bar, args.engine)
     plans = {name: _plan(bench, name, strategies, args.generate_label) for name in tasks}
     total = sum(len(plans[name]) * len(examples[name]) for name in tasks)
     results: dict[str, Any] = {}
+    kept: list[Answer] = []
     with bar("evaluate") as progress:
         done = 0
-        for name, task in tasks.items():
+        for name, (task, code) in found.items():
             sampling = bench.sampling(args.max_tokens, task)
             with Verifier(
-                task.reward, workers=_VERIFIERS, path=codes[name], unsafe_code=args.unsafe_code,
+                task.reward, workers=_VERIFIERS, path=code, unsafe_code=args.unsafe_code,
                 success_above=task.success_above,
             ) as verify:  # fmt: skip
                 asyncio.run(_check(task, examples[name], verify))
                 cells = {}
                 for key, strategy in plans[name].items():
                     tell = partial(_tell, progress, done, total, f"{name} {key}")
-                    cells[key] = asyncio.run(_cell(bench, task, examples[name], strategy, key, verify, sampling, tell))
+                    keep = kept if args.answers else None
+                    job = _cell(bench, task, examples[name], strategy, key, verify, sampling, args.form, keep, tell)
+                    cells[key] = asyncio.run(job)
                     done += len(examples[name])
-            results[name] = _result(strategies, cells, bench.experts, sampling.max_tokens)
+            unseen = args.split != "test" or task.test_is_unseen
+            results[name] = _result(task, examples[name], strategies, cells, bench.experts, sampling.max_tokens, unseen)
     console.print(_table(results, strategies), markup=False)
+    if args.answers:
+        write_whole(args.answers, parquet(kept), "--answers")
     write_json(args.json, {"tasks": results, "model": place.model, "split": args.split, "machine": platform.platform()})
 
 
@@ -161,6 +187,20 @@ def _plan(bench: Workbench, task: str, strategies: Sequence[str], generate_label
     return plan
 
 
+def _examples(task: Task, args: argparse.Namespace) -> list[Example]:
+    """Returns what a task is asked, with the choices in the order that was asked for.
+
+    Raises:
+        ConfigError: the task has no choices to score.
+    """
+    if args.form == "scored" and task.choices is None:
+        raise ConfigError(f"--form scored: {task.name} is no multiple choice; leave out the task or the option")
+    examples = task.examples(args.split, args.limit)
+    if args.shuffle is None:
+        return examples
+    return [task.shuffled(example, f"{args.shuffle}/{example.id}") for example in examples]
+
+
 async def _check(task: Task, examples: Sequence[Example], verify: Verifier) -> None:
     """Grades one right answer, so that a verifier that cannot run says so before the answers are generated."""
     if task.gold is not None:
@@ -169,15 +209,26 @@ async def _check(task: Task, examples: Sequence[Example], verify: Verifier) -> N
 
 async def _cell(
     bench: Workbench, task: Task, examples: Sequence[Example], strategy: Strategy, name: str, verify: Verifier,
-    sampling: SamplingParams, progress: Callable[[int], None],
+    sampling: SamplingParams, form: str, keep: list[Answer] | None, progress: Callable[[int], None],
 ) -> Cell:  # fmt: skip
+    from t2ray.evals.answers import Answers, choosing
     from t2ray.evals.evaluate import evaluate
 
     least = 1 if sampling.to_end else sampling.max_tokens
-    return await evaluate(
-        task.name, examples, strategy, bench.engine.generate, verify, sampling,
-        fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, progress=progress,
+    generate: Generate = bench.engine.generate
+    if form == "scored":
+        assert task.choices is not None, task
+        generate = choosing(bench.engine.score, {x.messages: tuple(task.choices(x.row)) for x in examples})
+    answers = Answers(task.name, name, task.reading, task.gold, keep=keep is not None)
+    cell = await evaluate(
+        task.name, examples, strategy, generate, verify, sampling,
+        fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, answers=answers,
+        progress=progress,
     )  # fmt: skip
+    if keep is not None:
+        order = {example.id: i for i, example in enumerate(examples)}
+        keep += sorted(answers.rows, key=lambda answer: order[answer.id])
+    return cell
 
 
 def _tell(progress: Callable[[int, int, str], None], before: int, total: int, what: str, done: int) -> None:
@@ -185,33 +236,42 @@ def _tell(progress: Callable[[int, int, str], None], before: int, total: int, wh
 
 
 def _result(
-    strategies: Sequence[str], cells: Mapping[str, Cell], experts: Sequence[str], tokens: int
-) -> dict[str, Any]:
+    task: Task, examples: Sequence[Example], strategies: Sequence[str], cells: Mapping[str, Cell],
+    experts: Sequence[str], tokens: int, unseen: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Returns the row of a task: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": ..., ...}}`."""
-    from t2ray.evals.evaluate import oracle_choice
+    from t2ray.evals.answers import Baseline
+    from t2ray.evals.evaluate import oracle_choice, warnings
 
-    rows = {name: _row(cell) for name, cell in cells.items()}
+    baseline = Baseline.of(task.gold_readings(examples), task.options(examples))
+    rows = {name: _row(cell, baseline) for name, cell in cells.items()}
     n = next(iter(cells.values())).n
-    result: dict[str, Any] = {"n": n, "max_tokens": tokens}
+    result: dict[str, Any] = {"n": n, "max_tokens": tokens, "unseen": unseen, "baselines": baseline.row()}
     if "oracle" in strategies:
         result["oracle"] = oracle_choice({name: cells[name] for name in ("base", *experts)})
         rows["oracle"] = rows[result["oracle"]]
-    return result | {"strategies": rows}
+    return result | {"strategies": rows, "warnings": warnings(task.name, cells, baseline)}
 
 
-def _row(cell: Cell) -> dict[str, Any]:
+def _row(cell: Cell, baseline: Baseline) -> dict[str, Any]:
+    from t2ray.evals.answers import shares
+
     return cell.row() | {
-        "truncated": cell.truncated, "too_long": cell.too_long, "labels": dict(cell.labels), "pass1_s": cell.pass1_s,
-        "pass2_s": cell.pass2_s,
+        "truncated": cell.truncated, "too_long": cell.too_long, "labels": dict(cell.labels),
+        "readings": shares(cell.readings, baseline.golds), "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
     }  # fmt: skip
 
 
 def _table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
     """Returns a line per task: accuracies in % with 95 % Wilson intervals; below them what went unanswered."""
-    head = ["task", "n", *strategies]
+    head = ["task", "n", "majority", "random", *strategies]
     body, notes = [], []
     for task, result in results.items():
-        cells = []
+        majority, random = result["baselines"]["majority"], result["baselines"]["random"]
+        cells = [
+            f"{100 * majority['acc']:.1f} {majority['reading']}" if majority else "-",
+            "-" if random is None else f"{100 * random:.1f}",
+        ]
         for name in strategies:
             row = result["strategies"][name]
             low, high = row["ci95"]
@@ -226,6 +286,9 @@ def _table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
                         f"{task} {name}: {row[key]} of {result['n']} {meaning} (max_tokens {result['max_tokens']})"
                     )
         body.append([task, str(result["n"]), *cells])
+        notes += result["warnings"]
+        if not result["unseen"]:
+            notes.append(f"{task}: these rows chose the expert in training; name others by test: in its domain")
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
     return "\n".join(line.rstrip() for line in [*lines, *notes])

@@ -42,6 +42,9 @@ class DomainConfig(Strict):
     validation: FilePath | tuple[FilePath, ...] | None = Field(
         None, description="Files or split to validate on; without any, every tenth row of `data` is held out."
     )
+    test: FilePath | tuple[FilePath, ...] | None = Field(
+        None, description="Files or split for `t2ray eval` that choose no expert; without any, those of `validation`."
+    )
     prompt: str | None = Field(
         None, description='Template, such as "Q: {question}" or "{meta.level:.1f}: {q}", or the name of a column of '
         "messages, of which an answer at the end is cut off.",
@@ -52,21 +55,16 @@ class DomainConfig(Strict):
         "returns a number in [-1, 1], or None to abstain. Or a list of several, as "
         '{use: "module:function", weight: 1}, of which the mean by weights is the reward.',
     )
-    success_above: float = Field(
-        0.0, ge=-1, lt=1, description="A completion whose reward is above this counts as right in an accuracy."
-    )
+    success_above: float = Field(0.0, ge=-1, lt=1, description="A reward above this counts as right in an accuracy.")
     gold: str | None = Field(
         None, description="Column of the right answers, such as reward_model.ground_truth, for `t2ray verify` and for "
         "ties of the few-shot search; without one, the answers that messages end with.",
     )  # fmt: skip
     max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Greatest number of tokens of a completion; without one, the task's, or rl.max_tokens.",
+        None, ge=1, description="Greatest number of tokens of a completion; without one, the task's, or rl.max_tokens."
     )
     others: FilePath | None = Field(
-        None,
-        description="Task or file of the prompts that fit no other domain; it makes this the classification domain.",
+        None, description="Task or file of prompts that fit no other domain; it makes this the classification domain."
     )
     on_reward_error: Literal["stop", "abstain"] = Field(
         "stop",
@@ -124,6 +122,8 @@ class DomainConfig(Strict):
             raise ValueError(
                 "a domain needs one of task (a built-in), data (with prompt and reward), or others (the classifier)"
             )
+        if self.test is not None and kinds != ["data"]:
+            raise ValueError("test names rows of a domain of one's own; a built-in task has its own test rows")
         if kinds == ["data"] and not (self.prompt and self.reward):
             missing = [key for key in ("prompt", "reward") if not getattr(self, key)]
             raise ValueError(f"a domain with data also needs {' and '.join(missing)}")
@@ -135,7 +135,7 @@ FREE = frozenset(
     {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
      "preset", "unsafe_code", "verify_timeout_s"}
 )  # fmt: skip
-FREE_DOMAIN = frozenset({"gold", "on_reward_error", "on_long_prompt", "publish"})
+FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
 FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
 
 

@@ -49,7 +49,7 @@ _SAID = (
     rf"[,;.]\s+(?:(?:so|therefore|thus|hence|it is|it's|it must be)[\s,:]+)+{_CALLED}(?=[.!,)\]\s]*$)",
 )  # fmt: skip
 _SPEAKS_OF_OTHERS = re.compile(
-    r"\b(?:all|none|both|either|neither|any|some) (?:of )?(?:the )?(?:above|these|those|others?)\b|\bthe above\b"
+    r"\b(?:all|none|both|either|neither|any|some) (?:of )?(?:the )?(?:above|these|those|others)\b|\bthe above\b"
     r"|\b(?-i:[A-E]|[1-5]),? (?:and|or|nor|&) \(?(?-i:[A-E]|[1-5])\b",
     re.I,
 )

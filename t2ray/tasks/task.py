@@ -46,7 +46,8 @@ class Task:
     `reading(completion, row)` returns what the verifier takes a completion to answer ("B", "72"), or None if it takes
     nothing from it; a task without it is read as the whole completion. A task of multiple choice has `choices(row)`,
     the readings that a row allows, and where their order means nothing `shuffle(row, rng)`, the row with its choices
-    in another order and the right answer with them.
+    in another order and the right answer with them. `test_is_unseen` is False if the rows of "test" are those of
+    "validation", by which training chooses its expert.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Task:
     reading: Callable[[str, DataRow], str | None] = lambda completion, row: completion.strip()
     choices: Callable[[DataRow], Sequence[str]] | None = None
     shuffle: Callable[[DataRow, random.Random], DataRow] | None = None
+    test_is_unseen: bool = True
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Returns the first `limit` rows of a split (all if None) as examples with the ids `name/split/i`.
@@ -80,7 +82,15 @@ class Task:
             for i, row in enumerate(rows[:limit])
         ]
 
-    def shuffled(self, example: Example, seed: int) -> Example:
+    def gold_readings(self, examples: Sequence[Example]) -> list[str | None]:
+        """Returns what the verifier reads from the right answer of each example; none if the task has no golds."""
+        return [] if self.gold is None else [self.reading(self.gold(x.row), x.row) for x in examples]
+
+    def options(self, examples: Sequence[Example]) -> list[int]:
+        """Returns the number of choices of each example; none if the task is no multiple choice."""
+        return [] if self.choices is None else [len(self.choices(x.row)) for x in examples]
+
+    def shuffled(self, example: Example, seed: int | str) -> Example:
         """Returns an example with its choices in an order drawn from `seed`; the example itself if it has none."""
         if self.shuffle is None:
             return example
