@@ -165,7 +165,9 @@ def test_a_prompt_does_not_answer_itself_and_nor_does_nothing() -> None:
     assert [reward(text, row) for text in ("", r"\boxed{}", r"\boxed{ }", r"\boxed{?}")] == [-1.0] * 4
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "{", "(", "1,", "\\frac{", "-", "\\boxed{1}", "1 ", "x", "\\sqrt", "[1,", "_"])
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "{", "(", "1,", "\\frac{", "-", "\\boxed{1}", "1 ", "x", "\\sqrt", "[1,", "_"]
+)
 def test_no_text_takes_long_or_too_deep(piece: str) -> None:
     row = {"problem": "?", "solution": r"\boxed{" + piece.replace("\\boxed{", "x") * 100 + "1}"}
     start = time.process_time()

@@ -30,13 +30,13 @@ def back(text: str, times: List[int]) -> str:
     """
 '''
 BODY = '    for _ in times:\n        text = "".join(chr(ord(c) - 1) for c in text)\n    return text\n'
-TEST = '''
+TEST = """
 METADATA = {"author": "x"}
 def check(candidate):
     assert candidate("bcd", [1]) == "abc"
     for word in ("x", "hello"):
         assert candidate(shift(word), [0]) == word and math.isclose(len(word), len(candidate(word, [])))
-'''
+"""
 ROW = {"task_id": "HumanEval/0", "prompt": PROMPT, "canonical_solution": BODY, "test": TEST, "entry_point": "back"}
 WHOLE = PROMPT + BODY
 ALONE = WHOLE[WHOLE.index("def back") :]
@@ -99,7 +99,8 @@ def test_right_code_is_found_in_any_form_and_other_code_is_not_made_right() -> N
 def test_the_sandbox_lets_right_code_pass_and_no_trick() -> None:
     texts = [RIGHT["a print"][0], RIGHT["a body"][0], *TRICKS, ""]
     with Verifier("t2ray.tasks.humaneval:reward", workers=2, timeout_s=GUARD_S) as check:
-        assert asyncio.run(check(texts, [ROW] * len(texts))) == [1.0, 1.0] + [-1.0] * (len(TRICKS) + 1)
+        grades = asyncio.run(check(texts, [ROW] * len(texts)))
+    assert [grade.reward for grade in grades] == [1.0, 1.0] + [-1.0] * (len(TRICKS) + 1)
 
 
 def test_a_gold_passes_and_the_splits_share_no_row(tmp_path: Path) -> None:
@@ -117,9 +118,9 @@ def test_a_gold_passes_and_the_splits_share_no_row(tmp_path: Path) -> None:
         builtin("humaneval", str(path))
 
 
-# -------------------------------------------------------------------------------------------------------------- evalplus
+# ------------------------------------------------------------------------------------------------------------- evalplus
 
-PLUS = '''
+PLUS = """
 import numpy as np
 from math import inf
 
@@ -144,7 +145,7 @@ inputs = [[[1.0, 2.0]], [[0.1, 0.2]], [[]], [[inf]]]
 results = [[2.0, 4.0], [0.2, 0.4], [], [inf]]
 for i, (inp, exp) in enumerate(zip(inputs, results)):
     assertion(double(*inp), exp, 0)
-'''
+"""
 MBPP_ROW = {
     "task_id": 601, "prompt": "Write a function to double numbers.",
     "code": "def double(xs):\n    return [2 * x for x in xs]",

@@ -72,9 +72,10 @@ class Answers:
             read = self.reading(completion.text, example.row)
             self.readings[short(read)] += 1
             if self.keep:
+                gold = self.gold and self.gold(example.row)
                 answer = Answer(
                     task=self.task, strategy=self.strategy, id=example.id, prompt=text_of(example.messages),
-                    completion=completion.text, reading=read, gold=self.gold and self.gold(example.row), reward=grade.reward,
+                    completion=completion.text, reading=read, gold=gold, reward=grade.reward,
                 )  # fmt: skip
                 self.rows.append(answer)
 
