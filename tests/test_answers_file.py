@@ -137,6 +137,8 @@ def test_eval_scores_the_choices_and_shuffles_them_when_asked(rows: list[str], t
     assert main([*scored, "--shuffle", "7"]) == 0
     first = pq.read_table("a.parquet").to_pydict()
     assert set(first["gold"]) == {"A", "B", "C"} and first["prompt"] != plain["prompt"]
+    assert main([*scored, "--shots", "1", "--limit", "2"]) == 0
+    assert pq.read_table("a.parquet").to_pydict()["prompt"][0].count("Which of") == 2
     assert main([*scored, "--shuffle", "7"]) == 0
     assert pq.read_table("a.parquet").to_pydict() == first
 
@@ -146,6 +148,8 @@ def test_eval_scores_the_choices_and_shuffles_them_when_asked(rows: list[str], t
     [
         (["--answers", "none/a.parquet"], "--answers none/a.parquet: there is no folder"),
         (["--answers", "."], "--answers . is a folder; name a file"),
+        (["--shots", "-1"], "--shots -1: give a number of solved rows, at least 0"),
+        (["--shots", "6"], "task 'arc_easy' has only 6 training rows; it cannot show 6"),
         (["--form", "scored", "--tasks", "math"], "--form scored: math is no multiple choice"),
     ],
 )

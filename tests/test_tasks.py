@@ -7,6 +7,7 @@ import itertools
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +317,29 @@ def test_readings_are_what_verifiers_take_from_a_completion() -> None:
     assert builtin("arc_easy").reading("A or B", row) is None
     assert builtin("gsm8k").reading("#### $1,200.50", {"answer": "#### 3"}) == "2401/2"
     assert builtin("math").reading(" 42\n", {}) == "42"
+
+
+# ---------------------------------------------------------------------------------------------------------------- shots
+
+
+def test_shots_are_solved_training_rows_by_the_seed_and_never_the_row_itself() -> None:
+    task = builtin("math")
+    shown = task.with_shots(3, 7)
+    train = {task.messages(row): task.gold and task.gold(row) for row in task.rows("train")}
+    example = shown.examples("test", 1)[0]
+    turns = example.messages
+    assert [turn.role for turn in turns] == ["user", "assistant"] * 3 + ["user"]
+    assert all(train[(turns[i],)] == turns[i + 1].content for i in (0, 2, 4))
+    assert turns[6:] == task.examples("test", 1)[0].messages
+    assert shown.examples("test", 9)[8].messages[:6] == turns[:6]
+    assert task.with_shots(3, 7).examples("test", 1) == [example] != task.with_shots(3, 8).examples("test", 1)
+    own = next(row for row in task.rows("train") if task.messages(row) == turns[:1])
+    asked = shown.messages(own)
+    assert len(asked) == 7 and asked[6:] == turns[:1] and turns[0] not in asked[:6] and asked[:4] == turns[2:6]
+
+
+def test_shots_need_golds_and_rows() -> None:
+    with pytest.raises(ConfigError, match="task 'a' has no right answers; it cannot show 1"):
+        labelled("a", 5).with_shots(1, 0)
+    with pytest.raises(ConfigError, match="task 'a' has only 2 training rows; it cannot show 2"):
+        replace(labelled("a", 2), gold=lambda row: "x").with_shots(2, 0)

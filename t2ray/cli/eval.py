@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
-    from t2ray.evals.answers import Answer, Baseline
+    from t2ray.evals.answers import Answer
     from t2ray.evals.evaluate import Cell
     from t2ray.workbench import Workbench
 
@@ -81,6 +81,14 @@ def add(p: Parser) -> None:
         help="Shuffle the choices of multiple choice by this seed. Default: the order of the file.",
     )
     p.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="K",
+        help="How many solved rows of the training split stand before each prompt. Default: 0.",
+    )
+    p.add_argument("--shots-seed", type=int, default=0, metavar="S", help="Which rows those are. Default: 0.")
+    p.add_argument(
         "--answers",
         metavar="FILE.parquet",
         help="File that receives every answer: prompt, completion, reading, gold, reward.",
@@ -95,19 +103,21 @@ def run(args: argparse.Namespace) -> None:
     """Measures every task under every strategy; prints a table, and writes the figures to the file of `--json`."""
     files, strategies = _tasks(args.tasks), _words(args.strategies, "--strategies")
     at_least_one(args, "limit")
+    if args.shots < 0:
+        raise ConfigError(f"--shots {args.shots}: give a number of solved rows, at least 0")
     check_json_folder(args.json)
     check_json_folder(args.answers, "--answers")
 
-    from t2ray.evals.answers import parquet
+    from t2ray.evals.answers import Baseline, parquet
+    from t2ray.evals.measured import result_of, table
     from t2ray.workbench import open_workbench
 
     place = locate(args)
     found = {name: _task(name, named, place.run) for name, named in files.items()}
-    tasks = {name: task for name, (task, _) in found.items()}
-    examples = {name: _examples(task, args) for name, task in tasks.items()}
+    examples = {name: _examples(task, args) for name, (task, _) in found.items()}
     bench = open_workbench(place, bar, args.engine)
-    plans = {name: _plan(bench, name, strategies, args.generate_label) for name in tasks}
-    total = sum(len(plans[name]) * len(examples[name]) for name in tasks)
+    plans = {name: _plan(bench, name, strategies, args.generate_label) for name in found}
+    total = sum(len(plans[name]) * len(examples[name]) for name in found)
     results: dict[str, Any] = {}
     kept: list[Answer] = []
     with bar("evaluate") as progress:
@@ -127,8 +137,10 @@ def run(args: argparse.Namespace) -> None:
                     cells[key] = asyncio.run(job)
                     done += len(examples[name])
             unseen = args.split != "test" or task.test_is_unseen
-            results[name] = _result(task, examples[name], strategies, cells, bench.experts, sampling.max_tokens, unseen)
-    console.print(_table(results, strategies), markup=False)
+            baseline = Baseline.of(task.gold_readings(examples[name]), task.options(examples[name]))
+            limit = sampling.max_tokens
+            results[name] = result_of(task.name, strategies, cells, baseline, bench.experts, limit, unseen)
+    console.print(table(results, strategies), markup=False)
     if args.answers:
         write_whole(args.answers, parquet(kept), "--answers")
     write_json(args.json, {"tasks": results, "model": place.model, "split": args.split, "machine": platform.platform()})
@@ -195,6 +207,7 @@ def _examples(task: Task, args: argparse.Namespace) -> list[Example]:
     """
     if args.form == "scored" and task.choices is None:
         raise ConfigError(f"--form scored: {task.name} is no multiple choice; leave out the task or the option")
+    task = task.with_shots(args.shots, args.shots_seed) if args.shots else task
     examples = task.examples(args.split, args.limit)
     if args.shuffle is None:
         return examples
@@ -233,62 +246,3 @@ async def _cell(
 
 def _tell(progress: Callable[[int, int, str], None], before: int, total: int, what: str, done: int) -> None:
     progress(before + done, total, what)
-
-
-def _result(
-    task: Task, examples: Sequence[Example], strategies: Sequence[str], cells: Mapping[str, Cell],
-    experts: Sequence[str], tokens: int, unseen: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Returns the row of a task: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": ..., ...}}`."""
-    from t2ray.evals.answers import Baseline
-    from t2ray.evals.evaluate import oracle_choice, warnings
-
-    baseline = Baseline.of(task.gold_readings(examples), task.options(examples))
-    rows = {name: _row(cell, baseline) for name, cell in cells.items()}
-    n = next(iter(cells.values())).n
-    result: dict[str, Any] = {"n": n, "max_tokens": tokens, "unseen": unseen, "baselines": baseline.row()}
-    if "oracle" in strategies:
-        result["oracle"] = oracle_choice({name: cells[name] for name in ("base", *experts)})
-        rows["oracle"] = rows[result["oracle"]]
-    return result | {"strategies": rows, "warnings": warnings(task.name, cells, baseline)}
-
-
-def _row(cell: Cell, baseline: Baseline) -> dict[str, Any]:
-    from t2ray.evals.answers import shares
-
-    return cell.row() | {
-        "truncated": cell.truncated, "too_long": cell.too_long, "labels": dict(cell.labels),
-        "readings": shares(cell.readings, baseline.golds), "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
-    }  # fmt: skip
-
-
-def _table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
-    """Returns a line per task: accuracies in % with 95 % Wilson intervals; below them what went unanswered."""
-    head = ["task", "n", "majority", "random", *strategies]
-    body, notes = [], []
-    for task, result in results.items():
-        majority, random = result["baselines"]["majority"], result["baselines"]["random"]
-        cells = [
-            f"{100 * majority['acc']:.1f} {majority['reading']}" if majority else "-",
-            "-" if random is None else f"{100 * random:.1f}",
-        ]
-        for name in strategies:
-            row = result["strategies"][name]
-            low, high = row["ci95"]
-            chosen = f" {result['oracle']}" if name == "oracle" else ""
-            cells.append(f"{100 * row['acc']:.1f} ({100 * low:.0f}-{100 * high:.0f}){chosen}")
-            for key, meaning in (
-                ("too_long", "prompts exceed the model's context"),
-                ("truncated", "answers were cut off"),
-            ):
-                if row[key] and name != "oracle":
-                    notes.append(
-                        f"{task} {name}: {row[key]} of {result['n']} {meaning} (max_tokens {result['max_tokens']})"
-                    )
-        body.append([task, str(result["n"]), *cells])
-        notes += result["warnings"]
-        if not result["unseen"]:
-            notes.append(f"{task}: these rows chose the expert in training; name others by test: in its domain")
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
-    return "\n".join(line.rstrip() for line in [*lines, *notes])

@@ -107,6 +107,15 @@ class Baseline:
         return {"majority": majority, "random": self.random, "golds": shares(self.golds)}
 
 
+def baseline_cells(row: Mapping[str, Any]) -> list[str]:
+    """Returns what tables show of a `Baseline.row()`: the majority's accuracy with its reading, and that of chance."""
+    majority, random = row.get("majority"), row.get("random")
+    return [
+        f"{100 * majority['acc']:.1f} {majority['reading']}" if majority else "-",
+        "-" if random is None else f"{100 * random:.1f}",
+    ]
+
+
 def shares(counts: Mapping[str, int], golds: Collection[str] = ()) -> dict[str, int]:
     """Returns the ten most frequent readings and the `golds` with their counts; "..." counts all others together."""
     ordered = Counter(counts).most_common()

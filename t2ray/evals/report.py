@@ -15,6 +15,7 @@ from string import Template
 from typing import Any
 
 from t2ray.evals import plots
+from t2ray.evals.answers import baseline_cells
 from t2ray.experts.heatmap import HeatMap
 
 METHODS = {
@@ -68,7 +69,7 @@ def text_tables(report: Mapping[str, Any]) -> str:
                 [
                     task,
                     _n(row),
-                    *_baseline(report, task),
+                    *baseline_cells(report.get("baselines", {}).get(task, {})),
                     *(_text_cell(row[name]) if name in row else "" for name in names),
                 ]
                 for task, row in table.items()
@@ -130,7 +131,7 @@ def _accuracy(report: Mapping[str, Any]) -> str:
             rows = [
                 [
                     f"{_name(task)}<small>n {_n(row)}</small>",
-                    *map(escape, _baseline(report, task)),
+                    *map(escape, baseline_cells(report.get("baselines", {}).get(task, {}))),
                     *(_html_cell(row.get(name)) for name in names),
                 ]
                 for task, row in table.items()
@@ -251,16 +252,6 @@ def _html_cell(cell: Mapping[str, Any] | None) -> str:
         return ""
     low, high = cell["ci95"]
     return f"{100 * cell['acc']:.1f}<small>{100 * low:.0f}&ndash;{100 * high:.0f}</small>"
-
-
-def _baseline(report: Mapping[str, Any], task: str) -> list[str]:
-    """Returns the cells of a task's majority and random baseline."""
-    row = report.get("baselines", {}).get(task, {})
-    majority, random = row.get("majority"), row.get("random")
-    return [
-        f"{100 * majority['acc']:.1f} {majority['reading']}" if majority else "-",
-        "-" if random is None else f"{100 * random:.1f}",
-    ]
 
 
 def _alpha(weight: float | Sequence[float]) -> str:

@@ -90,6 +90,31 @@ class Task:
         """Returns the number of choices of each example; none if the task is no multiple choice."""
         return [] if self.choices is None else [len(self.choices(x.row)) for x in examples]
 
+    def with_shots(self, count: int, seed: int) -> Task:
+        """Returns the task whose prompts begin with solved rows of the training split, the same for all of them.
+
+        A training row's own prompt has another one in its place.
+
+        Raises:
+            ConfigError: the task has no right answers, or too few training rows.
+        """
+        rows, gold = self.rows("train"), self.gold
+        if gold is None or len(rows) <= count:
+            what = "no right answers" if gold is None else f"only {len(rows)} training rows"
+            raise ConfigError(f"task {self.name!r} has {what}; it cannot show {count} solved ones before a prompt")
+        shown = [
+            (prompt, Message(role="assistant", content=gold(row)))
+            for row in random.Random(f"shots/{seed}").sample(list(rows), count + 1)
+            for prompt in [self.messages(row)]
+        ]
+
+        def messages(row: DataRow) -> tuple[Message, ...]:
+            asked = self.messages(row)
+            before = [(*prompt, answer) for prompt, answer in shown if prompt != asked][:count]
+            return (*(message for turns in before for message in turns), *asked)
+
+        return replace(self, messages=messages)
+
     def shuffled(self, example: Example, seed: int | str) -> Example:
         """Returns an example with its choices in an order drawn from `seed`; the example itself if it has none."""
         if self.shuffle is None:
