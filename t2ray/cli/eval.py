@@ -68,6 +68,15 @@ def add(p: Parser) -> None:
         choices=["transformers", "vllm"],
         help="What computes. vllm has to be installed. Default: transformers.",
     )
+    _add_form(p)
+    add_unsafe_code(p)
+    add_json(p)
+    add_job(p)
+    add_model(p)
+
+
+def _add_form(p: Parser) -> None:
+    """Adds the options of how the prompts and answers look."""
     p.add_argument(
         "--form",
         default="generated",
@@ -93,10 +102,6 @@ def add(p: Parser) -> None:
         metavar="FILE.parquet",
         help="File that receives every answer: prompt, completion, reading, gold, reward.",
     )
-    add_unsafe_code(p)
-    add_json(p)
-    add_job(p)
-    add_model(p)
 
 
 def run(args: argparse.Namespace) -> None:
