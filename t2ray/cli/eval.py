@@ -23,7 +23,7 @@ from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
-    from t2ray.evals.answers import Answer
+    from t2ray.evals.answers import Answered
     from t2ray.evals.evaluate import Cell
     from t2ray.workbench import Workbench
 
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     plans = {name: _plan(bench, name, strategies, args.generate_label) for name in found}
     total = sum(len(plans[name]) * len(examples[name]) for name in found)
     results: dict[str, Any] = {}
-    kept: list[Answer] = []
+    kept: list[Answered] = []
     with bar("evaluate") as progress:
         done = 0
         for name, (task, code) in found.items():
@@ -227,7 +227,7 @@ async def _check(task: Task, examples: Sequence[Example], verify: Verifier) -> N
 
 async def _cell(
     bench: Workbench, task: Task, examples: Sequence[Example], strategy: Strategy, name: str, verify: Verifier,
-    sampling: SamplingParams, form: str, keep: list[Answer] | None, progress: Callable[[int], None],
+    sampling: SamplingParams, form: str, keep: list[Answered] | None, progress: Callable[[int], None],
 ) -> Cell:  # fmt: skip
     from t2ray.evals.answers import Answers, choosing
     from t2ray.evals.evaluate import evaluate

@@ -25,7 +25,7 @@ Reading = Callable[[str, Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
+class Answered:
     """One answered example: a row of the file of answers.
 
     `reading` is None if the verifier takes nothing from the completion, `gold` if the task has no right answers,
@@ -64,7 +64,7 @@ class Answers:
     ) -> None:
         self.task, self.strategy, self.reading, self.gold, self.keep = task, strategy, reading, gold, keep
         self.readings: Counter[str] = Counter()
-        self.rows: list[Answer] = []
+        self.rows: list[Answered] = []
 
     def add(self, examples: Sequence[Example], completions: Sequence[Completion], grades: Sequence[Grade]) -> None:
         """Takes what was answered to some examples."""
@@ -73,7 +73,7 @@ class Answers:
             self.readings[short(read)] += 1
             if self.keep:
                 gold = self.gold and self.gold(example.row)
-                answer = Answer(
+                answer = Answered(
                     task=self.task, strategy=self.strategy, id=example.id, prompt=text_of(example.messages),
                     completion=completion.text, reading=read, gold=gold, reward=grade.reward,
                 )  # fmt: skip
@@ -167,12 +167,12 @@ def text_of(messages: Sequence[Message]) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
 
 
-def parquet(answers: Sequence[Answer]) -> bytes:
-    """Returns a Parquet file with a row per answer, and a column per field of `Answer`."""
+def parquet(answers: Sequence[Answered]) -> bytes:
+    """Returns a Parquet file with a row per answer, and a column per field of `Answered`."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = [(name, pa.float64() if name == "reward" else pa.string()) for name in Answer.__slots__]
+    fields = [(name, pa.float64() if name == "reward" else pa.string()) for name in Answered.__slots__]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([asdict(answer) for answer in answers], pa.schema(fields)), buffer)
     return buffer.getvalue()

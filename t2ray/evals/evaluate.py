@@ -225,30 +225,19 @@ def build_report(
     """
     tables: dict[str, dict[str, dict[str, Any]]] = {"trained": {}, "unseen": {}}
     details: dict[str, dict[str, Any]] = {}
-    counts: dict[str, dict[str, Mapping[str, int]]] = {}
+    alike: list[str] = []
     for task in dict.fromkeys([*singles, *adaptive]):
         alone, adapted = singles.get(task, {}), adaptive.get(task, {})
         row = methods(alone, own.get(task), adapted)
         tables["trained" if task in trained else "unseen"][task] = {name: cell.row() for name, cell in row.items()}
+        alike += warnings(task, {**alone, **adapted}, baselines.get(task))
         details[task] = {name: _detail(cell, baselines.get(task)) for name, cell in {**alone, **adapted}.items()}
-        for name, cell in adapted.items():
-            if cell.labels:
-                counts.setdefault(name, {})[task] = cell.labels
-    for name, row_of_others in others.items():
-        counts.setdefault(name, {})["others"] = row_of_others
     report: dict[str, Any] = {
         "tables": tables,
         "baselines": {task: baseline.row() for task, baseline in baselines.items()},
-        "warnings": [
-            line
-            for task in details
-            for line in warnings(task, {**singles.get(task, {}), **adaptive.get(task, {})}, baselines.get(task))
-        ],
-        "choices": {
-            task: {"expert": own.get(task), "oracle": oracle_choice(alone) if len(alone) > 1 else None}
-            for task, alone in singles.items()
-        },
-        "confusion": {name: confusion(rows, labels) for name, rows in counts.items()},
+        "warnings": alike,
+        "choices": _choices(singles, own),
+        "confusion": {name: confusion(rows, labels) for name, rows in _counts(adaptive, others).items()},
         "classifier": {name: cell.row() for name, cell in classifier.items()},
         "mixtures": {task: {name: _alpha(mixture, name) for name in experts} for task, mixture in mixtures.items()},
         "timing_s": dict(timing_s),
@@ -258,6 +247,28 @@ def build_report(
         "details": details,
     }
     return report | {"targets": targets(report)}
+
+
+def _counts(
+    adaptive: Mapping[str, Mapping[str, Cell]], others: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Mapping[str, int]]]:
+    """Returns strategy -> task -> the labels that pass 1 chose."""
+    counts: dict[str, dict[str, Mapping[str, int]]] = {}
+    for task, row in adaptive.items():
+        for name, cell in row.items():
+            if cell.labels:
+                counts.setdefault(name, {})[task] = cell.labels
+    for name, labels in others.items():
+        counts.setdefault(name, {})["others"] = labels
+    return counts
+
+
+def _choices(singles: Mapping[str, Mapping[str, Cell]], own: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
+    """Returns task -> which mixtures `expert` and `oracle` are."""
+    return {
+        task: {"expert": own.get(task), "oracle": oracle_choice(alone) if len(alone) > 1 else None}
+        for task, alone in singles.items()
+    }
 
 
 def warnings(task: str, cells: Mapping[str, Cell], baseline: Baseline | None) -> list[str]:
