@@ -173,8 +173,8 @@ class Trainer:
         metrics = StepMetrics(
             step=step, kl=done.kl / max(done.tokens, 1), loss=done.loss, grad_norm=done.grad_norm, peak_gib=peak_gib(),
             z_min=float(z_K.min()), z_max=float(z_K.max()), seconds=(seconds := time.perf_counter() - start),
-            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), **counts.figures, **done.weights,
-            timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors), numbers=len(z_K),
+            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), numbers=len(z_K), **counts.figures,
+            timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors), **done.weights,
         )  # fmt: skip
         if odd := metrics.not_finite:
             what = ", ".join(f"{name} is {value}" for name, value in odd.items())
