@@ -16,7 +16,7 @@ from peft import IA3Config, LoraConfig, TinyLoraConfig, get_peft_model
 from small import letter_task, plain, random_z, rollout, sampler, together, token_rows, verify_letters
 from torch import Tensor
 
-from t2ray.adapters.baselines import Baseline
+from t2ray.adapters.baselines import PeftAdapter
 from t2ray.adapters.model import Model, load_model
 from t2ray.cli.main import main
 from t2ray.config.adapter import AdapterConfig
@@ -59,13 +59,13 @@ def model(request: pytest.FixtureRequest, tiny_llama: Path) -> Model:
 
 
 @pytest.fixture
-def baseline(model: Model) -> Iterator[Baseline]:
-    assert isinstance(model.adapter, Baseline)
+def baseline(model: Model) -> Iterator[PeftAdapter]:
+    assert isinstance(model.adapter, PeftAdapter)
     model.adapter.bank.clear()
     yield model.adapter
 
 
-def moved(baseline: Baseline, seed: int, spread: float = 0.1) -> Tensor:
+def moved(baseline: PeftAdapter, seed: int, spread: float = 0.1) -> Tensor:
     """A vector that changes the model, (P,)."""
     return baseline.start_P + random_z(baseline.size, seed, spread) - 1
 
@@ -73,7 +73,7 @@ def moved(baseline: Baseline, seed: int, spread: float = 0.1) -> Tensor:
 def theirs(model: Model, v_P: Tensor) -> tuple[Any, list[Tensor]]:
     """Plain PEFT with the same numbers, and its trained parameters in the vector's order."""
     baseline = model.adapter
-    assert isinstance(baseline, Baseline)
+    assert isinstance(baseline, PeftAdapter)
     peft = get_peft_model(plain(model), peft_config(baseline.config.kind, [t.name for t in baseline.layout])).eval()
     parameters: dict[int, Tensor] = {}
     for target in baseline.layout:
@@ -102,7 +102,7 @@ def log_likelihood(logits_BTV: Tensor, ids_BT: Tensor, start: int) -> Tensor:
 
 
 def test_unbound_the_model_is_the_base_bit_for_bit_and_the_neutral_vector_is_the_base(
-    model: Model, baseline: Baseline
+    model: Model, baseline: PeftAdapter
 ) -> None:
     ids_BT = token_rows(model, 2, 9)
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_unbound_the_model_is_the_base_bit_for_bit_and_the_neutral_vector_is_the
         assert torch.equal(logits(model, ids_BT), expected)
 
 
-def test_logits_and_gradients_are_those_of_plain_peft(model: Model, baseline: Baseline) -> None:
+def test_logits_and_gradients_are_those_of_plain_peft(model: Model, baseline: PeftAdapter) -> None:
     ids_BT = token_rows(model, 2, 9)
     v_1P = moved(baseline, 1)[None].requires_grad_()
     with baseline.rows(v_1P):
@@ -130,7 +130,7 @@ def test_logits_and_gradients_are_those_of_plain_peft(model: Model, baseline: Ba
 
 
 def test_one_training_step_is_that_of_a_loop_of_ones_own_around_peft(
-    model: Model, baseline: Baseline, tmp_path: Path
+    model: Model, baseline: PeftAdapter, tmp_path: Path
 ) -> None:
     rl = RLConfig(steps=4, prompts=2, samples=1, lr=0.01, kl=0.3, clip=0.5, micro_batch=1, schedule="constant")
     trainer = Trainer(*sampler(model), letter_task(), verify_letters, rl, Store(tmp_path), seed=0, digest="x")
@@ -189,7 +189,7 @@ def test_a_stopped_run_resumes_bit_for_bit(model: Model, tmp_path: Path) -> None
 # --------------------------------------------------------------------------------------------------- experts, mixtures
 
 
-def test_an_expert_is_the_same_after_its_file(model: Model, baseline: Baseline, tmp_path: Path) -> None:
+def test_an_expert_is_the_same_after_its_file(model: Model, baseline: PeftAdapter, tmp_path: Path) -> None:
     v_P = moved(baseline, 1)
     registry = Registry(tmp_path)
     registry.save("x", baseline.split(v_P), base_digest=model.base_digest, adapter=baseline.config)
@@ -202,7 +202,7 @@ def test_an_expert_is_the_same_after_its_file(model: Model, baseline: Baseline, 
             registry.load("x", layout=layout)
 
 
-def test_a_mixture_changes_the_weights_by_the_sum_of_its_experts_changes(model: Model, baseline: Baseline) -> None:
+def test_a_mixture_changes_the_weights_by_the_sum_of_its_experts_changes(model: Model, baseline: PeftAdapter) -> None:
     baseline.set_experts({"a": moved(baseline, 1), "b": moved(baseline, 2)})
     if baseline.config.kind == "dora":
         assert torch.equal(baseline.mix(Mixture.parse("a")), baseline.bank["a"])
@@ -229,7 +229,7 @@ def test_a_mixture_changes_the_weights_by_the_sum_of_its_experts_changes(model: 
     assert torch.equal(baseline.mix(Mixture.base()), baseline.neutral)
 
 
-def test_requests_of_several_mixtures_answer_as_each_does_alone(model: Model, baseline: Baseline) -> None:
+def test_requests_of_several_mixtures_answer_as_each_does_alone(model: Model, baseline: PeftAdapter) -> None:
     baseline.set_experts({"a": moved(baseline, 1, 0.5), "b": moved(baseline, 2, 0.5)})
     engine, sampling = OfflineEngine(model), SamplingParams(max_tokens=8)
     asked = [(text, Mixture.parse(name)) for text in ("17+25", "abc") for name in ("a", "base", "b")]

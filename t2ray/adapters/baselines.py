@@ -38,7 +38,7 @@ class Slot:
     input_side: bool  # of LoRA's two factors, the one that its input meets first
 
 
-class Baseline:
+class PeftAdapter:
     """One of PEFT's methods in the layers of a model; see `adapters.base.Adapter`.
 
     `layout` has the number of trained parameters of each target as its rank.

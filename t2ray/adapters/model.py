@@ -89,11 +89,11 @@ def load_model(
         hf, chat = load_base(folder, device)
         made: Adapter = SVF(hf, opened)
     else:
-        from t2ray.adapters.baselines import Baseline  # PEFT takes seconds to import
+        from t2ray.adapters.baselines import PeftAdapter  # PEFT takes seconds to import
 
         targets = select_targets(weights.shapes, adapter.targets, adapter.layers)
         hf, chat = load_base(folder, device)
-        made = Baseline(hf, adapter, targets, seed)
+        made = PeftAdapter(hf, adapter, targets, seed)
     family = Family(hf)
     probe(hf, family, made)
     return Model(hf=hf, family=family, adapter=made, chat=chat, base_digest=weights.digest)
