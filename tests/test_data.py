@@ -331,6 +331,18 @@ def test_validation_may_be_a_file_of_its_own(folder: Path) -> None:
         own("quiz", domain(folder, validation="held"), str(folder))
 
 
+def test_rows_for_tests_may_choose_no_expert_and_without_any_the_task_says_so(folder: Path) -> None:
+    assert not own("quiz", domain(folder), str(folder)).test_is_unseen
+    write(folder / "last.jsonl", [{"question": "last?", "answer": "yes"}])
+    task = own("quiz", domain(folder, test="last.jsonl"), str(folder))
+    assert task.test_is_unseen and [row["question"] for row in task.rows("test")] == ["last?"]
+    assert len(task.rows("validation")) == 2 and len(task.rows("train")) == 23
+    with pytest.raises(ConfigError, match="test 'held' is no"):
+        own("quiz", domain(folder, test="held"), str(folder))
+    with pytest.raises(ValueError, match="a built-in task has its own test rows"):
+        DomainConfig(task="math", test="last.jsonl")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -48,9 +48,10 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
             with adapter.rows(adapter.neutral[None]):
                 neutral = family.logits(family.hidden(ids_BT, mask_BT))
             _same(own, neutral, family, "the logits through the factors")
-            with adapter.rows(z_RK, torch.arange(2, device=device)):
-                together = family.hidden(ids_BT, mask_BT)
-            for row in range(2):
+            if adapter.by_row:
+                with adapter.rows(z_RK, torch.arange(2, device=device)):
+                    together = family.hidden(ids_BT, mask_BT)
+            for row in range(2 if adapter.by_row else 0):
                 with adapter.rows(z_RK[row : row + 1]):
                     alone = family.hidden(ids_BT[row : row + 1], mask_BT[:1])
                 _same(alone, together[row : row + 1], family, "a row of a batch with several mixtures")

@@ -147,6 +147,7 @@ class Demo:
 
     async def evaluate(self, mixtures: Mapping[str, Mixture]) -> dict[str, Any]:
         """Measures every task under every method; returns the arguments of `build_report` that are measured."""
+        from t2ray.evals.answers import Baseline
         from t2ray.evals.evaluate import dispatch_counts
 
         classifiers = {
@@ -172,15 +173,22 @@ class Demo:
             "others": {name: await dispatch_counts(others, strategy) for name, strategy in classifiers.items()},
             "classifier": await self._classifier(),
             "pass1_share": await self._pass1_share(classifiers["cls"]),
+            "baselines": {
+                name: Baseline.of(task.gold_readings(examples), task.options(examples))
+                for name, task in self.tasks.items()
+                for examples in [task.examples("test", self.limit)]
+            },
         }
 
     async def _cell(self, task: Task, strategy: Strategy, verify: Verifier) -> Cell:
+        from t2ray.evals.answers import Answers
         from t2ray.evals.evaluate import evaluate
 
         sampling = SamplingParams(max_tokens=task.max_tokens)
         return await evaluate(
-            task.name, task.examples("test", self.limit), strategy, self.engine.generate, verify, sampling
-        )
+            task.name, task.examples("test", self.limit), strategy, self.engine.generate, verify, sampling,
+            answers=Answers(task.name, "", task.reading, task.gold, keep=False),
+        )  # fmt: skip
 
     async def _classifier(self) -> dict[str, Cell]:
         """Measures the classification expert on the test split of its own task, where it writes the label."""

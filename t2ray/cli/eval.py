@@ -8,21 +8,22 @@ from __future__ import annotations
 import argparse
 import asyncio
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from t2ray.adapt.strategies import Strategy, fixed
 from t2ray.cli.options import Parser, add_job, add_json, add_model, add_unsafe_code, at_least_one, locate
-from t2ray.cli.output import bar, check_json_folder, console, write_json
+from t2ray.cli.output import bar, check_json_folder, console, write_json, write_whole
 from t2ray.config.train import TrainConfig
-from t2ray.core import ConfigError, Example, Mixture, SamplingParams
+from t2ray.core import ConfigError, Example, Generate, Mixture, SamplingParams
 from t2ray.tasks.build import task_named
 from t2ray.tasks.table import kind_of
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
+    from t2ray.evals.answers import Answered
     from t2ray.evals.evaluate import Cell
     from t2ray.workbench import Workbench
 
@@ -67,44 +68,86 @@ def add(p: Parser) -> None:
         choices=["transformers", "vllm"],
         help="What computes. vllm has to be installed. Default: transformers.",
     )
+    _add_form(p)
     add_unsafe_code(p)
     add_json(p)
     add_job(p)
     add_model(p)
 
 
+def _add_form(p: Parser) -> None:
+    """Adds the options of how the prompts and answers look."""
+    p.add_argument(
+        "--form",
+        default="generated",
+        choices=["generated", "scored"],
+        help="How multiple choice is answered: in words, which the verifier reads, or by the likeliest of the choices.",
+    )
+    p.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="Shuffle the choices of multiple choice by this seed. Default: the order of the file.",
+    )
+    p.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        metavar="K",
+        help="How many solved rows of the training split stand before each prompt. Default: 0.",
+    )
+    p.add_argument("--shots-seed", type=int, default=0, metavar="S", help="Which rows those are. Default: 0.")
+    p.add_argument(
+        "--answers",
+        metavar="FILE.parquet",
+        help="File that receives every answer: prompt, completion, reading, gold, reward.",
+    )
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures every task under every strategy; prints a table, and writes the figures to the file of `--json`."""
     files, strategies = _tasks(args.tasks), _words(args.strategies, "--strategies")
     at_least_one(args, "limit")
+    if args.shots < 0:
+        raise ConfigError(f"--shots {args.shots}: give a number of solved rows, at least 0")
     check_json_folder(args.json)
+    check_json_folder(args.answers, "--answers")
 
+    from t2ray.evals.answers import Baseline, parquet
+    from t2ray.evals.measured import result_of, table
     from t2ray.workbench import open_workbench
 
     place = locate(args)
     found = {name: _task(name, named, place.run) for name, named in files.items()}
-    tasks, codes = {name: task for name, (task, _) in found.items()}, {name: code for name, (_, code) in found.items()}
-    examples = {name: task.examples(args.split, args.limit) for name, task in tasks.items()}
+    examples = {name: _examples(task, args) for name, (task, _) in found.items()}
     bench = open_workbench(place, bar, args.engine)
-    plans = {name: _plan(bench, name, strategies, args.generate_label) for name in tasks}
-    total = sum(len(plans[name]) * len(examples[name]) for name in tasks)
+    plans = {name: _plan(bench, name, strategies, args.generate_label) for name in found}
+    total = sum(len(plans[name]) * len(examples[name]) for name in found)
     results: dict[str, Any] = {}
+    kept: list[Answered] = []
     with bar("evaluate") as progress:
         done = 0
-        for name, task in tasks.items():
+        for name, (task, code) in found.items():
             sampling = bench.sampling(args.max_tokens, task)
             with Verifier(
-                task.reward, workers=_VERIFIERS, path=codes[name], unsafe_code=args.unsafe_code,
+                task.reward, workers=_VERIFIERS, path=code, unsafe_code=args.unsafe_code,
                 success_above=task.success_above,
             ) as verify:  # fmt: skip
                 asyncio.run(_check(task, examples[name], verify))
                 cells = {}
                 for key, strategy in plans[name].items():
                     tell = partial(_tell, progress, done, total, f"{name} {key}")
-                    cells[key] = asyncio.run(_cell(bench, task, examples[name], strategy, key, verify, sampling, tell))
+                    keep = kept if args.answers else None
+                    job = _cell(bench, task, examples[name], strategy, key, verify, sampling, args.form, keep, tell)
+                    cells[key] = asyncio.run(job)
                     done += len(examples[name])
-            results[name] = _result(strategies, cells, bench.experts, sampling.max_tokens)
-    console.print(_table(results, strategies), markup=False)
+            unseen = args.split != "test" or task.test_is_unseen
+            baseline = Baseline.of(task.gold_readings(examples[name]), task.options(examples[name]))
+            limit = sampling.max_tokens
+            results[name] = result_of(task.name, strategies, cells, baseline, bench.experts, limit, unseen)
+    console.print(table(results, strategies), markup=False)
+    if args.answers:
+        write_whole(args.answers, parquet(kept), "--answers")
     write_json(args.json, {"tasks": results, "model": place.model, "split": args.split, "machine": platform.platform()})
 
 
@@ -161,6 +204,21 @@ def _plan(bench: Workbench, task: str, strategies: Sequence[str], generate_label
     return plan
 
 
+def _examples(task: Task, args: argparse.Namespace) -> list[Example]:
+    """Returns what a task is asked, with the choices in the order that was asked for.
+
+    Raises:
+        ConfigError: the task has no choices to score.
+    """
+    if args.form == "scored" and task.choices is None:
+        raise ConfigError(f"--form scored: {task.name} is no multiple choice; leave out the task or the option")
+    task = task.with_shots(args.shots, args.shots_seed) if args.shots else task
+    examples = task.examples(args.split, args.limit)
+    if args.shuffle is None:
+        return examples
+    return [task.shuffled(example, f"{args.shuffle}/{example.id}") for example in examples]
+
+
 async def _check(task: Task, examples: Sequence[Example], verify: Verifier) -> None:
     """Grades one right answer, so that a verifier that cannot run says so before the answers are generated."""
     if task.gold is not None:
@@ -169,63 +227,27 @@ async def _check(task: Task, examples: Sequence[Example], verify: Verifier) -> N
 
 async def _cell(
     bench: Workbench, task: Task, examples: Sequence[Example], strategy: Strategy, name: str, verify: Verifier,
-    sampling: SamplingParams, progress: Callable[[int], None],
+    sampling: SamplingParams, form: str, keep: list[Answered] | None, progress: Callable[[int], None],
 ) -> Cell:  # fmt: skip
+    from t2ray.evals.answers import Answers, choosing
     from t2ray.evals.evaluate import evaluate
 
     least = 1 if sampling.to_end else sampling.max_tokens
-    return await evaluate(
-        task.name, examples, strategy, bench.engine.generate, verify, sampling,
-        fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, progress=progress,
+    generate: Generate = bench.engine.generate
+    if form == "scored":
+        assert task.choices is not None, task
+        generate = choosing(bench.engine.score, {x.messages: tuple(task.choices(x.row)) for x in examples})
+    answers = Answers(task.name, name, task.reading, task.gold, keep=keep is not None)
+    cell = await evaluate(
+        task.name, examples, strategy, generate, verify, sampling,
+        fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, answers=answers,
+        progress=progress,
     )  # fmt: skip
+    if keep is not None:
+        order = {example.id: i for i, example in enumerate(examples)}
+        keep += sorted(answers.rows, key=lambda answer: order[answer.id])
+    return cell
 
 
 def _tell(progress: Callable[[int, int, str], None], before: int, total: int, what: str, done: int) -> None:
     progress(before + done, total, what)
-
-
-def _result(
-    strategies: Sequence[str], cells: Mapping[str, Cell], experts: Sequence[str], tokens: int
-) -> dict[str, Any]:
-    """Returns the row of a task: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": ..., ...}}`."""
-    from t2ray.evals.evaluate import oracle_choice
-
-    rows = {name: _row(cell) for name, cell in cells.items()}
-    n = next(iter(cells.values())).n
-    result: dict[str, Any] = {"n": n, "max_tokens": tokens}
-    if "oracle" in strategies:
-        result["oracle"] = oracle_choice({name: cells[name] for name in ("base", *experts)})
-        rows["oracle"] = rows[result["oracle"]]
-    return result | {"strategies": rows}
-
-
-def _row(cell: Cell) -> dict[str, Any]:
-    return cell.row() | {
-        "truncated": cell.truncated, "too_long": cell.too_long, "labels": dict(cell.labels), "pass1_s": cell.pass1_s,
-        "pass2_s": cell.pass2_s,
-    }  # fmt: skip
-
-
-def _table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
-    """Returns a line per task: accuracies in % with 95 % Wilson intervals; below them what went unanswered."""
-    head = ["task", "n", *strategies]
-    body, notes = [], []
-    for task, result in results.items():
-        cells = []
-        for name in strategies:
-            row = result["strategies"][name]
-            low, high = row["ci95"]
-            chosen = f" {result['oracle']}" if name == "oracle" else ""
-            cells.append(f"{100 * row['acc']:.1f} ({100 * low:.0f}-{100 * high:.0f}){chosen}")
-            for key, meaning in (
-                ("too_long", "prompts exceed the model's context"),
-                ("truncated", "answers were cut off"),
-            ):
-                if row[key] and name != "oracle":
-                    notes.append(
-                        f"{task} {name}: {row[key]} of {result['n']} {meaning} (max_tokens {result['max_tokens']})"
-                    )
-        body.append([task, str(result["n"]), *cells])
-    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
-    return "\n".join(line.rstrip() for line in [*lines, *notes])

@@ -58,16 +58,16 @@ def weight_bars(mixture: Mixture, experts: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def check_json_folder(path: str | None) -> None:
-    """Refuses a `--json FILE` that cannot be written, before the work and not after it.
+def check_json_folder(path: str | None, option: str = "--json") -> None:
+    """Refuses a `--json FILE` (or that of another option) that cannot be written, before the work and not after it.
 
     Raises:
         ConfigError: with the file as it was written.
     """
     if path is not None and Path(path).is_dir():
-        raise ConfigError(f"--json {path} is a folder; name a file")
+        raise ConfigError(f"{option} {path} is a folder; name a file")
     if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ConfigError(f"--json {path}: there is no folder {Path(path).absolute().parent}; make it first")
+        raise ConfigError(f"{option} {path}: there is no folder {Path(path).absolute().parent}; make it first")
 
 
 def write_json(path: str | None, report: Mapping[str, Any]) -> None:
@@ -76,12 +76,20 @@ def write_json(path: str | None, report: Mapping[str, Any]) -> None:
     Raises:
         ResourceError: the disk is full, or the file may not be written.
     """
-    if path is None:
-        return
+    if path is not None:
+        write_whole(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode(), "--json")
+
+
+def write_whole(path: str, data: bytes, option: str) -> None:
+    """Writes the file that an option names, whole or not at all.
+
+    Raises:
+        ResourceError: the disk is full, or the file may not be written.
+    """
     temporary = Path(f"{path}.tmp")
     try:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(data)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise ResourceError(f"cannot write {path} ({error.strerror}); name another file by --json") from None
+        raise ResourceError(f"cannot write {path} ({error.strerror}); name another file by {option}") from None

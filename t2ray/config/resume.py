@@ -1,10 +1,11 @@
-"""What of a training job must stay the same when its run is resumed."""
+"""Which values of a training job a resume may change. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import portable
 
 # What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
@@ -12,18 +13,28 @@ FREE = frozenset(
     {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
      "preset", "unsafe_code", "verify_timeout_s", "date"}
 )  # fmt: skip
-FREE_DOMAIN = frozenset({"gold", "on_reward_error", "on_long_prompt", "publish"})
+FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
 FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
 
 
-def unchangeable(job: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's plain values without those that change nothing of what a step does to z."""
+def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a job that change what a step does to z.
+
+    A key that came later is left out where it says what jobs did without it.
+    """
     fields = {key: value for key, value in job.items() if key not in FREE}
-    domains = {name: {k: v for k, v in one.items() if k not in FREE_DOMAIN} for name, one in fields["domains"].items()}
+    domains = {
+        name: {key: value for key, value in domain.items() if key not in FREE_DOMAIN}
+        for name, domain in fields["domains"].items()
+    }
     for settings in (fields, *domains.values()):
         settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
-        if settings["rl"].get("engine") == "transformers":  # as runs were written before there was another
+        if settings["rl"].get("engine") == "transformers":
             del settings["rl"]["engine"], settings["rl"]["truncate"]
-    if not fields["chat_template_kwargs"]:  # as runs were written before there were any
+        if settings["rl"].get("objective") == "reinforce":
+            del settings["rl"]["objective"]
+    if fields["adapter"] == AdapterConfig().model_dump(mode="json"):
+        del fields["adapter"]
+    if not fields["chat_template_kwargs"]:
         del fields["chat_template_kwargs"]
     return portable(fields | {"domains": domains})

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import FilePath, Strict, expanded, nearest, override, read_yaml, validate
-from t2ray.config.resume import unchangeable
+from t2ray.config.resume import lasting
 from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.core import ConfigError, check_name
 
@@ -43,6 +44,9 @@ class DomainConfig(Strict):
     validation: FilePath | tuple[FilePath, ...] | None = Field(
         None, description="Files or split to validate on; without any, every tenth row of `data` is held out."
     )
+    test: FilePath | tuple[FilePath, ...] | None = Field(
+        None, description="Files or split for `t2ray eval` that choose no expert; without any, those of `validation`."
+    )
     prompt: str | None = Field(
         None, description='Template, such as "Q: {question}" or "{meta.level:.1f}: {q}", or the name of a column of '
         "messages, of which an answer at the end is cut off.",
@@ -53,21 +57,16 @@ class DomainConfig(Strict):
         "returns a number in [-1, 1], or None to abstain. Or a list of several, as "
         '{use: "module:function", weight: 1}, of which the mean by weights is the reward.',
     )
-    success_above: float = Field(
-        0.0, ge=-1, lt=1, description="A completion whose reward is above this counts as right in an accuracy."
-    )
+    success_above: float = Field(0.0, ge=-1, lt=1, description="A reward above this counts as right in an accuracy.")
     gold: str | None = Field(
         None, description="Column of the right answers, such as reward_model.ground_truth, for `t2ray verify` and for "
         "ties of the few-shot search; without one, the answers that messages end with.",
     )  # fmt: skip
     max_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Greatest number of tokens of a completion; without one, the task's, or rl.max_tokens.",
+        None, ge=1, description="Greatest number of tokens of a completion; without one, the task's, or rl.max_tokens."
     )
     others: FilePath | None = Field(
-        None,
-        description="Task or file of the prompts that fit no other domain; it makes this the classification domain.",
+        None, description="Task or file of prompts that fit no other domain; it makes this the classification domain."
     )
     on_reward_error: Literal["stop", "abstain"] = Field(
         "stop",
@@ -125,6 +124,8 @@ class DomainConfig(Strict):
             raise ValueError(
                 "a domain needs one of task (a built-in), data (with prompt and reward), or others (the classifier)"
             )
+        if self.test is not None and kinds != ["data"]:
+            raise ValueError("test names rows of a domain of one's own; a built-in task has its own test rows")
         if kinds == ["data"] and not (self.prompt and self.reward):
             missing = [key for key in ("prompt", "reward") if not getattr(self, key)]
             raise ValueError(f"a domain with data also needs {' and '.join(missing)}")
@@ -157,6 +158,7 @@ class TrainConfig(Strict):
     domains: dict[str, DomainConfig] = Field(
         min_length=1, description="Domains by their names; one expert is trained for each."
     )
+    adapter: AdapterConfig = Field(AdapterConfig(), description="What is trained: SVF, or a baseline beside it.")
     preset: Literal["default", "paper"] = Field(
         "default", description="Values that are laid under `rl`: none (default), or Table 6 of the paper (paper)."
     )
@@ -241,9 +243,14 @@ class TrainConfig(Strict):
         least, _, most = str(self.workers).partition("-")
         return int(least), int(most or least)
 
+    @property
+    def trained(self) -> AdapterConfig:
+        """The adapter, with the job's `targets` and `layers` where it has none of its own."""
+        return self.adapter.within(self.targets, self.layers)
+
     @model_validator(mode="after")
     def _settings_of_domains(self) -> TrainConfig:
-        _ = self.domain_settings  # a wrong key of a domain's `rl` is refused here
+        _ = self.domain_settings, self.trained  # a wrong key of a domain's `rl` is refused here
         return self
 
     @cached_property
@@ -266,7 +273,7 @@ class TrainConfig(Strict):
 
     def resume_fields(self) -> dict[str, Any]:
         """What a resume must not change, as plain values: everything that changes what a step does to z."""
-        return unchangeable(self.model_dump(mode="json"))
+        return lasting(self.model_dump(mode="json"))
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

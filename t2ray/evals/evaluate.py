@@ -11,19 +11,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
-from t2ray.adapt.strategies import Strategy
-from t2ray.core import ConfigError, DataError, Example, Generate, Message, Mixture, SamplingParams
+from t2ray.adapt.strategies import Dispatch, Strategy
+from t2ray.core import Completion, ConfigError, DataError, Example, Generate, Message, Mixture, SamplingParams
+from t2ray.evals.answers import Answers, Baseline, lopsided, shares
 from t2ray.evals.intervals import wilson
+from t2ray.evals.targets import METHODS, targets
 from t2ray.grades import Verify
 
 _MOST_ROWS = 256
 _CHARS_PER_TOKEN = 3  # of English or code they are about 4, of some languages fewer
-
-METHODS = ("base", "expert", "oracle", "prompt", "cls", "fewshot")
-"""The columns of a table, in their order; `methods` says what each is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,14 +30,15 @@ class Cell:
     """The result of one task under one strategy.
 
     `correct` has one entry per example, in order, so that two cells of a task can be compared example by example.
-    `labels` counts the labels that pass 1 chose. `truncated` is the number of answers that reached max_tokens,
-    `too_long` that of prompts that do not fit the model; these count as wrong. Seconds are wall-clock time without the
-    verifier.
+    `labels` counts the labels that pass 1 chose, `readings` what the verifier took the answers to be. `truncated` is
+    the number of answers that reached max_tokens, `too_long` that of prompts that do not fit the model; these count as
+    wrong. Seconds are wall-clock time without the verifier.
     """
 
     task: str
     correct: tuple[bool, ...]
     labels: Counter[str] = field(default_factory=Counter)
+    readings: Counter[str] = field(default_factory=Counter)
     pass1_s: float = 0.0
     pass2_s: float = 0.0
     truncated: int = 0
@@ -71,6 +71,7 @@ async def evaluate(
     *,
     fits: Callable[[tuple[Message, ...]], bool] | None = None,
     batch_tokens: int = 16_384,
+    answers: Answers | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Cell:
     """Answers every example in two passes and verifies the answers; the verifier says which are right.
@@ -81,6 +82,7 @@ async def evaluate(
     Args:
         fits: says whether a conversation fits the model in both passes; None if all of them do.
         batch_tokens: the number of tokens of a chunk, roughly, by which memory is bounded.
+        answers: gathers what was answered.
         progress: is called with the number of examples done, at the beginning and after each chunk.
 
     Raises:
@@ -98,26 +100,22 @@ async def evaluate(
         progress(0)
     for rows in _chunks(examples, batch_tokens, sampling.max_tokens):
         fitting = [example for example in rows if fits is None or _fits(fits, example)]
-        start = time.perf_counter()
-        dispatches = await asyncio.gather(*(strategy(example.messages) for example in fitting))
-        middle = time.perf_counter()
-        completions = await asyncio.gather(
-            *(generate(x.messages, d.mixture, sampling) for x, d in zip(fitting, dispatches, strict=True))
-        )
-        end = time.perf_counter()
+        dispatches, completions, seconds = await _both_passes(fitting, strategy, generate, sampling)
         grades = await verify([c.text for c in completions], [x.row for x in fitting])
         right |= {x.id for x, grade in zip(fitting, grades, strict=True) if grade.right}
+        if answers is not None:
+            answers.add(fitting, completions, grades)
         labels.update(d.label for d in dispatches if d.label is not None)
-        pass1_s += middle - start
-        pass2_s += end - middle
+        pass1_s, pass2_s = pass1_s + seconds[0], pass2_s + seconds[1]
         truncated += sum(c.finish_reason == "length" for c in completions)
         too_long += len(rows) - len(fitting)
         done += len(rows)
         if progress is not None:
             progress(done)
     return Cell(
-        task=task_name, correct=tuple(example.id in right for example in examples), labels=labels, pass1_s=pass1_s,
-        pass2_s=pass2_s, truncated=truncated, too_long=too_long,
+        task=task_name, correct=tuple(example.id in right for example in examples), labels=labels,
+        readings=answers.readings if answers is not None else Counter(), pass1_s=pass1_s, pass2_s=pass2_s,
+        truncated=truncated, too_long=too_long,
     )  # fmt: skip
 
 
@@ -126,6 +124,19 @@ def _fits(fits: Callable[[tuple[Message, ...]], bool], example: Example) -> bool
         return fits(example.messages)
     except ConfigError as error:  # a conversation that the model's chat template refuses
         raise ConfigError(f"{example.id}: {error}") from None
+
+
+async def _both_passes(
+    examples: Sequence[Example], strategy: Strategy, generate: Generate, sampling: SamplingParams
+) -> tuple[list[Dispatch], list[Completion], tuple[float, float]]:
+    """Returns what pass 1 chose, what pass 2 answered, and the seconds that each took."""
+    start = time.perf_counter()
+    dispatches = await asyncio.gather(*(strategy(example.messages) for example in examples))
+    middle = time.perf_counter()
+    completions = await asyncio.gather(
+        *(generate(x.messages, d.mixture, sampling) for x, d in zip(examples, dispatches, strict=True))
+    )
+    return dispatches, completions, (middle - start, time.perf_counter() - middle)
 
 
 def _chunks(examples: Sequence[Example], tokens: int, answer: int) -> Iterator[list[Example]]:
@@ -195,6 +206,7 @@ def build_report(
     pass1_share: float | None,
     seed: int,
     machine: Any,
+    baselines: Mapping[str, Baseline] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Returns the dictionary that is written as `report.json`.
 
@@ -209,27 +221,23 @@ def build_report(
         mixtures: task -> the mixture that the few-shot search found for it.
         timing_s: stage -> seconds.
         pass1_share: time of pass 1 divided by that of pass 2 at 64 new tokens; None if it was not measured.
+        baselines: task -> what a constant and a random answer would score.
     """
     tables: dict[str, dict[str, dict[str, Any]]] = {"trained": {}, "unseen": {}}
     details: dict[str, dict[str, Any]] = {}
-    counts: dict[str, dict[str, Mapping[str, int]]] = {}
+    alike: list[str] = []
     for task in dict.fromkeys([*singles, *adaptive]):
         alone, adapted = singles.get(task, {}), adaptive.get(task, {})
         row = methods(alone, own.get(task), adapted)
         tables["trained" if task in trained else "unseen"][task] = {name: cell.row() for name, cell in row.items()}
-        details[task] = {name: _detail(cell) for name, cell in {**alone, **adapted}.items()}
-        for name, cell in adapted.items():
-            if cell.labels:
-                counts.setdefault(name, {})[task] = cell.labels
-    for name, row_of_others in others.items():
-        counts.setdefault(name, {})["others"] = row_of_others
+        alike += warnings(task, {**alone, **adapted}, baselines.get(task))
+        details[task] = {name: _detail(cell, baselines.get(task)) for name, cell in {**alone, **adapted}.items()}
     report: dict[str, Any] = {
         "tables": tables,
-        "choices": {
-            task: {"expert": own.get(task), "oracle": oracle_choice(alone) if len(alone) > 1 else None}
-            for task, alone in singles.items()
-        },
-        "confusion": {name: confusion(rows, labels) for name, rows in counts.items()},
+        "baselines": {task: baseline.row() for task, baseline in baselines.items()},
+        "warnings": alike,
+        "choices": _choices(singles, own),
+        "confusion": {name: confusion(rows, labels) for name, rows in _counts(adaptive, others).items()},
         "classifier": {name: cell.row() for name, cell in classifier.items()},
         "mixtures": {task: {name: _alpha(mixture, name) for name in experts} for task, mixture in mixtures.items()},
         "timing_s": dict(timing_s),
@@ -241,58 +249,45 @@ def build_report(
     return report | {"targets": targets(report)}
 
 
-def _detail(cell: Cell) -> dict[str, Any]:
+def _counts(
+    adaptive: Mapping[str, Mapping[str, Cell]], others: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, Mapping[str, int]]]:
+    """Returns strategy -> task -> the labels that pass 1 chose."""
+    counts: dict[str, dict[str, Mapping[str, int]]] = {}
+    for task, row in adaptive.items():
+        for name, cell in row.items():
+            if cell.labels:
+                counts.setdefault(name, {})[task] = cell.labels
+    for name, labels in others.items():
+        counts.setdefault(name, {})["others"] = labels
+    return counts
+
+
+def _choices(singles: Mapping[str, Mapping[str, Cell]], own: Mapping[str, str]) -> dict[str, dict[str, str | None]]:
+    """Returns task -> which mixtures `expert` and `oracle` are."""
+    return {
+        task: {"expert": own.get(task), "oracle": oracle_choice(alone) if len(alone) > 1 else None}
+        for task, alone in singles.items()
+    }
+
+
+def warnings(task: str, cells: Mapping[str, Cell], baseline: Baseline | None) -> list[str]:
+    """Returns a line for each strategy that answers nearly everything alike: its accuracy is no knowledge."""
+    golds = baseline.golds if baseline else Counter[str]()
+    lines = {name: lopsided(cell.readings, golds) for name, cell in cells.items()}
+    return [f"{task} {name}: {line}" for name, line in lines.items() if line]
+
+
+def _detail(cell: Cell, baseline: Baseline | None) -> dict[str, Any]:
     return cell.row() | {
         "pass1_s": cell.pass1_s,
         "pass2_s": cell.pass2_s,
         "truncated": cell.truncated,
         "too_long": cell.too_long,
+        "readings": shares(cell.readings, baseline.golds if baseline else ()),
     }
 
 
 def _alpha(mixture: Mixture, name: str) -> float | list[float]:
     alpha = dict(mixture.weights).get(name, (0.0,))
     return alpha[0] if len(alpha) == 1 else list(alpha)
-
-
-def targets(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Returns the targets of the tiny model that were measured, each as `{name, target, value, met}`.
-
-    "The best expert" of the unseen tasks is each task's own oracle, the strictest reading.
-    """
-    trained, unseen = report["tables"]["trained"], report["tables"]["unseen"]
-    rows: list[dict[str, Any]] = []
-
-    def at_least(name: str, target: float, value: float) -> None:
-        value = round(value, 9)  # 0.95 - 0.55 is below 0.4 in floating point
-        rows.append({"name": f"{name}, at least", "target": target, "value": value, "met": value >= target})
-
-    classifier = {"dispatch": report["classifier"]} if report["classifier"] else {}
-    for task, row in (trained | classifier).items():
-        if "expert" in row and "base" in row:
-            at_least(f"{task}: accuracy of its expert", 0.80, row["expert"]["acc"])
-            at_least(f"{task}: its expert above the base", 0.40, row["expert"]["acc"] - row["base"]["acc"])
-    means = _means(trained)
-    dispatched = [means[name] for name in ("prompt", "cls") if name in means]
-    if dispatched and means.get("oracle", 0.0) > 0:
-        at_least("trained tasks: the better of prompt and cls over oracle", 0.95, max(dispatched) / means["oracle"])
-    means = _means(unseen)
-    if {"fewshot", "base", "oracle"} <= means.keys():
-        gain = round(min(row["fewshot"]["acc"] - row["base"]["acc"] for row in unseen.values()), 9)
-        name = "unseen tasks: the smallest gain of fewshot over base, above"
-        rows.append({"name": name, "target": 0.0, "value": gain, "met": gain > 0})
-        at_least("unseen tasks: mean of fewshot against that of the best expert", means["oracle"], means["fewshot"])
-    share = report["pass1_share"]
-    if share is not None:
-        name = "pass 1 as a share of pass 2 at 64 new tokens, at most"
-        rows.append({"name": name, "target": 0.10, "value": share, "met": share <= 0.10})
-    return rows
-
-
-def _means(table: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Returns method -> mean accuracy over a table's tasks, for each method that all tasks have."""
-    return {
-        method: fmean(row[method]["acc"] for row in table.values())
-        for method in METHODS
-        if table and all(method in row for row in table.values())
-    }

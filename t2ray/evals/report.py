@@ -15,16 +15,22 @@ from string import Template
 from typing import Any
 
 from t2ray.evals import plots
+from t2ray.evals.answers import baseline_cells
 from t2ray.experts.heatmap import HeatMap
 
 METHODS = {
     "base": "base", "expert": "own expert", "oracle": "best expert", "prompt": "prompt", "cls": "cls",
     "fewshot": "few-shot",
 }  # fmt: skip
+BASELINES = ("majority", "random")
 TABLES = {"trained": "Trained tasks", "unseen": "Unseen tasks"}
 NOTES = {
     "accuracy": "Accuracy in %, with the 95 % Wilson interval. Own expert: the task's, or its trained sibling's. Best "
     "expert: the best of the base and all experts on these very prompts (an oracle).",
+    "baselines": "Majority: the accuracy of one and the same answer to everything, the commonest right one. Random: "
+    "that of a random choice, where there are choices.",
+    "readings": "What the verifier took the answers to be, and how often; ... stands for all others. First come the "
+    "right answers.",
     "confusion": "One row per task, one column per label that pass 1 chose (number of prompts).",
     "mixtures": "The weight of each expert that the few-shot search found for a task; the base holds the rest.",
     "curves": "Accuracy of the sampled rollouts, greedy validation, and KL to the base model.",
@@ -60,10 +66,20 @@ def text_tables(report: Mapping[str, Any]) -> str:
         if table := report["tables"].get(kind):
             names = _methods(table)
             rows = [
-                [task, _n(row), *(_text_cell(row[name]) if name in row else "" for name in names)]
+                [
+                    task,
+                    _n(row),
+                    *baseline_cells(report.get("baselines", {}).get(task, {})),
+                    *(_text_cell(row[name]) if name in row else "" for name in names),
+                ]
                 for task, row in table.items()
             ]
-            parts += [f"## {title}", NOTES["accuracy"], _table(["task", "n", *(METHODS[name] for name in names)], rows)]
+            head = ["task", "n", *BASELINES, *(METHODS[name] for name in names)]
+            parts += [f"## {title}", f"{NOTES['accuracy']} {NOTES['baselines']}", _table(head, rows)]
+    parts += [f"Warning: {line}." for line in report.get("warnings", ())]
+    for task, (readings, counts) in _readings(report).items():
+        rows = [[name, *(str(row.get(reading, 0)) for reading in readings)] for name, row in counts.items()]
+        parts += [f"## Answers to {task}", NOTES["readings"], _table(["", *readings], rows)]
     if classifier := report["classifier"]:
         cells = [_text_cell(classifier[name]) for name in ("base", "expert")]
         parts += [
@@ -92,7 +108,7 @@ def html_page(
     shifts: Mapping[str, HeatMap],
 ) -> str:
     """Returns the report as one HTML page without any reference to another file or host."""
-    sections = [_accuracy(report), _targets(report), _confusion(report)]
+    sections = [_accuracy(report), _targets(report), _answers(report), _confusion(report)]
     if report["mixtures"]:
         figures = {"alpha by task and expert": plots.alphas(report["mixtures"])}
         sections.append(_figures("Few-shot mixtures", NOTES["mixtures"], figures))
@@ -106,17 +122,50 @@ def html_page(
 
 
 def _accuracy(report: Mapping[str, Any]) -> str:
-    parts = [f"<h2>Accuracy</h2><p>{escape(NOTES['accuracy'])}</p>", '<div class="pair">']
+    note = escape(f"{NOTES['accuracy']} {NOTES['baselines']}")
+    lines = "".join(f'<p class="bad">{escape(line)}.</p>' for line in report.get("warnings", ()))
+    parts = [f"<h2>Accuracy</h2><p>{note}</p>{lines}", '<div class="pair">']
     for kind, title in TABLES.items():
         if table := report["tables"].get(kind):
             names = _methods(table)
             rows = [
-                [f"{_name(task)}<small>n {_n(row)}</small>", *(_html_cell(row.get(name)) for name in names)]
+                [
+                    f"{_name(task)}<small>n {_n(row)}</small>",
+                    *map(escape, baseline_cells(report.get("baselines", {}).get(task, {}))),
+                    *(_html_cell(row.get(name)) for name in names),
+                ]
                 for task, row in table.items()
             ]
-            head = ["task", *(METHODS[name] for name in names)]
+            head = ["task", *BASELINES, *(METHODS[name] for name in names)]
             parts.append(f"<section><h3>{title}</h3>{_html_table(head, rows)}</section>")
     return "".join([*parts, "</div>"])
+
+
+def _answers(report: Mapping[str, Any]) -> str:
+    sections = [
+        f"<section><h3>{_name(task)}</h3>{_shares(readings, counts)}</section>"
+        for task, (readings, counts) in _readings(report).items()
+    ]
+    note = f"<h2>Answers</h2><p>{escape(NOTES['readings'])}</p>"
+    return f'{note}<div class="pair">{"".join(sections)}</div>' if sections else ""
+
+
+def _readings(report: Mapping[str, Any]) -> dict[str, tuple[list[str], dict[str, Mapping[str, int]]]]:
+    """Returns task -> its readings, and how often each strategy gave which; of tasks with few right answers alone."""
+    found: dict[str, tuple[list[str], dict[str, Mapping[str, int]]]] = {}
+    for task, baseline in report.get("baselines", {}).items():
+        golds, answered = baseline["golds"], report["details"].get(task, {})
+        if not golds or "..." in golds or not any(row.get("readings") for row in answered.values()):
+            continue
+        counts = {"right": golds} | {name: row["readings"] for name, row in answered.items()}
+        others = {reading for row in counts.values() for reading in row} - {*golds, "..."}
+        rest: dict[str, Mapping[str, int]] = {
+            name: {reading: row.get(reading, 0) for reading in golds}
+            | {"...": sum(row.values()) - sum(row.get(reading, 0) for reading in golds)}
+            for name, row in counts.items()
+        }
+        found[task] = ([*sorted(golds), *(["..."] if others else [])], rest)
+    return found
 
 
 def _confusion(report: Mapping[str, Any]) -> str:
@@ -131,16 +180,19 @@ def _confusion(report: Mapping[str, Any]) -> str:
         table = _html_table(["task", "base", "own expert"], [row])
         parts.append(f"<section><h3>The classification task</h3>{table}</section>")
     for name, matrix in report["confusion"].items():
-        labels = list(next(iter(matrix.values())))
-        head = "".join(f"<th>{escape(x)}</th>" for x in ["task", *labels])
-        body = ""
-        for task, row in matrix.items():
-            total = sum(row.values()) or 1
-            cells = (f'<td class="share" style="--p:{row[x] / total:.3f}">{row[x]}</td>' for x in labels)
-            body += f"<tr><td>{_name(task)}</td>{''.join(cells)}</tr>"
-        table = f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
-        parts.append(f"<section><h3>{escape(name)}</h3>{table}</section>")
+        parts.append(f"<section><h3>{escape(name)}</h3>{_shares(list(next(iter(matrix.values()))), matrix)}</section>")
     return "".join([*parts, "</div>"])
+
+
+def _shares(labels: Sequence[str], matrix: Mapping[str, Mapping[str, int]]) -> str:
+    """Returns a table of counts, each shaded by its share of its row."""
+    head = "".join(f"<th>{escape(x)}</th>" for x in ["", *labels])
+    body = ""
+    for name, row in matrix.items():
+        total = sum(row.values()) or 1
+        cells = (f'<td class="share" style="--p:{row[x] / total:.3f}">{row[x]}</td>' for x in labels)
+        body += f"<tr><td>{_name(name)}</td>{''.join(cells)}</tr>"
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _targets(report: Mapping[str, Any]) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from t2ray.core import NAME, ConfigError, ExpertError, Mixture, ResourceError, UnknownExpert
 from t2ray.experts.admission import check_size
-from t2ray.experts.registry import MANIFEST, MIXTURES, TENSORS, VERSION, ExpertManifest, Registry
+from t2ray.experts.manifest import ExpertManifest
+from t2ray.experts.registry import MANIFEST, MIXTURES, TENSORS, VERSION, Registry
 from t2ray.models.targets import Target
 
 Stamp = tuple[object, ...]

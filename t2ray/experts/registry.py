@@ -10,74 +10,25 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
+from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import nearest
-from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, check_name
+from t2ray.experts.manifest import ExpertManifest, MixtureRecord, first_mistake
 from t2ray.integrity import Damaged, digest_of
 from t2ray.models.targets import Target
-from t2ray.prompts import OTHERS
 from t2ray.store import Store
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
 SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
 VERSION = re.compile(r"v(\d{4,})")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class ExpertManifest(BaseModel):
-    """What an expert is and where it comes from.
-
-    `targets` has (name, rank) of each adapted matrix. The parametrisation `scale` says that z itself is stored, of
-    which 1 is the base model. `rescaled` says that the factor `sum(s) / sum(s * z)` of each matrix is part of its z.
-    `digest` is that of z, which every load compares; experts of earlier versions have none.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    schema_version: Literal[1] = 1
-    name: str
-    version: int = Field(ge=1)
-    base_digest: str
-    digest: str | None = None
-    targets: tuple[tuple[str, int], ...]
-    parametrisation: Literal["scale"] = "scale"
-    rescaled: bool = False
-    domain: str | None = None
-    config: dict[str, Any] = {}
-    metrics: dict[str, Any] = {}
-    seed: int | None = None
-    t2ray: str = __version__
-    created: str = Field(default_factory=_now)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels that a classification expert was trained to tell apart, "others" last; empty for other experts."""
-        labels = self.config.get("labels")
-        return tuple(map(str, labels)) if isinstance(labels, list) and labels[-1:] == [OTHERS] else ()
-
-
-class MixtureRecord(BaseModel):
-    """A saved mixture: `weights={"math": (0.7,)}`, and in `meta` how it was found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    schema_version: Literal[1] = 1
-    name: str
-    weights: dict[str, tuple[float, ...]]
-    meta: dict[str, Any] = {}
-    created: str = Field(default_factory=_now)
-
-    @property
-    def mixture(self) -> Mixture:
-        return Mixture.of(self.weights)
+SVF = AdapterConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +107,7 @@ class Registry:
         config: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        adapter: AdapterConfig = SVF,
     ) -> int:
         """Writes the next version of an expert, one vector per target, and returns its number. No version is changed.
 
@@ -179,6 +131,7 @@ class Registry:
             name=name, version=version, base_digest=base_digest, digest=digest_of(stored),
             targets=tuple((target, len(z_R)) for target, z_R in z.items()),
             rescaled=rescaled, domain=domain, config=dict(config or {}), metrics=dict(metrics or {}), seed=seed,
+            adapter={} if adapter.kind == "svf" else adapter.model_dump(mode="json", exclude_none=True),
         )  # fmt: skip
         try:
             write_expert(self.store, _folder(name, version), stored, manifest)
@@ -222,7 +175,7 @@ class Registry:
         try:
             return MixtureRecord.model_validate_json(self.store.read_bytes(path))
         except (Damaged, ValidationError) as error:
-            why = _first(error) if isinstance(error, ValidationError) else error
+            why = first_mistake(error) if isinstance(error, ValidationError) else error
             raise ExpertError(f"{self.store.uri}/{path} is no mixture: {why}") from error
 
     def load_mixture(self, name: str) -> Mixture:
@@ -241,7 +194,7 @@ def read_manifest(store: Store, path: str) -> ExpertManifest:
     except FileNotFoundError as error:
         raise ExpertError(f"{store.uri}/{path} is missing") from error
     except (Damaged, ValidationError) as error:
-        why = _first(error) if isinstance(error, ValidationError) else error
+        why = first_mistake(error) if isinstance(error, ValidationError) else error
         raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {why}") from error
 
 
@@ -257,6 +210,9 @@ def read_expert(
         )
     ranks = dict(manifest.targets)
     if layout is not None:
+        ours = layout[0].method
+        if (method := manifest.method.method) != ours:
+            raise ExpertError(f"{who} was trained as {method}, and this model is adapted by {ours}; name another")
         there = {target.name: target.rank for target in layout}
         for name, rank in ranks.items():
             if name not in there:
@@ -293,8 +249,3 @@ def write_expert(store: Store, folder: str, z: Mapping[str, Tensor], manifest: E
 
 def _folder(name: str, version: int) -> str:
     return f"{name}/v{version:04d}"
-
-
-def _first(error: ValidationError) -> str:
-    detail = error.errors()[0]
-    return f"{'.'.join(map(str, detail['loc'])) or 'file'}: {detail['msg']}"

@@ -32,7 +32,8 @@ class Target:
     """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`.
 
     `m` are its outputs, `n` its inputs, however it is stored. A matrix of an MoE expert has that one's number in its
-    name, `model.layers.0.mlp.experts.3.down_proj`, and as `expert`.
+    name, `model.layers.0.mlp.experts.3.down_proj`, and as `expert`. A domain's expert has `rank` numbers for a matrix;
+    `method` says what they mean (`AdapterConfig.method`).
     """
 
     name: str
@@ -41,6 +42,7 @@ class Target:
     n: int
     rank: int
     expert: int | None = None
+    method: str = "svf"
 
     @property
     def parameter(self) -> str:

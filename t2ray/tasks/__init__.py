@@ -12,7 +12,11 @@ from t2ray.tasks.task import Task
 __all__ = ["BUILTIN", "Task", "builtin"]
 
 _TINY = ("math", "math_long", "code", "code_long", "pick", "pick_more", "others")
-_REAL = {"gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task"}
+_REAL = {
+    "gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task",
+    "mbpp_plus": "mbpp_plus:task", "humaneval": "humaneval:task", "humaneval_plus": "humaneval:plus",
+    "competition_math": "competition_math:task", "ifeval": "ifeval:task",
+}  # fmt: skip
 BUILTIN = (*_TINY, *_REAL)
 """The names of the built-in tasks. The module of a task is imported when it is asked for."""
 

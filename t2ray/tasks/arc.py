@@ -8,6 +8,7 @@ as they are; a local file is split as GSM8K's is.
 from __future__ import annotations
 
 import functools
+import random
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -47,6 +48,11 @@ _SAID = (
     rf"^\s*(?:(?:{_LEADS}|=)(?:\b|(?<==))[\s,:!=]*)+{_CALLED}(?=[.!,)\]\s]*$)",
     rf"[,;.]\s+(?:(?:so|therefore|thus|hence|it is|it's|it must be)[\s,:]+)+{_CALLED}(?=[.!,)\]\s]*$)",
 )  # fmt: skip
+_SPEAKS_OF_OTHERS = re.compile(
+    r"\b(?:all|none|both|either|neither|any|some) (?:of )?(?:the )?(?:above|these|those|others)\b|\bthe above\b"
+    r"|\b(?-i:[A-E]|[1-5]),? (?:and|or|nor|&) \(?(?-i:[A-E]|[1-5])\b",
+    re.I,
+)
 _REASON = rf"[)\]]?[,;.]?\s*(?:because|since|as it)\b|[)\]]?{_RIGHT}"
 
 
@@ -87,6 +93,9 @@ def _task(name: str, hub: str, data: str | Sequence[str] | None) -> Task:
         reward="t2ray.tasks.arc:reward",
         gold=lambda row: str(row["answerKey"]),
         max_tokens=32,
+        reading=lambda completion, row: extract(completion, row["choices"]),
+        choices=lambda row: row["choices"]["label"],
+        shuffle=shuffle,
     )
 
 
@@ -107,6 +116,19 @@ def messages(row: DataRow) -> tuple[Message, ...]:
     choices = zip(row["choices"]["label"], row["choices"]["text"], strict=True)
     lines = "\n".join(f"{label}. {text}" for label, text in choices)
     return user(f"{row['question']}\n\n{lines}\n\nAnswer with the label of the right choice alone.")
+
+
+def shuffle(row: DataRow, rng: random.Random) -> DataRow:
+    """Returns the row with its choices in another order under the same labels, and the answerKey of the right one.
+
+    A row in which a choice speaks of others ("all of the above", "both A and B") stays as it is.
+    """
+    labels, texts = row["choices"]["label"], row["choices"]["text"]
+    if any(_SPEAKS_OF_OTHERS.search(str(text)) for text in texts):
+        return row
+    order = rng.sample(range(len(texts)), len(texts))
+    key = labels[order.index(labels.index(row["answerKey"]))]
+    return {**row, "choices": {**row["choices"], "text": [texts[i] for i in order]}, "answerKey": key}
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:

@@ -64,7 +64,7 @@ def task_named(name: str, config: TrainConfig | None = None, data: str | None = 
         return build_task(config, name)
     if domain.others is not None:
         raise ConfigError(f"the domain {name!r} takes its prompts from the other domains, and not from {data}")
-    rows = {"data": data} | ({} if domain.task else {"validation": data})
+    rows = {"data": data} | ({} if domain.task else {"validation": data, "test": data})
     return build_task(
         config.model_copy(update={"domains": {**config.domains, name: domain.model_copy(update=rows)}}), name
     )

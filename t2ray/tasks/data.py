@@ -26,7 +26,8 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     """Makes a task of the user's own rows, prompt and reward.
 
     Every 10th row of `data` is held out for validation, unless `validation` names other rows. With fewer than 10 rows,
-    all of them are both for training and for validation. The "test" split has the validation rows.
+    all of them are both for training and for validation. The "test" split has the rows that `test` names, or else those
+    of validation.
 
     Messages that end with the assistant's turn lose it: it is the answer, and the gold where `gold` names no column.
 
@@ -42,11 +43,12 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     for reward in [rewards] if isinstance(rewards, str) else rewards:
         load_reward(reward, folder)
     table = read(domain.data, domain.split, folder)
-    held = _held_out(domain, table, folder)
-    tables = [table] if held is None else [table, held]
+    held = _named(domain, "validation", table, folder)
+    test = _named(domain, "test", table, folder)
+    tables = [named for named in (table, held, test) if named is not None]
     messages, answer, notes = _prompt(domain.prompt, tables)
     gold = answer if domain.gold is None else _gold(domain.gold, tables)
-    rows, places = _splits(table, held)
+    rows, places = _splits(table, held, test)
     return Task(
         name=name,
         rows=rows.__getitem__,
@@ -57,34 +59,38 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
         to_end=domain.max_tokens is None,
         places=places.__getitem__,
         notes=notes,
+        test_is_unseen=test is not None,
     )
 
 
-def _splits(table: Table, held: Table | None) -> tuple[dict[str, list[DataRow]], dict[str, list[str]]]:
+def _splits(
+    table: Table, held: Table | None, test: Table | None
+) -> tuple[dict[str, list[DataRow]], dict[str, list[str]]]:
     """Returns the rows of each split, and their places."""
     parts: list[dict[str, list[Any]]] = []
-    for whole, own in ((table.rows, held and held.rows), (table.places, held and held.places)):
+    for whole, own, last in (
+        (table.rows, held and held.rows, test and test.rows),
+        (table.places, held and held.places, test and test.places),
+    ):
         train, validation = [*whole], own or [*whole]
         if own is None and len(whole) >= _HOLD_OUT:
             validation = train[_HOLD_OUT - 1 :: _HOLD_OUT]
             del train[_HOLD_OUT - 1 :: _HOLD_OUT]
-        parts.append({"train": train, "validation": validation, "test": validation, "all": [*whole]})
+        parts.append({"train": train, "validation": validation, "test": last or validation, "all": [*whole]})
     return parts[0], parts[1]
 
 
-def _held_out(domain: DomainConfig, table: Table, folder: str) -> Table | None:
-    """Returns the rows that `validation` names, None where it names none."""
+def _named(domain: DomainConfig, key: str, table: Table, folder: str) -> Table | None:
+    """Returns the rows that `validation` or `test` names, None where it names none."""
     assert domain.data is not None
-    if domain.validation is None:
+    named = getattr(domain, key)
+    if named is None:
         return None
-    if is_file_like(domain.validation):
-        return read(domain.validation, folder=folder)
-    assert isinstance(domain.validation, str)
-    held = read(domain.data, domain.validation, folder)
+    if is_file_like(named):
+        return read(named, folder=folder)
+    held = read(domain.data, named, folder)
     if held.places[0] == table.places[0]:
-        raise ConfigError(
-            f"validation {domain.validation!r} is no {', '.join(FORMATS)} file, and {table.source} has no splits"
-        )
+        raise ConfigError(f"{key} {named!r} is no {', '.join(FORMATS)} file, and {table.source} has no splits")
     return held
 
 

@@ -33,8 +33,9 @@ def dispatch(tasks: Sequence[Task], others: Task) -> Task:
         return [row for turn in zip(*columns, strict=False) for row in turn]
 
     return Task(
-        name="dispatch", rows=rows, messages=_messages, reward="t2ray.tasks.dispatch:reward", gold=_gold, max_tokens=8
-    )
+        name="dispatch", rows=rows, messages=_messages, reward="t2ray.tasks.dispatch:reward", gold=_gold, max_tokens=8,
+        choices=lambda row: row["labels"],
+    )  # fmt: skip
 
 
 def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[DataRow]:

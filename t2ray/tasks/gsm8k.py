@@ -55,6 +55,7 @@ def task(data: str | Sequence[str] | None = None) -> Task:
         reward="t2ray.tasks.gsm8k:reward",
         gold=lambda row: str(row["answer"]),
         max_tokens=512,
+        reading=lambda completion, row: None if (number := extract(completion)) is None else str(number),
     )
 
 

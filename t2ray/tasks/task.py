@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import random
 import site
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ class Task:
     has no right answers. `max_tokens` limits a completion; with `to_end` it is lowered to what the context has room
     for. `places(split)` says for people where each row of a split is from, such as "d.jsonl, line 3". `notes` say what
     the user should know of how the rows were read.
+
+    `reading(completion, row)` returns what the verifier takes a completion to answer ("B", "72"), or None if it takes
+    nothing from it; a task without it is read as the whole completion. A task of multiple choice has `choices(row)`,
+    the readings that a row allows, and where their order means nothing `shuffle(row, rng)`, the row with its choices
+    in another order and the right answer with them. `test_is_unseen` is False if the rows of "test" are those of
+    "validation", by which training chooses its expert.
     """
 
     name: str
@@ -53,6 +60,10 @@ class Task:
     success_above: float = 0.0
     places: Callable[[str], Sequence[str]] | None = None
     notes: tuple[str, ...] = ()
+    reading: Callable[[str, DataRow], str | None] = lambda completion, row: completion.strip()
+    choices: Callable[[DataRow], Sequence[str]] | None = None
+    shuffle: Callable[[DataRow, random.Random], DataRow] | None = None
+    test_is_unseen: bool = True
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:
         """Returns the first `limit` rows of a split (all if None) as examples with the ids `name/split/i`.
@@ -70,6 +81,46 @@ class Task:
             Example(id=f"{self.name}/{split}/{i}", messages=self.messages(row), row=row)
             for i, row in enumerate(rows[:limit])
         ]
+
+    def gold_readings(self, examples: Sequence[Example]) -> list[str | None]:
+        """Returns what the verifier reads from the right answer of each example; none if the task has no golds."""
+        return [] if self.gold is None else [self.reading(self.gold(x.row), x.row) for x in examples]
+
+    def options(self, examples: Sequence[Example]) -> list[int]:
+        """Returns the number of choices of each example; none if the task is no multiple choice."""
+        return [] if self.choices is None else [len(self.choices(x.row)) for x in examples]
+
+    def with_shots(self, count: int, seed: int) -> Task:
+        """Returns the task whose prompts begin with solved rows of the training split, the same for all of them.
+
+        A training row's own prompt has another one in its place.
+
+        Raises:
+            ConfigError: the task has no right answers, or too few training rows.
+        """
+        rows, gold = self.rows("train"), self.gold
+        if gold is None or len(rows) <= count:
+            what = "no right answers" if gold is None else f"only {len(rows)} training rows"
+            raise ConfigError(f"task {self.name!r} has {what}; it cannot show {count} solved ones before a prompt")
+        shown = [
+            (prompt, Message(role="assistant", content=gold(row)))
+            for row in random.Random(f"shots/{seed}").sample(list(rows), count + 1)
+            for prompt in [self.messages(row)]
+        ]
+
+        def messages(row: DataRow) -> tuple[Message, ...]:
+            asked = self.messages(row)
+            before = [(*prompt, answer) for prompt, answer in shown if prompt != asked][:count]
+            return (*(message for turns in before for message in turns), *asked)
+
+        return replace(self, messages=messages)
+
+    def shuffled(self, example: Example, seed: int | str) -> Example:
+        """Returns an example with its choices in an order drawn from `seed`; the example itself if it has none."""
+        if self.shuffle is None:
+            return example
+        row = self.shuffle(example.row, random.Random(seed))
+        return replace(example, messages=self.messages(row), row=row)
 
 
 def load_reward(reward: str, folder: str | None = None) -> Reward:

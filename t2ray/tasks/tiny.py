@@ -123,7 +123,14 @@ def task(name: str) -> Task:
         reward=f"t2ray.tasks.tiny:reward_{PARENT.get(name, name)}",
         gold=gold,
         max_tokens=24,
+        choices=_LETTERS.get(name),
     )
+
+
+_LETTERS: dict[str, Callable[[Mapping[str, Any]], tuple[str, ...]]] = {
+    "pick": lambda row: ("(A)", "(B)"),
+    "pick_more": lambda row: ("(A)", "(B)", "(C)"),
+}
 
 
 def rows(task: str, split: str) -> list[dict[str, Any]]:

@@ -132,7 +132,8 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             f"{store.uri} has no checkpoint to go on from; start another run from its expert: run=NAME "
             f"from={config.out}/{config.run}"
         )
-    model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
+    device = "auto" if config.gpus > 1 else None
+    model = load_model(config.model, config.factors, device=device, adapter=config.trained, seed=config.seed)
     model.chat.template = config.chat_template_kwargs
     if config.date:
         model.chat.tell_date(date.fromisoformat(config.date))

@@ -1,0 +1,64 @@
+"""What `t2ray eval` writes and prints of the tasks that it measured. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from t2ray.evals.answers import Baseline, baseline_cells, shares
+from t2ray.evals.evaluate import Cell, oracle_choice, warnings
+
+
+def result_of(
+    task: str, strategies: Sequence[str], cells: Mapping[str, Cell], baseline: Baseline, experts: Sequence[str],
+    tokens: int, unseen: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Returns the row of a task: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": ..., ...}}`.
+
+    Args:
+        experts: those of which the oracle is the best, beside the base.
+        tokens: the greatest number of tokens of an answer.
+        unseen: whether the rows chose no expert.
+    """
+    rows = {name: _row(cell, baseline) for name, cell in cells.items()}
+    n = next(iter(cells.values())).n
+    result: dict[str, Any] = {"n": n, "max_tokens": tokens, "unseen": unseen, "baselines": baseline.row()}
+    if "oracle" in strategies:
+        result["oracle"] = oracle_choice({name: cells[name] for name in ("base", *experts)})
+        rows["oracle"] = rows[result["oracle"]]
+    return result | {"strategies": rows, "warnings": warnings(task, cells, baseline)}
+
+
+def _row(cell: Cell, baseline: Baseline) -> dict[str, Any]:
+    return cell.row() | {
+        "truncated": cell.truncated, "too_long": cell.too_long, "labels": dict(cell.labels),
+        "readings": shares(cell.readings, baseline.golds), "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
+    }  # fmt: skip
+
+
+def table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
+    """Returns a line per task: accuracies in % with 95 % Wilson intervals; below them what went unanswered."""
+    head = ["task", "n", "majority", "random", *strategies]
+    body, notes = [], []
+    for task, result in results.items():
+        cells = baseline_cells(result["baselines"])
+        for name in strategies:
+            row = result["strategies"][name]
+            low, high = row["ci95"]
+            chosen = f" {result['oracle']}" if name == "oracle" else ""
+            cells.append(f"{100 * row['acc']:.1f} ({100 * low:.0f}-{100 * high:.0f}){chosen}")
+            for key, meaning in (
+                ("too_long", "prompts exceed the model's context"),
+                ("truncated", "answers were cut off"),
+            ):
+                if row[key] and name != "oracle":
+                    notes.append(
+                        f"{task} {name}: {row[key]} of {result['n']} {meaning} (max_tokens {result['max_tokens']})"
+                    )
+        body.append([task, str(result["n"]), *cells])
+        notes += result["warnings"]
+        if not result["unseen"]:
+            notes.append(f"{task}: these rows chose the expert in training; name others by test: in its domain")
+    widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+    return "\n".join(line.rstrip() for line in [*lines, *notes])
