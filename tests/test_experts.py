@@ -330,9 +330,9 @@ def factors(tmp_path: Path) -> Factors:
     for target in LAYOUT:
         w_MN = torch.randn(target.m, target.n, generator=generator)
         tensors = dict(zip(("U", "s", "Vh"), decompose_matrix(w_MN)[:3], strict=True))
-        Store(folder).write_tensors(f"{target.name}.safetensors", tensors)
+        Store(folder).write_tensors(f"{target.name}.safetensors", tensors, {})
     manifest = Manifest(
-        base_digest=BASE, svd_dtype="float32", dtype="float32", targets=LAYOUT, model="model",
+        base_digest="ef" * 16, svd_dtype="float32", dtype="float32", targets=LAYOUT, model="model",
         errors={target.name: (0.0, 0.0) for target in LAYOUT},
     )  # fmt: skip
     return Factors(folder, manifest)
