@@ -79,7 +79,10 @@ def load_chat(folder: Path) -> tuple[Chat, int]:
         if (folder / "generation_config.json").exists():
             eos = GenerationConfig.from_pretrained(folder).eos_token_id
     except (ValueError, OSError, KeyError) as error:
-        raise ModelError(f"{folder}: transformers cannot load its tokenizer: {' '.join(str(error).split())}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder}: no tokenizer that transformers can load: {reason}; name a folder with tokenizer.json"
+        ) from None
     return _chat(folder, tokenizer, eos), context_of(text)
 
 

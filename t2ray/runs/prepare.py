@@ -39,9 +39,6 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
     """
     config = _as_begun(_absolute(config))
     check_run(config, resume)
-    folder = f"{config.out}/{config.run}"
-    began = read_run(folder).date if Store(folder).exists(CONFIG) else None
-    config = config.model_copy(update={"date": config.date or began or date.today().isoformat()})
     _check_base(config)
     check_trackers(config)
     tasks = job_tasks(config)
@@ -87,12 +84,14 @@ def check_run(config: TrainConfig, resume: bool) -> None:
 
 
 def _as_begun(config: TrainConfig) -> TrainConfig:
-    """Returns the job with what its run began with by a default of an earlier version."""
+    """Returns the job with the day that its run began, and with what it began with by an earlier default."""
     store = Store(f"{config.out}/{config.run}")
-    known = store.exists(CONFIG) and begun(store.uri)
-    if config.rl.max_tokens is None and known and read_run(store.uri).rl.max_tokens == _FORMER_LONGEST:
-        return config.model_copy(update={"rl": config.rl.model_copy(update={"max_tokens": _FORMER_LONGEST})})
-    return config
+    first = read_run(store.uri) if store.exists(CONFIG) and begun(store.uri) else None
+    day = config.date or (first and first.date) or date.today().isoformat()
+    rl = config.rl
+    if rl.max_tokens is None and first is not None and first.rl.max_tokens == _FORMER_LONGEST:
+        rl = rl.model_copy(update={"max_tokens": _FORMER_LONGEST})
+    return config.model_copy(update={"date": day, "rl": rl})
 
 
 def _check_base(config: TrainConfig) -> None:
