@@ -26,7 +26,8 @@ from t2ray.adapters.model import load_model
 from t2ray.core import Mixture
 from t2ray.engine.online import OnlineEngine
 from t2ray.experts.follow import Follower
-from t2ray.experts.registry import MANIFEST, TENSORS, ExpertManifest, Registry
+from t2ray.experts.manifest import ExpertManifest
+from t2ray.experts.registry import MANIFEST, TENSORS, Registry
 
 SHORT = 8
 """Tokens per answer of an alternating load."""

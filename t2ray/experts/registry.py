@@ -10,74 +10,25 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from t2ray.config.files import nearest
-from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, __version__, check_name
+from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, check_name
+from t2ray.experts.manifest import ExpertManifest, MixtureRecord, first_mistake
 from t2ray.integrity import Damaged, digest_of
 from t2ray.models.targets import Target
-from t2ray.prompts import OTHERS
 from t2ray.store import Store
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
+MARKER = "_registry.txt"
+"""Stands where something has been deleted. So an empty registry is told apart from a folder whose disk is not there."""
 SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
 VERSION = re.compile(r"v(\d{4,})")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-class ExpertManifest(BaseModel):
-    """What an expert is and where it comes from.
-
-    `targets` has (name, rank) of each adapted matrix. The parametrisation `scale` says that z itself is stored, of
-    which 1 is the base model. `rescaled` says that the factor `sum(s) / sum(s * z)` of each matrix is part of its z.
-    `digest` is that of z, which every load compares; experts of earlier versions have none.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    schema_version: Literal[1] = 1
-    name: str
-    version: int = Field(ge=1)
-    base_digest: str
-    digest: str | None = None
-    targets: tuple[tuple[str, int], ...]
-    parametrisation: Literal["scale"] = "scale"
-    rescaled: bool = False
-    domain: str | None = None
-    config: dict[str, Any] = {}
-    metrics: dict[str, Any] = {}
-    seed: int | None = None
-    t2ray: str = __version__
-    created: str = Field(default_factory=_now)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The labels that a classification expert was trained to tell apart, "others" last; empty for other experts."""
-        labels = self.config.get("labels")
-        return tuple(map(str, labels)) if isinstance(labels, list) and labels[-1:] == [OTHERS] else ()
-
-
-class MixtureRecord(BaseModel):
-    """A saved mixture: `weights={"math": (0.7,)}`, and in `meta` how it was found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    schema_version: Literal[1] = 1
-    name: str
-    weights: dict[str, tuple[float, ...]]
-    meta: dict[str, Any] = {}
-    created: str = Field(default_factory=_now)
-
-    @property
-    def mixture(self) -> Mixture:
-        return Mixture.of(self.weights)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,14 +66,7 @@ class Registry:
             UnknownExpert: there is no such expert or version.
             ExpertError: the manifest is malformed or of another schema.
         """
-        check_name(name)
-        versions = self.versions(name)
-        if not versions:
-            raise UnknownExpert(f"no expert {name!r} in {self.store.uri}{nearest(name, self.names())}")
-        version = versions[-1] if version is None else version
-        if version not in versions:
-            raise UnknownExpert(f"expert {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
-        return read_manifest(self.store, f"{_folder(name, version)}/{MANIFEST}")
+        return read_manifest(self.store, f"{_folder(name, self._finished(name, version)[-1])}/{MANIFEST}")
 
     def load(
         self,
@@ -188,13 +132,14 @@ class Registry:
         return version
 
     def delete(self, name: str, version: int | None = None) -> None:
-        """Deletes a version, or (if None) the expert with all its versions.
+        """Deletes a version, or (if None) the expert with all its versions, whatever is damaged in them.
 
         Raises:
             UnknownExpert: there is no such expert or version.
         """
-        self.manifest(name, version)
-        for v in self.versions(name) if version is None else [version]:
+        finished = self._finished(name, version)
+        self._mark()
+        for v in finished:
             self.store.delete(f"{_folder(name, v)}/{MANIFEST}")  # first: half a folder is then no version
             self.store.delete(_folder(name, v))
         if version is None:
@@ -204,6 +149,16 @@ class Registry:
         """Saves a mixture, in place of one of that name."""
         record = MixtureRecord(name=check_name(name, "mixture"), weights=dict(mixture.weights), meta=dict(meta or {}))
         self.store.write_text(f"{MIXTURES}/{name}.json", record.model_dump_json(indent=1))
+
+    def delete_mixture(self, name: str) -> None:
+        """Deletes a saved mixture, damaged or not.
+
+        Raises:
+            UnknownExpert: there is no mixture of that name.
+        """
+        path = self._mixture_path(name)
+        self._mark()
+        self.store.delete(path)
 
     def mixtures(self) -> tuple[str, ...]:
         """Returns the names of the saved mixtures."""
@@ -216,18 +171,37 @@ class Registry:
             UnknownExpert: there is no mixture of that name.
             ExpertError: its file is damaged.
         """
-        path = f"{MIXTURES}/{check_name(name, 'mixture')}.json"
-        if not self.store.exists(path):
-            raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
+        path = self._mixture_path(name)
         try:
             return MixtureRecord.model_validate_json(self.store.read_bytes(path))
         except (Damaged, ValidationError) as error:
-            why = _first(error) if isinstance(error, ValidationError) else error
+            why = first_mistake(error) if isinstance(error, ValidationError) else error
             raise ExpertError(f"{self.store.uri}/{path} is no mixture: {why}") from error
 
     def load_mixture(self, name: str) -> Mixture:
         """Returns a saved mixture; raises as `mixture_record` does."""
         return self.mixture_record(name).mixture
+
+    def _mixture_path(self, name: str) -> str:
+        """Returns the file of a saved mixture; raises UnknownExpert if there is none."""
+        path = f"{MIXTURES}/{check_name(name, 'mixture')}.json"
+        if not self.store.exists(path):
+            raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
+        return path
+
+    def _finished(self, name: str, version: int | None) -> tuple[int, ...]:
+        """Returns the finished versions, or that one alone; raises UnknownExpert if there is none."""
+        versions = self.versions(check_name(name))
+        if not versions:
+            raise UnknownExpert(f"no expert {name!r} in {self.store.uri}{nearest(name, self.names())}")
+        if version is None:
+            return versions
+        if version not in versions:
+            raise UnknownExpert(f"expert {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
+        return (version,)
+
+    def _mark(self) -> None:
+        self.store.write_text(MARKER, "A registry of t2ray: what is missing here has been deleted.\n")
 
     def _taken(self, name: str) -> tuple[int, ...]:
         """Returns all version numbers in use, also those of unfinished versions."""
@@ -241,7 +215,7 @@ def read_manifest(store: Store, path: str) -> ExpertManifest:
     except FileNotFoundError as error:
         raise ExpertError(f"{store.uri}/{path} is missing") from error
     except (Damaged, ValidationError) as error:
-        why = _first(error) if isinstance(error, ValidationError) else error
+        why = first_mistake(error) if isinstance(error, ValidationError) else error
         raise ExpertError(f"{store.uri}/{path} is not a manifest that this t2ray reads: {why}") from error
 
 
@@ -293,8 +267,3 @@ def write_expert(store: Store, folder: str, z: Mapping[str, Tensor], manifest: E
 
 def _folder(name: str, version: int) -> str:
     return f"{name}/v{version:04d}"
-
-
-def _first(error: ValidationError) -> str:
-    detail = error.errors()[0]
-    return f"{'.'.join(map(str, detail['loc'])) or 'file'}: {detail['msg']}"
