@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from t2ray.core import Mixture, __version__
-from t2ray.experts.registry import ExpertManifest
+from t2ray.experts.manifest import ExpertManifest
 
 CARD = "README.md"
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.core import ConfigError, Mixture, ResourceError, __version__
 from t2ray.experts.card import CARD, card, shown
-from t2ray.experts.registry import ExpertManifest
+from t2ray.experts.manifest import ExpertManifest
 from t2ray.models.load import load_base
 from t2ray.models.targets import Target
 from t2ray.models.weights import resolve
