@@ -15,6 +15,7 @@ from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_gene
 from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import Model, load_model
 from t2ray.adapters.svf import joined
+from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import nearest
 from t2ray.config.serve import EngineConfig
 from t2ray.config.train import TrainConfig
@@ -22,6 +23,7 @@ from t2ray.core import ConfigError, Mixture, SamplingParams, UnknownExpert
 from t2ray.engine.choose import vllm_engine
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
+from t2ray.experts.manifest import ExpertManifest
 from t2ray.experts.registry import SHIPPED, Expert, Registry
 from t2ray.models.weights import open_weights
 from t2ray.runs.folder import read_run
@@ -111,7 +113,7 @@ def open_factors(place: Place, bar: Bar = quiet) -> Factors:
     folder = Path(place.factors or factors_folder("runs", weights.digest, None, None))
     if (folder / MANIFEST).exists():
         return Factors.open(folder, weights.digest)
-    targets, layers = (place.run.targets, place.run.layers) if place.run else (None, None)
+    targets, layers = (place.run.trained.targets, place.run.trained.layers) if place.run else (None, None)
     with bar("decompose") as progress:
         return decompose(place.model, folder, targets=targets, layers=layers, progress=progress)
 
@@ -186,16 +188,30 @@ def load_experts(place: Place, names: Sequence[str], bar: Bar = quiet) -> tuple[
     Raises:
         UnknownExpert: there is no such expert.
         ExpertError: an expert of another base model.
+        ConfigError: the experts were trained by several methods.
         ModelError: the model cannot be read.
     """
     digest = open_weights(place.model).digest
-    for name in names:  # an expert of another base is refused before the model is decomposed
-        place.registry().load(name, base_digest=digest)
-    model = load_model(place.model, open_factors(place, bar).folder)
+    # An expert of another base is refused before the model is decomposed.
+    manifests = [place.registry().load(name, base_digest=digest).manifest for name in names]
+    method = _method(place, manifests)
+    factors = open_factors(place, bar).folder if method.kind == "svf" else ""
+    model = load_model(place.model, factors, adapter=method)
     adapter = model.adapter
     experts = [place.registry().load(name, base_digest=digest, layout=adapter.layout) for name in names]
     adapter.set_experts({expert.name: adapter.join(expert.z) for expert in experts})
     return model, experts
+
+
+def _method(place: Place, manifests: Sequence[ExpertManifest]) -> AdapterConfig:
+    """The adapter that all experts were trained in; without experts that of the run, else SVF."""
+    found = {manifest.method.method: manifest for manifest in manifests}
+    if len(found) > 1:
+        names = ", ".join(f"{manifest.name} by {method}" for method, manifest in found.items())
+        raise ConfigError(f"{place.experts} holds experts of several methods ({names}); name a registry of one method")
+    if found:
+        return next(iter(found.values())).method
+    return place.run.trained if place.run else AdapterConfig()
 
 
 def _with_vllm(place: Place, names: Sequence[str], bar: Bar) -> Engine:

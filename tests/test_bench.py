@@ -193,3 +193,14 @@ def test_the_command_prints_a_table_and_writes_the_figures(
         json.loads((tmp_path / "bench.json").read_text())["rows"]["x"]
         == Measure(value=2.0, low=2.0, high=2.0, target=1.0).as_json()
     )
+
+
+def test_the_bench_of_a_gpu_runs_on_a_small_model(tmp_path: Path) -> None:
+    """What the GPU's hour is spent on has run before: each part has its figures, or says what is missing."""
+    assert main(["gpu", "--small", "--json", str(tmp_path / "gpu.json")]) == 0
+    figures = json.loads((tmp_path / "gpu.json").read_text())
+    assert figures["transformers"]["mixtures_tokens_per_s"]["value"] > 0
+    assert figures["update"]["update_s"]["value"] > 0
+    for part in ("vllm_mixtures", "vllm_one"):
+        found = figures[part]["over_base"]
+        assert found["value"] or found["skipped"] == "vLLM is not installed"

@@ -171,7 +171,7 @@ def test_three_workers_make_the_z_that_one_makes_of_as_many_shares_bit_for_bit(
     for worker in workers:
         worker.join(GUARD_S)
         assert worker.exitcode == 0
-    timed = dict.fromkeys(("seconds", "tokens_per_s"))
+    timed = dict.fromkeys(("seconds", "tokens_per_s", "peak_gib"))
     for rows, p_K, gradient_K in (torch.load(tmp_path / f"rank{i}.pt") for i in range(3)):
         assert torch.equal(p_K, shared.p_K) and torch.equal(gradient_K, shared.p_K.grad)
         assert [row | timed for row in rows] == [row.row() | timed for row in shared_rows]

@@ -380,9 +380,14 @@ def gone(those: list[psutil.Process], *but: str) -> bool:
     return not any(map(lives, those))
 
 
+def complaints(err: str) -> list[str]:
+    """The lines of stderr but for the warnings of training: some of these small jobs have steps without a signal."""
+    return [line for line in err.splitlines() if not line.startswith("t2ray: warning: ")]
+
+
 def interrupt(of: subprocess.Popen[str], least: int) -> None:
     """Ctrl-C, which a terminal sends to the whole group: one line, exit code 130, at least `least` processes gone."""
-    ended(of, least, lambda: os.killpg(of.pid, signal.SIGINT), 130, "t2ray: interrupted\n")
+    ended(of, least, lambda: os.killpg(of.pid, signal.SIGINT), 130, "t2ray: interrupted")
 
 
 def ended(of: subprocess.Popen[str], least: int, end: Callable[[], None], code: int, line: str) -> None:
@@ -390,7 +395,7 @@ def ended(of: subprocess.Popen[str], least: int, end: Callable[[], None], code: 
     assert len(children) >= least
     end()
     out, err = of.communicate(timeout=GUARD_S)
-    assert (of.returncode, err) == (code, line), out
+    assert (of.returncode, complaints(err)) == (code, [line]), (out, err)
     wait_for(lambda: gone(children))
 
 
@@ -434,7 +439,7 @@ def test_sigterm_ends_a_job_as_an_interrupt_does(tmp_path: Path, driver: Driver,
     config = job(tmp_path, "run", "slow", steps=200, workers=workers)
     first = driver(config)
     wait_for(lambda: steps_done(config) >= 4 or first.poll() is not None)
-    ended(first, 5 if workers else 1, first.terminate, 143, "t2ray: terminated\n")
+    ended(first, 5 if workers else 1, first.terminate, 143, "t2ray: terminated")
     (status,) = read_status(config)
     assert status.checkpoint is not None and status.checkpoint >= 3 and not status.damaged
 
@@ -458,7 +463,7 @@ def test_one_of_two_drivers_that_start_at_once_is_refused(tmp_path: Path, driver
     both = [driver(config, "--resume"), driver(config, "--resume")]
     errors = [process.communicate(timeout=120)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
-    (line,) = "".join(errors).splitlines()
+    (line,) = complaints("".join(errors))
     assert "is trained by another driver: process " in line
 
 

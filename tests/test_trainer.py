@@ -44,7 +44,7 @@ from t2ray.training.trainer import Trained, Trainer
 
 KEYS = {
     "step", "reward_mean", "accuracy", "kl", "loss", "grad_norm", "z_min", "z_max", "tokens_per_s", "seconds",
-    "answer_tokens", "cut", "same_reward", "abstained", "timeouts", "errors", "skipped",
+    "answer_tokens", "cut", "same_reward", "abstained", "timeouts", "errors", "skipped", "numbers", "peak_gib",
 }  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def test_one_seed_gives_one_z_bit_for_bit(model: Model, tmp_path: Path) -> None:
         z[name] = (trained.z_K, trainer.p_K.detach())
     assert torch.equal(z["a"][0], z["b"][0]) and torch.equal(z["a"][1], z["b"][1])
     assert not torch.equal(z["a"][1], z["c"][1])
-    timed = {"seconds", "tokens_per_s"}
+    timed = {"seconds", "tokens_per_s", "peak_gib"}
     assert [{k: v for k, v in row.row().items() if k not in timed} for row in rows["a"]] == [
         {k: v for k, v in row.row().items() if k not in timed} for row in rows["b"]
     ]
@@ -254,7 +254,7 @@ def test_two_workers_make_the_step_that_one_makes(model: Model, tmp_path: Path) 
     assert torch.equal(p_0, p_1) and torch.equal(grad_0, grad_1)
     assert alone.p_K.grad is not None
     torch.testing.assert_close(grad_0, alone.p_K.grad, rtol=0, atol=1e-6 * max(1.0, float(grad_0.abs().max())))
-    for key in KEYS - {"seconds", "tokens_per_s"} | {"validation"}:
+    for key in KEYS - {"seconds", "tokens_per_s", "peak_gib"} | {"validation"}:
         values = [rows_0[0][key], rows_1[0][key], rows[0].row()[key]]
         assert values[0] == values[1] == pytest.approx(values[2], rel=1e-5, abs=1e-6), key
     assert [row.step for row in read_metrics(Store(tmp_path / "run"))] == [1]  # the first worker alone writes
@@ -489,7 +489,7 @@ def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, t
     assert list(result) == list(expected)
     assert all(torch.equal(result[name], z) for name, z in expected.items())
     assert finished(store) == finished(domain_store(whole, "letters"))
-    drop = {"seconds", "tokens_per_s"}
+    drop = {"seconds", "tokens_per_s", "peak_gib"}
     rows = [[{k: v for k, v in row.row().items() if k not in drop} for row in read_metrics(domain_store(c, "letters"))]
             for c in (whole, killed)]  # fmt: skip
     assert rows[0] == rows[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -238,6 +239,21 @@ def test_an_expert_that_is_replaced_while_a_request_runs_stays_its_own(
         assert sorted(key.partition("@")[0] for key in worker) == sorted(engine.experts)
     finally:
         engine.set_experts({"math": experts(model)["math"]})
+
+
+def test_no_request_meets_a_version_that_was_replaced_a_moment_before(engine: VLLMEngine, model: Model) -> None:
+    """As in an endpoint, another thread replaces the expert; a worker without a version would end the engine."""
+    z_K, short = experts(model)["math"], SamplingParams(max_tokens=2)
+    engine.set_experts({"new": z_K})
+    thread = threading.Thread(target=lambda: [engine.set_experts({"new": z_K}) for _ in range(60)])
+    thread.start()
+    try:
+        while thread.is_alive():
+            answers(engine, [("17+25", Mixture.parse("new"))] * 3, short)
+    finally:
+        thread.join()
+        engine.set_experts({}, ["new"])
+    engine.check()
 
 
 def test_experts_come_and_go(engine: VLLMEngine, model: Model) -> None:

@@ -22,9 +22,11 @@ class Adapter(Protocol):
     """What the engine and the trainer ask of an adapter.
 
     `layout` names the adapted matrices in order, `size` is P, and `neutral` is the vector, (P,), float32, that leaves
-    the model as it is. `bank` holds the experts by name, each (P,), float32, on the model's device.
+    the model as it is. `bank` holds the experts by name, each (P,), float32, on the model's device. `by_row` says
+    whether rows of one batch may have vectors of their own.
     """
 
+    by_row: bool
     layout: tuple[Target, ...]
     size: int
     neutral: Tensor

@@ -15,13 +15,17 @@ from torch import Tensor
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.probe import probe
 from t2ray.adapters.svf import SVF
+from t2ray.config.adapter import AdapterConfig
 from t2ray.models.chat import Chat
 from t2ray.models.families import Family
 from t2ray.models.load import load_base
+from t2ray.models.targets import select_targets
 from t2ray.models.weights import open_weights, resolve
 
 if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
+
+SVF_CONFIG = AdapterConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,18 +62,38 @@ class Model:
         return self.family.logits(hidden).to(self.device).float()
 
 
-def load_model(ref: str, factors: str | Path, *, device: str | None = None) -> Model:
-    """The model at `ref` with its decomposed matrices replaced by SVF layers.
+def load_model(
+    ref: str,
+    factors: str | Path,
+    *,
+    device: str | None = None,
+    adapter: AdapterConfig = SVF_CONFIG,
+    seed: int = 0,
+) -> Model:
+    """The model at `ref` with an adapter in its layers: of SVF, the decomposed matrices; here it is chosen.
 
-    `device` and what is raised are as in `load_base`.
+    Args:
+        factors: the folder of the decomposition, which only SVF needs.
+        device: as in `load_base`, and what is raised there.
+        seed: of the numbers that a baseline's training starts from.
 
     Raises:
         ExpertError: the decomposition was made from another model.
+        ConfigError: the adapter needs what is not installed, or does not fit the model.
         ModelError: t2ray does not compute what this architecture computes (see `probe`).
     """
     folder = resolve(ref)
-    opened = Factors.open(factors, base_digest=open_weights(folder).digest)  # before the slow part
-    hf, chat = load_base(folder, device)
-    family, adapter = Family(hf), SVF(hf, opened)
-    probe(hf, family, adapter)
-    return Model(hf=hf, family=family, adapter=adapter, chat=chat, base_digest=opened.base_digest)
+    weights = open_weights(folder)
+    if adapter.kind == "svf":
+        opened = Factors.open(factors, base_digest=weights.digest)  # before the slow part
+        hf, chat = load_base(folder, device)
+        made: Adapter = SVF(hf, opened)
+    else:
+        from t2ray.adapters.baselines import PeftAdapter  # PEFT takes seconds to import
+
+        targets = select_targets(weights.shapes, adapter.targets, adapter.layers)
+        hf, chat = load_base(folder, device)
+        made = PeftAdapter(hf, adapter, targets, seed)
+    family = Family(hf)
+    probe(hf, family, made)
+    return Model(hf=hf, family=family, adapter=made, chat=chat, base_digest=weights.digest)

@@ -44,9 +44,10 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
         with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             _same(own, family.logits(family.hidden(ids_BT, mask_BT)), family, "the loss's logits")
-            with adapter.rows(z_RK, torch.arange(2, device=device)):
-                together = family.hidden(ids_BT, mask_BT)
-            for row in range(2):
+            if adapter.by_row:
+                with adapter.rows(z_RK, torch.arange(2, device=device)):
+                    together = family.hidden(ids_BT, mask_BT)
+            for row in range(2 if adapter.by_row else 0):
                 with adapter.rows(z_RK[row : row + 1]):
                     alone = family.hidden(ids_BT[row : row + 1], mask_BT[:1])
                 _same(alone, together[row : row + 1], family, "a row of a batch with several mixtures")

@@ -26,6 +26,8 @@ class SVF:
     `layout` names the targets in order; a z is one vector of K numbers, the targets' in that order.
     """
 
+    by_row = True
+
     def __init__(self, model: nn.Module, factors: Factors) -> None:
         """Replaces the targets' linear layers in `model` by SVF layers.
 

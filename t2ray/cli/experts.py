@@ -169,10 +169,11 @@ def _export(args: argparse.Namespace) -> None:
     """Writes the latest version of an expert into a folder of its own."""
     from t2ray.experts.exchange import export_expert
 
-    registry = _registry(args)
+    place = locate(args)
+    registry = place.registry()
     _known(registry, args.name)
     expert = registry.load(args.name)
-    export_expert(expert, args.path)
+    export_expert(expert, args.path, place.run.model if place.run else None)
     console.print(f"expert {expert.name}, version {expert.version}, is in {args.path}", markup=False)
 
 

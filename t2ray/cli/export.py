@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> None:
     else:
         errors = export_peft(source, args.out, args.rank)
     name, worst = max(errors.items(), key=lambda error: error[1])
+    mean = sum(errors.values()) / len(errors)
     console.print(
-        f"{mixture} on {place.model} is in {args.out}: of a change of {name} {worst:.2g} is missing, "
-        f"in the mean of {len(errors)} matrices {sum(errors.values()) / len(errors):.2g}",
+        f"{mixture} on {place.model} is in {args.out}; of the change of a weight {worst:.2g} is missing at most "
+        f"({name}), {mean:.2g} in the mean of {len(errors)} matrices",
         markup=False,
     )

@@ -99,9 +99,9 @@ def _training(
     one = {key: amount * max(1, workers) for key, amount in worker.items()}
     slots(one, have, f"a trial of sweep {config.run!r}")  # one domain must fit; more than that may wait for each other
     needs = {key: min(amount, have.get(key, 0.0)) for key, amount in needs.items()}
-    factors = {str(job.factors): job for job in jobs}
+    factors = {str(job.factors): job for job in jobs if job.adapter.kind == "svf"}
     for folder, job in factors.items():
-        decompose(job.model, folder, targets=job.targets, layers=job.layers)
+        decompose(job.model, folder, targets=job.trained.targets, layers=job.trained.layers)
     # Trials run in other folders than this process.
     named: dict[str, Any] = {"domains": _absolute_domains(config.job["domains"], jobs[0])}
     if len(factors) == 1:
@@ -130,7 +130,7 @@ def _absolute_domains(given: dict[str, Any], ready: TrainConfig) -> dict[str, An
 
 def _choices_of_matrices(config: SweepConfig) -> list[TrainConfig]:
     """Returns the training job with each choice of matrices that the space holds; one job, if it holds none."""
-    keys = [key for key in ("targets", "layers") if key in config.space]
+    keys = [key for key in ("targets", "layers", "adapter.targets", "adapter.layers") if key in config.space]
     jobs = [job_at(config, {key: value}) for key in keys for value in config.space[key].corners] or [job_at(config, {})]
     folder = {"out": f"{config.out}/{config.run}/trials", "run": "prepared"}
     return [job.model_copy(update=folder) for job in jobs if isinstance(job, TrainConfig)]

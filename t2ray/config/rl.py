@@ -12,6 +12,11 @@ from t2ray.config.files import Strict
 class RLConfig(Strict):
     """REINFORCE with a KL penalty on z (paper section 3.1). Defaults for small models; `preset: paper` is Table 6."""
 
+    objective: Literal["reinforce", "sft"] = Field(
+        "reinforce",
+        description="What training follows: the verifier's rewards (reinforce), or the next token of the right answers "
+        "(sft), in which sampling, baseline and KL penalty have no part.",
+    )
     steps: int = Field(30, ge=1, description="Number of optimiser steps.")
     prompts: int = Field(24, ge=1, description="Number of prompts per step.")
     samples: int = Field(4, ge=1, description="Number of rollouts per prompt.")

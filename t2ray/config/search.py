@@ -14,7 +14,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from t2ray.config.files import FilePath, Strict, expanded, nearest, override, read_yaml, validate
-from t2ray.config.train import FREE, TrainConfig, resolve
+from t2ray.config.resume import FREE
+from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ConfigError, check_name
 
 _RESERVED = FREE | {"seed", "preset"}

@@ -15,7 +15,9 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from t2ray.config.files import FilePath, Strict, expanded, nearest, override, portable, read_yaml, validate
+from t2ray.config.adapter import AdapterConfig
+from t2ray.config.files import FilePath, Strict, expanded, nearest, override, read_yaml, validate
+from t2ray.config.resume import lasting
 from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.core import ConfigError, check_name
 
@@ -130,15 +132,6 @@ class DomainConfig(Strict):
         return self
 
 
-# What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
-FREE = frozenset(
-    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
-     "preset", "unsafe_code", "verify_timeout_s"}
-)  # fmt: skip
-FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
-FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
-
-
 class TrainConfig(Strict):
     """A training job: one expert per domain."""
 
@@ -165,6 +158,7 @@ class TrainConfig(Strict):
     domains: dict[str, DomainConfig] = Field(
         min_length=1, description="Domains by their names; one expert is trained for each."
     )
+    adapter: AdapterConfig = Field(AdapterConfig(), description="What is trained: SVF, or a baseline beside it.")
     preset: Literal["default", "paper"] = Field(
         "default", description="Values that are laid under `rl`: none (default), or Table 6 of the paper (paper)."
     )
@@ -238,9 +232,14 @@ class TrainConfig(Strict):
         least, _, most = str(self.workers).partition("-")
         return int(least), int(most or least)
 
+    @property
+    def trained(self) -> AdapterConfig:
+        """The adapter, with the job's `targets` and `layers` where it has none of its own."""
+        return self.adapter.within(self.targets, self.layers)
+
     @model_validator(mode="after")
     def _settings_of_domains(self) -> TrainConfig:
-        _ = self.domain_settings  # a wrong key of a domain's `rl` is refused here
+        _ = self.domain_settings, self.trained  # a wrong key of a domain's `rl` is refused here
         return self
 
     @cached_property
@@ -263,15 +262,7 @@ class TrainConfig(Strict):
 
     def resume_fields(self) -> dict[str, Any]:
         """What a resume must not change, as plain values: everything that changes what a step does to z."""
-        fields = {key: value for key, value in self.model_dump(mode="json").items() if key not in FREE}
-        domains = {
-            name: {k: v for k, v in one.items() if k not in FREE_DOMAIN} for name, one in fields["domains"].items()
-        }
-        for settings in (fields, *domains.values()):
-            settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
-            if settings["rl"].get("engine") == "transformers":  # as runs were written before there was another
-                del settings["rl"]["engine"], settings["rl"]["truncate"]
-        return portable(fields | {"domains": domains})
+        return lasting(self.model_dump(mode="json"))
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TrainConfig:

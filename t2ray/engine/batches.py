@@ -41,9 +41,14 @@ class StaticBatches:
 
     def run(self, requests: Iterable[Request]) -> None:
         """Sets the `result` of each request."""
-        ordered = sorted(requests, key=lambda r: (r.kind, len(r.prompt_ids)))  # rows of like length pad little
+        by_row = self.model.adapter.by_row
+
+        def alike(request: Request) -> tuple[int, str]:
+            return request.kind, "" if by_row else str(request.mixture.weights)
+
+        ordered = sorted(requests, key=lambda r: (alike(r), len(r.prompt_ids)))  # rows of like length pad little
         with torch.no_grad():
-            for labels, same_kind in groupby(ordered, key=lambda r: r.kind):
+            for (labels, _), same_kind in groupby(ordered, key=alike):
                 for batch in self._batches(same_kind):
                     if labels < 0:
                         for request in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
@@ -24,6 +25,7 @@ def vllm_engine(model: str, factors: Factors, config: EngineConfig, *, mode: Lit
     """
     if find_spec("vllm") is None:
         raise ResourceError("the engine vllm needs vLLM in this environment: pip install vllm; or choose transformers")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # by itself it writes pages about every start
     from t2ray.engine.vllm.engine import VLLMEngine
 
     folder = resolve(model)

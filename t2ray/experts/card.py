@@ -19,7 +19,7 @@ CARD = "README.md"
 def card(
     title: str,
     *,
-    base: str,
+    base: str | None,
     mixture: Mixture,
     experts: Sequence[ExpertManifest],
     library: str,
@@ -29,34 +29,50 @@ def card(
     """Returns the page.
 
     Args:
-        base: the base model, a hub id or a name.
+        base: the base model, a hub id or a name, where it is known.
         experts: the manifests of the mixture's experts.
         library: the hub's name of the library that loads the files.
         about: a sentence that says what the files are.
         loading: Python or shell that uses them.
     """
-    metadata = {"base_model": base, "library_name": library, "tags": ["t2ray", "transformer-squared", "svf"]}
+    metadata = ({"base_model": base} if base else {}) | {
+        "library_name": library,
+        "tags": ["t2ray", "transformer-squared"],
+    }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in metadata.items())
     rows = [_row(expert, mixture) for expert in experts]
     table = "\n".join(
         [
-            "| expert | version | weight | method | base accuracy | accuracy | digest |",
+            "| expert | version | weight | training | base accuracy | accuracy | digest |",
             "| --- | ---: | ---: | --- | ---: | ---: | --- |",
             *rows,
         ]
     )
     digests = ", ".join(dict.fromkeys(f"`{expert.base_digest}`" for expert in experts)) or "none"
+    methods = ", ".join(dict.fromkeys(f"`{expert.method.method}`" for expert in experts)) or "`svf`"
     return (
         f"---\n{front}\n---\n\n# {title}\n\n{about}\n\n"
-        f"- Base model: `{base}`, of which the digest is {digests}.\n"
+        f"- Base model: {f'`{base}`' if base else 'the one'}, of which the digest is {digests}.\n"
         f"- Mixture: `{mixture}`, z' = 1 + sum of weight (z - 1).\n"
-        "- Method: singular value fine-tuning, W' = U diag(s z) V^T "
+        f"- Method: {methods}; `svf` is singular value fine-tuning, W' = U diag(s z) V^T "
         "([arXiv 2501.06252](https://arxiv.org/abs/2501.06252)).\n"
         f"- Made by t2ray {__version__}.\n\n"
         f"{table}\n\n"
         "The accuracies are those of greedy answers to the domain's validation prompts.\n\n"
         f"{loading}\n"
     )
+
+
+def expert_card(expert: ExpertManifest, base: str | None, loading: str) -> str:
+    """Returns the page of an expert by itself.
+
+    Args:
+        base: the base model's name, where it is known; its digest is in the manifest.
+    """
+    return card(
+        expert.name, base=shown(base) if base else None, mixture=Mixture.of({expert.name: 1.0}), experts=[expert],
+        library="t2ray", about="An expert: a few numbers for each adapted matrix of its base model.", loading=loading,
+    )  # fmt: skip
 
 
 def shown(model: str) -> str:
@@ -69,15 +85,16 @@ def shown(model: str) -> str:
 def _row(expert: ExpertManifest, mixture: Mixture) -> str:
     weight = "/".join(f"{alpha:.3g}" for alpha in dict(mixture.weights).get(expert.name, (0.0,)))
     accuracies = [_accuracy(expert.metrics, key) for key in ("base_accuracy", "accuracy")]
-    cells = [expert.name, str(expert.version), weight, _method(expert), *accuracies, f"`{expert.digest or 'none'}`"]
+    cells = [expert.name, str(expert.version), weight, _training(expert), *accuracies, f"`{expert.digest or 'none'}`"]
     return f"| {' | '.join(cells)} |"
 
 
-def _method(expert: ExpertManifest) -> str:
+def _training(expert: ExpertManifest) -> str:
     """How an expert was made, as far as its manifest says."""
     rl = expert.config.get("rl")
     if isinstance(rl, Mapping):
-        return f"REINFORCE, {rl.get('steps')} steps of {rl.get('prompts')} prompts"
+        objective = {"sft": "next-token"}.get(str(rl.get("objective")), "REINFORCE")
+        return f"{objective}, {rl.get('steps')} steps of {rl.get('prompts')} prompts"
     origin = expert.config.get("imported_from")
     return f"imported from {origin}" if origin else "not known"
 

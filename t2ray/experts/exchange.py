@@ -18,6 +18,7 @@ from torch import Tensor
 from t2ray.adapters.factors import Factors
 from t2ray.core import ConfigError, ExpertError, ResourceError
 from t2ray.experts.admission import HEADER_BYTES, check_header, check_size, header, place
+from t2ray.experts.card import CARD, expert_card
 from t2ray.experts.registry import MANIFEST, Expert, Registry, read_expert, read_manifest, write_expert
 from t2ray.integrity import Damaged
 from t2ray.models.targets import Target
@@ -28,6 +29,9 @@ DAMAGED = (
     *(pickle.UnpicklingError, struct.error, EOFError, OSError, RuntimeError),
     *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
 )
+LOADING = """```bash
+t2ray experts import NAME FOLDER --model MODEL
+```"""
 BARS, BINS = " ▁▂▃▄▅▆▇█", 24
 
 
@@ -68,8 +72,11 @@ def import_expert(
     )
 
 
-def export_expert(expert: Expert, path: str | Path) -> None:
-    """Writes an expert as a folder with a safetensors file and a manifest, which `import_expert` reads.
+def export_expert(expert: Expert, path: str | Path, base: str | None = None) -> None:
+    """Writes an expert as a folder with a safetensors file and a manifest, which `import_expert` reads, and a card.
+
+    Args:
+        base: the base model's name, for the card.
 
     Raises:
         ConfigError: `path` exists and is not an empty folder.
@@ -77,6 +84,7 @@ def export_expert(expert: Expert, path: str | Path) -> None:
     """
     if Path(path).exists() and (not Path(path).is_dir() or any(Path(path).iterdir())):
         raise ConfigError(f"{path} exists and is not an empty folder; name a new one")
+    Store(path).write_text(CARD, expert_card(expert.manifest, base, LOADING))
     write_expert(Store(path), ".", expert.z, expert.manifest)
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2ray.adapters.factors import Factors
-from t2ray.core import ConfigError, ExpertError, Mixture, ResourceError, T2RayError, check_name
-from t2ray.experts.card import CARD, card, shown
+from t2ray.core import ConfigError, ExpertError, ResourceError, T2RayError, check_name
+from t2ray.experts.card import CARD, expert_card, shown
 from t2ray.experts.exchange import import_expert
 from t2ray.experts.registry import MANIFEST, TENSORS, Expert, Registry, read_expert, read_manifest, write_expert
 from t2ray.integrity import digest_of
@@ -68,11 +68,7 @@ def push_expert(expert: Expert, place: HubPlace, base: str, *, private: bool = F
     from huggingface_hub import HfApi
 
     manifest = expert.manifest.model_copy(update={"digest": digest_of(expert.z)})
-    text = card(
-        expert.name, base=shown(base), mixture=Mixture.of({expert.name: 1.0}), experts=[manifest], library="t2ray",
-        about="An expert vector: one number per singular value of each adapted matrix.",
-        loading=LOADING.format(uri=place, base=shown(base)),
-    )  # fmt: skip
+    text = expert_card(manifest, base, LOADING.format(uri=place, base=shown(base)))
     with tempfile.TemporaryDirectory() as folder, _asking(place):
         write_expert(Store(folder), ".", expert.z, manifest)
         Store(folder).write_text(CARD, text)

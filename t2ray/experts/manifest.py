@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from t2ray.core import Mixture, __version__
+from t2ray.config.adapter import AdapterConfig
+from t2ray.core import ExpertError, Mixture, __version__
 from t2ray.prompts import OTHERS
 
 
@@ -18,7 +19,8 @@ def _now() -> str:
 class ExpertManifest(BaseModel):
     """What an expert is and where it comes from.
 
-    `targets` has (name, rank) of each adapted matrix. The parametrisation `scale` says that z itself is stored, of
+    `targets` has (name, rank) of each adapted matrix. `adapter` is empty for SVF, else the `AdapterConfig` that gives
+    the numbers their meaning. The parametrisation `scale` says that z itself is stored, of
     which 1 is the base model. `rescaled` says that the factor `sum(s) / sum(s * z)` of each matrix is part of its z.
     `digest` is that of z, which every load compares; experts of earlier versions have none.
     """
@@ -30,6 +32,7 @@ class ExpertManifest(BaseModel):
     base_digest: str
     digest: str | None = None
     targets: tuple[tuple[str, int], ...]
+    adapter: dict[str, Any] = {}
     parametrisation: Literal["scale"] = "scale"
     rescaled: bool = False
     domain: str | None = None
@@ -38,6 +41,20 @@ class ExpertManifest(BaseModel):
     seed: int | None = None
     t2ray: str = __version__
     created: str = Field(default_factory=_now)
+
+    @property
+    def method(self) -> AdapterConfig:
+        """What was trained.
+
+        Raises:
+            ExpertError: this t2ray does not know it.
+        """
+        try:
+            return AdapterConfig.model_validate(self.adapter)
+        except ValidationError as error:
+            raise ExpertError(
+                f"expert {self.name!r}: its manifest has an adapter unknown here: {first_mistake(error)}"
+            ) from None
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -62,6 +79,6 @@ class MixtureRecord(BaseModel):
 
 
 def first_mistake(error: ValidationError) -> str:
-    """Returns what the first thing wrong in a file is, and where."""
+    """What is wrong first with a file: the key, and why."""
     detail = error.errors()[0]
     return f"{'.'.join(map(str, detail['loc'])) or 'file'}: {detail['msg']}"

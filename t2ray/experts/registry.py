@@ -17,6 +17,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import nearest
 from t2ray.core import NAME, ExpertError, Mixture, UnknownExpert, check_name
 from t2ray.experts.manifest import ExpertManifest, MixtureRecord, first_mistake
@@ -29,6 +30,7 @@ MARKER = "_registry.txt"
 """Stands where something has been deleted. So an empty registry is told apart from a folder whose disk is not there."""
 SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
 VERSION = re.compile(r"v(\d{4,})")
+SVF = AdapterConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,7 @@ class Registry:
         config: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
         seed: int | None = None,
+        adapter: AdapterConfig = SVF,
     ) -> int:
         """Writes the next version of an expert, one vector per target, and returns its number. No version is changed.
 
@@ -123,6 +126,7 @@ class Registry:
             name=name, version=version, base_digest=base_digest, digest=digest_of(stored),
             targets=tuple((target, len(z_R)) for target, z_R in z.items()),
             rescaled=rescaled, domain=domain, config=dict(config or {}), metrics=dict(metrics or {}), seed=seed,
+            adapter={} if adapter.kind == "svf" else adapter.model_dump(mode="json", exclude_none=True),
         )  # fmt: skip
         try:
             write_expert(self.store, _folder(name, version), stored, manifest)
@@ -231,6 +235,9 @@ def read_expert(
         )
     ranks = dict(manifest.targets)
     if layout is not None:
+        ours = layout[0].method
+        if (method := manifest.method.method) != ours:
+            raise ExpertError(f"{who} was trained as {method}, and this model is adapted by {ours}; name another")
         there = {target.name: target.rank for target in layout}
         for name, rank in ranks.items():
             if name not in there:

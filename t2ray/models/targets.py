@@ -19,13 +19,17 @@ ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_pr
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`."""
+    """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`.
+
+    An expert has `rank` numbers for it, and `method` says what they mean (`AdapterConfig.method`).
+    """
 
     name: str
     layer: int
     m: int
     n: int
     rank: int
+    method: str = "svf"
 
 
 def select_targets(

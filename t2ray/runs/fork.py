@@ -19,12 +19,14 @@ def starts(config: TrainConfig) -> dict[str, dict[str, Tensor]]:
 
     Raises:
         RunError: there is no such run, or one of the domains is not done there.
-        ConfigError: the source has no domain of that name.
+        ConfigError: the source has no domain of that name, or trained another adapter.
         ExpertError: the source belongs to another base model.
     """
     assert config.source is not None
     source = read_run(config.source)
     digest = open_weights(config.model).digest
+    if (theirs := source.adapter.method) != (ours := config.adapter.method):
+        raise ConfigError(f"from: {config.source} trained {theirs}, this job trains {ours}; give it the same adapter")
     found = {}
     for domain in config.domains:
         if domain not in source.domains:

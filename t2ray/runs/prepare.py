@@ -11,7 +11,7 @@ from pathlib import Path
 from t2ray.adapters.factors import MANIFEST as FACTORS
 from t2ray.adapters.factors import Factors, factors_folder
 from t2ray.config.train import TrainConfig
-from t2ray.core import RunError
+from t2ray.core import ConfigError, RunError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import open_weights, resolve
 from t2ray.runs.folder import begun, read_run
@@ -39,7 +39,14 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
     check_run(config, resume)
     _check_base(config)
     check_trackers(config)
-    check_lengths(config, job_tasks(config))
+    tasks = job_tasks(config)
+    for domain, task in tasks.items():
+        rl = config.domain_rl(domain)
+        if rl.objective == "sft" and task.gold is None:
+            raise ConfigError(f"domain {domain!r} has no right answers to train on; name their column by gold")
+        if rl.engine == "vllm" and (rl.objective == "sft" or config.adapter.kind != "svf"):
+            raise ConfigError(f"domain {domain!r}: vLLM samples for SVF alone, not for sft; use engine: transformers")
+    check_lengths(config, tasks)
     if config.source is not None and not resume:
         starts(config)
     return config
@@ -87,7 +94,7 @@ def _check_base(config: TrainConfig) -> None:
     """Raises a T2RayError if the factors or the registry belong to another model than the job's."""
     assert config.factors is not None and config.experts is not None
     digest, registry = open_weights(config.model).digest, Registry(config.experts)
-    if Path(config.factors, FACTORS).exists():
+    if config.adapter.kind == "svf" and Path(config.factors, FACTORS).exists():
         Factors.open(config.factors, digest)
     for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base
         registry.load(name, base_digest=digest)
@@ -108,7 +115,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     model = resolve(config.model)
     out = config.out if "://" in config.out else str(Path(config.out).absolute())
     factors = config.factors or factors_folder(
-        "runs" if "://" in out else out, open_weights(model).digest, config.targets, config.layers
+        "runs" if "://" in out else out, open_weights(model).digest, config.trained.targets, config.trained.layers
     )
     experts = config.experts or f"{out}/{config.run}/experts"
     domains = {

@@ -131,7 +131,8 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             f"{store.uri} has no checkpoint to go on from; start another run from its expert: run=NAME "
             f"from={config.out}/{config.run}"
         )
-    model = load_model(config.model, config.factors, device="auto" if config.gpus > 1 else None)
+    device = "auto" if config.gpus > 1 else None
+    model = load_model(config.model, config.factors, device=device, adapter=config.trained, seed=config.seed)
     task, lines = _fitting(build_task(config, domain), model)
     engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
     verifier = Verifier(

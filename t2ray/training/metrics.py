@@ -31,7 +31,8 @@ class StepMetrics:
     time or failed, those of validations since the step before included. `skipped` is 1 for a step that had no signal
     and left z as it was. `rewards` has the mean of each reward function, where the task weighs several. `importance` is
     the mean of the tokens' importance weights before they are cut and `importance_cut` the share that is, where another
-    program samples than trains. Rows of earlier versions lack what this paragraph names.
+    program samples than trains. `numbers` are trained; `peak_gib` is the most memory that a worker has had so far, of
+    its GPUs where it has any. Rows of earlier versions lack what this paragraph names.
     """
 
     step: int
@@ -54,6 +55,8 @@ class StepMetrics:
     skipped: int | None = None
     importance: float | None = None
     importance_cut: float | None = None
+    numbers: int | None = None
+    peak_gib: float | None = None
     rewards: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> dict[str, Any]:

@@ -231,7 +231,7 @@ def _mlflow_uri(config: TrainConfig) -> str:
 def _settings(config: TrainConfig, domain: str) -> dict[str, Any]:
     """Returns the settings that runs are compared by."""
     own = {"run": config.run, "domain": domain, "model": config.model, "seed": config.seed, "workers": config.workers}
-    matrices = {"targets": config.targets, "layers": config.layers}
+    matrices = {"targets": config.trained.targets, "layers": config.trained.layers}
     return own | matrices | {f"rl.{key}": value for key, value in config.domain_rl(domain).model_dump().items()}
 
 

@@ -27,8 +27,10 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.counts import Counts, as_counts, counted
+from t2ray.training.golds import right_answers
 from t2ray.training.loss import Update, advantages, backward
 from t2ray.training.metrics import StepMetrics, note
+from t2ray.training.peak import peak_gib
 from t2ray.training.records import Records
 from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
 from t2ray.training.shares import Shares
@@ -89,6 +91,8 @@ class Trainer:
             RunError: the newest checkpoint belongs to another configuration.
         """
         self.model, self.generate, self.publish = model, generate, publish
+        if rl.objective == "sft":  # the rollouts are the right answers, and all count alike
+            rl = rl.model_copy(update={"samples": 1, "baseline": "none", "temperature": 1.0, "kl": 0.0})
         self.task, self.verify, self.rl, self.store = task, verify, rl, store
         self.seed, self.digest, self.shares, self.truncate = seed, digest, Shares(shares), truncate
         self.train = task.examples("train")
@@ -167,10 +171,10 @@ class Trainer:
         z_K = self._z().detach().clone()
         faults, self.faults = self.faults, Counts()
         metrics = StepMetrics(
-            step=step, kl=done.kl / max(done.tokens, 1), loss=done.loss, grad_norm=done.grad_norm,
+            step=step, kl=done.kl / max(done.tokens, 1), loss=done.loss, grad_norm=done.grad_norm, peak_gib=peak_gib(),
             z_min=float(z_K.min()), z_max=float(z_K.max()), seconds=(seconds := time.perf_counter() - start),
-            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), **counts.figures, **done.weights,
-            timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors),
+            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), numbers=len(z_K), **counts.figures,
+            timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors), **done.weights,
         )  # fmt: skip
         if odd := metrics.not_finite:
             what = ", ".join(f"{name} is {value}" for name, value in odd.items())
@@ -207,6 +211,8 @@ class Trainer:
         chosen = prompts_of_step(self.train, self.rl.prompts, step, self.seed)
         jobs = [(chosen[i], rollout_seed(self.seed, step, i, j)) for i in places for j in range(self.rl.samples)]
         examples = [self.task.shuffled(example, seed) for example, seed in jobs]
+        if self.rl.objective == "sft":
+            return right_answers(self.model.chat, self.model.context, self.task, examples)
         seeds = [[seed] for _, seed in jobs]
         return await roll_out(self.generate, self.verify, examples, self.policy, self.sampling, seeds)
 
@@ -217,7 +223,8 @@ class Trainer:
         leaf_1K = z_K.detach()[None].requires_grad_()
         leaf_1K.grad = torch.zeros_like(leaf_1K)
         graded = [i for i, rollout in enumerate(rollouts) if rollout.reward is not None]
-        order = sorted(graded, key=lambda i: _length(rollouts[i]))  # rows of like length pad little
+        made = [rollout.completion for rollout in rollouts]
+        order = sorted(graded, key=lambda i: len(made[i].prompt_ids) + len(made[i].tokens))  # like lengths pad little
         sums = torch.tensor([0.0, 0.0, 0.0, sum(map(bool, advantage_B)), 0.0, 0.0], dtype=torch.float64)
         for start in range(0, len(order), self.rl.micro_batch):
             part = order[start : start + self.rl.micro_batch]
@@ -291,7 +298,3 @@ class Trainer:
 def _rewards(rollouts: list[Rollout]) -> Tensor:
     """Returns the rewards of rollouts, (B,), float64; NaN where the verifier abstained."""
     return torch.tensor([math.nan if r.reward is None else r.reward for r in rollouts], dtype=torch.float64)
-
-
-def _length(rollout: Rollout) -> int:
-    return len(rollout.completion.prompt_ids) + len(rollout.completion.tokens)

@@ -104,7 +104,8 @@ def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, w
     Returns `tick` that also ends a driver that has lost its lease.
     """
     assert config.factors is not None
-    decompose(config.model, config.factors, targets=config.targets, layers=config.layers)
+    if config.adapter.kind == "svf":
+        decompose(config.model, config.factors, targets=config.trained.targets, layers=config.trained.layers)
     held = stack.enter_context(lease(f"{config.out}/{config.run}", wait_s=wait_s))
     check_run(config, resume)  # another driver may have begun it since
     new = free_name(f"{config.out}/{config.run}")
@@ -177,7 +178,7 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
                 raise RunError(f"{store.uri}: {error}; --resume makes it again from the last checkpoint") from None
             registry.save(
                 domain, z, base_digest=digest, domain=domain, config=_origin(config, domain), metrics=metrics,
-                seed=config.seed,
+                seed=config.seed, adapter=config.trained,
             )  # fmt: skip
         results[domain] = result
     leftovers = Store(f"{config.out}/{config.run}/ray")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Collection, Mapping
@@ -78,6 +79,8 @@ class VLLMEngine:
         self._keys: dict[str, str] = {}
         self._versions, self._numbers = itertools.count(1), itertools.count()
         self._known: dict[Mixture, Mixture] = {}
+        self._versioning = threading.Lock()
+        """A request is queued with the versions that it names before they can be dropped."""
 
     def start(self) -> None:
         """Starts the thread that drives vLLM."""
@@ -110,15 +113,19 @@ class VLLMEngine:
         old = [self._keys[name] for name in {*changed, *gone} if name in self._keys]
         data = {keys[name]: z_K.float().cpu().numpy().tobytes() for name, z_K in changed.items()}
 
-        def give() -> None:
-            unused = [key for key in old if key not in self._pump.live]
-            self._pump.engine.collective_rpc("t2ray_set_experts", args=(data, unused))
+        workers = self._pump.engine.collective_rpc
+        self._pump.call(lambda: workers("t2ray_set_experts", args=(data, [])))
+        with self._versioning:
+            kept = {name: z_K for name, z_K in self._bank.items() if name not in gone}
+            self._bank = kept | {name: z_K.float().cpu() for name, z_K in changed.items()}
+            self._keys = {name: key for name, key in self._keys.items() if name in kept} | keys
+            self._known = {}
 
-        self._pump.call(give)
-        kept = {name: z_K for name, z_K in self._bank.items() if name not in gone}
-        self._bank = kept | {name: z_K.float().cpu() for name, z_K in changed.items()}
-        self._keys = {name: key for name, key in self._keys.items() if name in kept} | keys
-        self._known = {}
+        def drop() -> None:
+            """Behind every request that was made with the old versions; those in use go with their last request."""
+            workers("t2ray_set_experts", args=({}, [key for key in old if key not in self._pump.live]))
+
+        self._pump.call(drop)
 
     def _retire(self, key: str) -> None:
         """In the thread: no request uses an expert's version any more."""
@@ -193,13 +200,14 @@ class VLLMEngine:
             chat=self.chat, prompt_ids=ids, sampling=sampling, loop=asyncio.get_running_loop(), streams=streams,
             text=TextStream(self.chat, sampling.stop, continues=self.chat.continues(prompt)),
         )  # fmt: skip
-        job = Job(
-            id=id, prompt_ids=ids, mixture=self._versioned(mixture),
-            params=request_arguments(sampling, self.chat, streams),
-            deliver=partial(self._deliver, id), fail=partial(self._fail, id),
-        )  # fmt: skip
-        self._answers[id] = answer
-        self._pump.soon(lambda: self._pump.add(job))
+        with self._versioning:
+            job = Job(
+                id=id, prompt_ids=ids, mixture=self._versioned(mixture),
+                params=request_arguments(sampling, self.chat, streams),
+                deliver=partial(self._deliver, id), fail=partial(self._fail, id),
+            )  # fmt: skip
+            self._answers[id] = answer
+            self._pump.soon(lambda: self._pump.add(job))
         return id, answer
 
     async def _deltas(self, id: str, answer: Answer) -> AsyncIterator[Delta]:
@@ -228,12 +236,13 @@ class VLLMEngine:
             "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": top, "detokenize": False,
             "output_kind": seams.RequestOutputKind.FINAL_ONLY,
         }  # fmt: skip
-        job = Job(
-            id=id, prompt_ids=ids, params=params, mixture=self._versioned(mixture),
-            deliver=lambda output: loop.call_soon_threadsafe(_settle, done, output.prompt_logprobs),
-            fail=lambda error: loop.call_soon_threadsafe(_settle, done, error),
-        )  # fmt: skip
-        self._pump.soon(lambda: self._pump.add(job))
+        with self._versioning:
+            job = Job(
+                id=id, prompt_ids=ids, params=params, mixture=self._versioned(mixture),
+                deliver=lambda output: loop.call_soon_threadsafe(_settle, done, output.prompt_logprobs),
+                fail=lambda error: loop.call_soon_threadsafe(_settle, done, error),
+            )  # fmt: skip
+            self._pump.soon(lambda: self._pump.add(job))
         try:
             return await done
         finally:

@@ -1,0 +1,38 @@
+"""Which values of a training job a resume may change. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from t2ray.config.adapter import AdapterConfig
+from t2ray.config.files import portable
+
+# What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
+FREE = frozenset(
+    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
+     "preset", "unsafe_code", "verify_timeout_s"}
+)  # fmt: skip
+FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
+FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
+
+
+def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a job that change what a step does to z.
+
+    A key that came later is left out where it says what jobs did without it.
+    """
+    fields = {key: value for key, value in job.items() if key not in FREE}
+    domains = {
+        name: {key: value for key, value in domain.items() if key not in FREE_DOMAIN}
+        for name, domain in fields["domains"].items()
+    }
+    for settings in (fields, *domains.values()):
+        settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
+        if settings["rl"].get("engine") == "transformers":
+            del settings["rl"]["engine"], settings["rl"]["truncate"]
+        if settings["rl"].get("objective") == "reinforce":
+            del settings["rl"]["objective"]
+    if fields["adapter"] == AdapterConfig().model_dump(mode="json"):
+        del fields["adapter"]
+    return portable(fields | {"domains": domains})
