@@ -67,6 +67,7 @@ class FakeBackend:
                 "dispatch", domain="dispatch", classifies=True, labels=("math", "code", "pick", "others")
             ),
         }
+        self.base = "fake"
         self.mixtures = {"sums": Mixture.of({"math": 0.7, "code": 0.2})}
         self.default: Literal["cls", "prompt", "base"] = "cls"
         self.strategies: tuple[str, ...] = ("prompt", "cls")
@@ -94,7 +95,7 @@ class FakeBackend:
 
     def catalog(self) -> Catalog:
         return Catalog(
-            base="fake",
+            base=self.base,
             default=self.default,
             strategies=self.strategies,
             experts=dict(self.experts),

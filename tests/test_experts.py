@@ -144,6 +144,29 @@ def test_deleting_takes_a_version_or_all(registry: Registry) -> None:
         registry.delete("math")
 
 
+def test_what_is_damaged_is_listed_and_can_be_deleted(
+    local: Registry, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("math", "code", "pick", "sound"):
+        local.save(name, vectors(), base_digest=BASE)
+    local.save_mixture("sums", Mixture.of({"math": 1.0}))
+    manifests = {name: tmp_path / f"experts/{name}/v0001/manifest.json" for name in ("math", "code", "pick")}
+    manifests["math"].write_text("{")
+    manifests["code"].write_bytes(b"\xff\x00")
+    manifests["pick"].unlink()
+    manifests["pick"].mkdir()
+    (tmp_path / "experts/_mixtures/sums.json").write_text("{")
+    of = ["--experts", str(tmp_path / "experts")]
+    assert main(["experts", "list", *of]) == 0
+    told = capsys.readouterr().out
+    assert "\nsound " in told and all(f"{name}/v0001/manifest.json is no" in told for name in ("math", "code"))
+    assert "sums.json is no mixture" in told
+    for name in (*manifests, "fewshot/sums"):
+        assert main(["experts", "delete", name, *of]) == 0
+    assert local.names() == ("sound",) and local.mixtures() == ()
+    assert not any((tmp_path / "experts" / name).exists() for name in manifests)
+
+
 def test_an_unknown_expert_is_named_with_its_nearest(registry: Registry) -> None:
     with pytest.raises(UnknownExpert, match="'math'.*known: none"):
         registry.load("math")

@@ -15,7 +15,7 @@ from torch import Tensor
 from t2ray.adapters.factors import Target
 from t2ray.core import Mixture, ResourceError
 from t2ray.experts.follow import Follower
-from t2ray.experts.registry import Registry
+from t2ray.experts.registry import MARKER, Registry
 from t2ray.store import Store
 
 BASE = "ab" * 16
@@ -61,6 +61,44 @@ def test_a_registry_that_is_gone_for_a_while_changes_nothing(follower: Follower,
     assert follower.snapshot is before
     (tmp_path / "away").rename(tmp_path / "experts")
     assert not follower.sync() and follower.snapshot is before
+
+
+def test_a_registry_whose_disk_is_not_mounted_is_an_empty_folder_and_changes_nothing(
+    follower: Follower, tmp_path: Path
+) -> None:
+    follower.sync()
+    before = follower.snapshot
+    (tmp_path / "experts").rename(tmp_path / "away")
+    (tmp_path / "experts").mkdir()
+    (tmp_path / "experts" / ".keep").touch()
+    for _ in range(2):
+        with pytest.raises(ResourceError, match="gone at once; mount its disk again"):
+            follower.sync()
+    assert follower.snapshot is before
+    shutil.rmtree(tmp_path / "experts")
+    (tmp_path / "away").rename(tmp_path / "experts")
+    assert not follower.sync() and follower.snapshot is before
+
+
+def test_experts_that_were_deleted_to_the_last_are_gone(follower: Follower, registry: Registry, tmp_path: Path) -> None:
+    follower.sync()
+    for name in registry.names():
+        registry.delete(name)
+        assert follower.sync()
+    assert known(follower) == (set(), {"sums"})
+    registry.delete_mixture("sums")
+    assert follower.sync() and known(follower) == (set(), set())
+    assert not follower.sync()
+
+
+def test_a_registry_that_was_emptied_by_hand_says_how_to_say_so(follower: Follower, tmp_path: Path) -> None:
+    follower.sync()
+    for path in (tmp_path / "experts").iterdir():
+        shutil.rmtree(path)
+    with pytest.raises(ResourceError, match=MARKER):
+        follower.sync()
+    (tmp_path / "experts" / MARKER).touch()
+    assert follower.sync() and known(follower) == (set(), set())
 
 
 def test_a_registry_that_was_never_there_is_not_an_empty_one(tmp_path: Path) -> None:

@@ -157,19 +157,24 @@ def test_a_health_check_sees_a_look_that_hangs_and_not_a_slow_or_failing_one(mon
 # ------------------------------------------------------------------------------------------------------------- experts
 
 
+@pytest.mark.parametrize(
+    ("mounted", "says"), [(False, "cannot look into"), (True, "gone at once; mount its disk again")]
+)
 def test_while_the_registry_is_gone_all_experts_are_served_and_nothing_is_written(
-    registry: Registry, tmp_path: Path
+    registry: Registry, tmp_path: Path, mounted: bool, says: str
 ) -> None:
     experts = opened(registry)
     before = catalog(experts)
     assert set(before.experts) == {"math", "code", "dispatch"} and not before.problems and before.default == "cls"
     (tmp_path / "experts").rename(tmp_path / "away")
+    if mounted:
+        (tmp_path / "experts").mkdir()
     now = catalog(experts)
-    assert now.experts == before.experts and "cannot look into" in now.problems["."]
+    assert now.experts == before.experts and says in now.problems["."]
     asyncio.run(experts.know(Mixture.of({"math": 1.0})))
-    with pytest.raises(ResourceError, match="cannot look into"):
+    with pytest.raises(ResourceError, match=says):
         experts.change(lambda registry: save(registry, "new"))
-    assert not (tmp_path / "experts").exists()
+    assert (tmp_path / "experts").exists() == mounted and not list(tmp_path.glob("experts/*"))
     (tmp_path / "away").rename(tmp_path / "experts")
     assert catalog(experts) == before
 

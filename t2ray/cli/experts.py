@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from t2ray.adapt.strategies import FEWSHOT
 from t2ray.cli.options import Parser, add_model, add_registry, locate
 from t2ray.cli.output import bar, console, weight_bars
-from t2ray.core import ConfigError, UnknownExpert, check_name
+from t2ray.core import ConfigError, ExpertError, ResourceError, T2RayError, UnknownExpert, check_name
 
 if TYPE_CHECKING:
     from t2ray.experts.registry import Registry
+
+T = TypeVar("T")
 
 
 def add(p: Parser) -> None:
@@ -68,10 +70,11 @@ def add(p: Parser) -> None:
 
 
 def _list(args: argparse.Namespace) -> None:
-    """Prints a line for each expert and each mixture."""
+    """Prints a line for each expert and each mixture, and one for each that is damaged."""
     registry = _registry(args)
-    experts, mixtures = registry.list(), [registry.mixture_record(name) for name in registry.mixtures()]
-    if not experts and not mixtures:
+    experts, damaged = _sound(registry.manifest, registry.names())
+    mixtures, lost = _sound(registry.mixture_record, registry.mixtures())
+    if not experts and not mixtures and not damaged and not lost:
         console.print(f"no experts in {registry.store.uri}", markup=False)
     if experts:
         rows = [
@@ -84,6 +87,20 @@ def _list(args: argparse.Namespace) -> None:
     if mixtures:
         rows = [[FEWSHOT + m.name, str(m.mixture), m.created] for m in mixtures]
         console.print(("\n" if experts else "") + _aligned([["mixture", "weights", "created"], *rows]), markup=False)
+    for error in (*damaged, *lost):
+        console.print(str(error), markup=False)
+
+
+def _sound(read: Callable[[str], T], names: Sequence[str]) -> tuple[list[T], list[T2RayError]]:
+    """What can be read, and the errors of what is damaged."""
+    found: list[T] = []
+    errors: list[T2RayError] = []
+    for name in names:
+        try:
+            found.append(read(name))
+        except (ExpertError, ResourceError) as error:
+            errors.append(error)
+    return found, errors
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -113,12 +130,9 @@ def _show(args: argparse.Namespace) -> None:
 
 def _delete(args: argparse.Namespace) -> None:
     """Deletes an expert with all its versions, or a mixture; names the mixtures that lose an expert by it."""
-    from t2ray.experts.registry import MIXTURES
-
     registry = _registry(args)
     if args.name.startswith(FEWSHOT):
-        name = registry.mixture_record(args.name.removeprefix(FEWSHOT)).name
-        registry.store.delete(f"{MIXTURES}/{name}.json")
+        registry.delete_mixture(args.name.removeprefix(FEWSHOT))
         console.print(f"deleted the mixture {args.name} from {registry.store.uri}", markup=False)
         return
     _known(registry, args.name)
@@ -128,7 +142,8 @@ def _delete(args: argparse.Namespace) -> None:
         f"deleted the expert {args.name} (versions {', '.join(map(str, versions))}) from {registry.store.uri}",
         markup=False,
     )
-    orphans = [FEWSHOT + name for name in registry.mixtures() if args.name in registry.load_mixture(name).names]
+    mixtures, _ = _sound(registry.mixture_record, registry.mixtures())
+    orphans = [FEWSHOT + record.name for record in mixtures if args.name in record.mixture.names]
     if orphans:
         console.print(f"these mixtures name it and can no longer be used: {', '.join(orphans)}", markup=False)
 

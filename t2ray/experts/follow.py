@@ -17,7 +17,7 @@ from torch import Tensor
 from t2ray.core import NAME, ConfigError, ExpertError, Mixture, ResourceError, UnknownExpert
 from t2ray.experts.admission import check_size
 from t2ray.experts.manifest import ExpertManifest
-from t2ray.experts.registry import MANIFEST, MIXTURES, TENSORS, VERSION, Registry
+from t2ray.experts.registry import MANIFEST, MARKER, MIXTURES, TENSORS, VERSION, Registry
 from t2ray.models.targets import Target
 
 Stamp = tuple[object, ...]
@@ -77,7 +77,8 @@ class Follower:
         """Updates the snapshot. Returns whether anything in the registry was new, changed or deleted.
 
         Raises:
-            ResourceError: the registry cannot be listed; the snapshot is unchanged.
+            ResourceError: the registry cannot be listed, or all that it had is gone and nothing says that it was
+                deleted, as when a network disk is not mounted; the snapshot is unchanged.
         """
         with self._syncing:
             stamps, strange = self._listed()
@@ -122,6 +123,11 @@ class Follower:
         for path in strange:  # an expert that was there is still there, as far as anybody knows
             stamps |= {name: stamp for name, stamp in self._stamps.items() if f"{name}/".startswith(f"{path}/")}
             stamps |= {name: stamp for name, stamp in self._stamps.items() if path.startswith(f"{name}/")}
+        if self._stamps and not stamps and MARKER not in files:
+            raise ResourceError(
+                f"all experts and mixtures of {self.registry.store.uri} are gone at once; mount its disk again, or, if "
+                f"they were deleted by other means than t2ray's, write a file {MARKER} there"
+            )
         return stamps, strange
 
     def _read(self, name: str, stamp: Stamp, old: Snapshot, new: Snapshot) -> bool:

@@ -26,6 +26,8 @@ from t2ray.models.targets import Target
 from t2ray.store import Store
 
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
+MARKER = "_registry.txt"
+"""Stands where something has been deleted. So an empty registry is told apart from a folder whose disk is not there."""
 SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
 VERSION = re.compile(r"v(\d{4,})")
 SVF = AdapterConfig()
@@ -66,14 +68,7 @@ class Registry:
             UnknownExpert: there is no such expert or version.
             ExpertError: the manifest is malformed or of another schema.
         """
-        check_name(name)
-        versions = self.versions(name)
-        if not versions:
-            raise UnknownExpert(f"no expert {name!r} in {self.store.uri}{nearest(name, self.names())}")
-        version = versions[-1] if version is None else version
-        if version not in versions:
-            raise UnknownExpert(f"expert {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
-        return read_manifest(self.store, f"{_folder(name, version)}/{MANIFEST}")
+        return read_manifest(self.store, f"{_folder(name, self._finished(name, version)[-1])}/{MANIFEST}")
 
     def load(
         self,
@@ -141,13 +136,14 @@ class Registry:
         return version
 
     def delete(self, name: str, version: int | None = None) -> None:
-        """Deletes a version, or (if None) the expert with all its versions.
+        """Deletes a version, or (if None) the expert with all its versions, whatever is damaged in them.
 
         Raises:
             UnknownExpert: there is no such expert or version.
         """
-        self.manifest(name, version)
-        for v in self.versions(name) if version is None else [version]:
+        finished = self._finished(name, version)
+        self._mark()
+        for v in finished:
             self.store.delete(f"{_folder(name, v)}/{MANIFEST}")  # first: half a folder is then no version
             self.store.delete(_folder(name, v))
         if version is None:
@@ -157,6 +153,16 @@ class Registry:
         """Saves a mixture, in place of one of that name."""
         record = MixtureRecord(name=check_name(name, "mixture"), weights=dict(mixture.weights), meta=dict(meta or {}))
         self.store.write_text(f"{MIXTURES}/{name}.json", record.model_dump_json(indent=1))
+
+    def delete_mixture(self, name: str) -> None:
+        """Deletes a saved mixture, damaged or not.
+
+        Raises:
+            UnknownExpert: there is no mixture of that name.
+        """
+        path = self._mixture_path(name)
+        self._mark()
+        self.store.delete(path)
 
     def mixtures(self) -> tuple[str, ...]:
         """Returns the names of the saved mixtures."""
@@ -169,9 +175,7 @@ class Registry:
             UnknownExpert: there is no mixture of that name.
             ExpertError: its file is damaged.
         """
-        path = f"{MIXTURES}/{check_name(name, 'mixture')}.json"
-        if not self.store.exists(path):
-            raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
+        path = self._mixture_path(name)
         try:
             return MixtureRecord.model_validate_json(self.store.read_bytes(path))
         except (Damaged, ValidationError) as error:
@@ -181,6 +185,27 @@ class Registry:
     def load_mixture(self, name: str) -> Mixture:
         """Returns a saved mixture; raises as `mixture_record` does."""
         return self.mixture_record(name).mixture
+
+    def _mixture_path(self, name: str) -> str:
+        """Returns the file of a saved mixture; raises UnknownExpert if there is none."""
+        path = f"{MIXTURES}/{check_name(name, 'mixture')}.json"
+        if not self.store.exists(path):
+            raise UnknownExpert(f"no mixture {name!r} in {self.store.uri}{nearest(name, self.mixtures())}")
+        return path
+
+    def _finished(self, name: str, version: int | None) -> tuple[int, ...]:
+        """Returns the finished versions, or that one alone; raises UnknownExpert if there is none."""
+        versions = self.versions(check_name(name))
+        if not versions:
+            raise UnknownExpert(f"no expert {name!r} in {self.store.uri}{nearest(name, self.names())}")
+        if version is None:
+            return versions
+        if version not in versions:
+            raise UnknownExpert(f"expert {name!r} has no version {version}; it has {', '.join(map(str, versions))}")
+        return (version,)
+
+    def _mark(self) -> None:
+        self.store.write_text(MARKER, "A registry of t2ray: what is missing here has been deleted.\n")
 
     def _taken(self, name: str) -> tuple[int, ...]:
         """Returns all version numbers in use, also those of unfinished versions."""

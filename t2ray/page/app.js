@@ -3,9 +3,12 @@
 
 import { askKey, getJson, hasKey } from "./api.js";
 import { createChat } from "./chat.js";
-import { announce, byId } from "./dom.js";
+import { showCode } from "./code.js";
+import { announce, byId, el } from "./dom.js";
+import { examples } from "./examples.js";
 import { createExperts } from "./experts.js";
 import { watchLoad } from "./load.js";
+import { createSampling } from "./sampling.js";
 import { createStrategy } from "./strategy.js";
 
 const CATALOG_MS = 10_000; // experts come and go while the page is open
@@ -13,6 +16,7 @@ const WHENCE = "Whoever runs the server can give you one.";
 const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 
 const question = byId("question");
+const sampling = createSampling({ onWrong: () => showPanel(true) });
 const chat = createChat({ settings, onBusy: showBusy });
 const experts = createExperts({ onMix: () => strategy.byHand() });
 const strategy = createStrategy({
@@ -23,16 +27,10 @@ let state = "connecting";
 let catalogAt = -Infinity; // performance.now() of the catalog on the page
 const load = watchLoad({ onState: showState });
 
-/** What the next request is made with. */
+/** What the next request is made with, or null where a number is none: its field says so and has the focus. */
 function settings() {
-  const seed = byId("seed");
-  return {
-    model: strategy.model(),
-    temperature: byId("temperature").valueAsNumber,
-    maxTokens: byId("max-tokens").valueAsNumber,
-    seed: seed.value === "" ? undefined : seed.valueAsNumber,
-    memory: byId("memory").checked,
-  };
+  const values = sampling.values();
+  return values && { model: strategy.model(), ...values };
 }
 
 // ------------------------------------------------------------------------------------------------ server and catalog
@@ -68,6 +66,7 @@ async function loadCatalog() {
     strategy.show(models.data);
     const base = models.data.find((model) => model.t2ray?.kind === "base");
     byId("base").textContent = base?.t2ray.base ?? "";
+    showExamples(examples(base?.t2ray.base ?? "", found.data));
   } catch (error) {
     showState(error.status === 401 ? "locked" : "offline", error.message);
   }
@@ -87,7 +86,8 @@ function showBusy(busy) {
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = question.value.trim();
-  if (text && chat.send(text)) question.value = "";
+  if (!text || !chat.send(text)) return;
+  question.value = "";
   question.focus();
 });
 
@@ -100,7 +100,7 @@ question.addEventListener("keydown", (event) => {
 });
 
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && chat.isBusy() && !byId("key-dialog").open) chat.stop();
+  if (event.key === "Escape" && chat.isBusy() && !document.querySelector("dialog[open]")) chat.stop();
 });
 
 byId("stop").addEventListener("click", () => {
@@ -114,21 +114,18 @@ byId("fresh").addEventListener("click", () => {
   question.focus();
 });
 
-for (const button of document.querySelectorAll(".examples button")) {
-  button.addEventListener("click", () => chat.send(button.textContent) && question.focus());
+function showExamples(texts) {
+  const pick = ({ currentTarget }) => chat.send(currentTarget.textContent) && question.focus();
+  const button = (text) => el("button", { type: "button", on: { click: pick } }, text);
+  byId("examples").replaceChildren(...texts.map((text) => el("li", {}, button(text))));
 }
+
+byId("code").addEventListener("click", () => {
+  const asked = settings();
+  if (asked) showCode(asked, question.value.trim() || chat.lastQuestion() || byId("examples").textContent);
+});
 
 // ------------------------------------------------------------------------------------------------- header and panel
-
-for (const field of [byId("max-tokens"), byId("seed")]) {
-  // no request is made with what is no whole number: the first value comes back
-  field.addEventListener("change", () => field.checkValidity() || (field.value = field.defaultValue));
-}
-
-byId("temperature").addEventListener("input", ({ target }) => {
-  byId("temperature-value").textContent = target.value;
-  target.style.setProperty("--at", target.valueAsNumber / Number(target.max));
-});
 
 function showPanel(wanted) {
   document.body.dataset.view = wanted ? "panel" : "chat";
@@ -140,7 +137,7 @@ byId("panel-toggle").addEventListener("click", () => showPanel(document.body.dat
 
 function showTheme() {
   const theme = document.documentElement.dataset.theme ?? "auto";
-  byId("theme-text").textContent = theme[0].toUpperCase() + theme.slice(1);
+  byId("theme-text").textContent = theme === "auto" ? "System" : theme[0].toUpperCase() + theme.slice(1);
   byId("theme").setAttribute("aria-label", `Colours: ${THEMES[theme]}`);
   return theme;
 }

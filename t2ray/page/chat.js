@@ -4,47 +4,77 @@
 import { createAnswer } from "./answer.js";
 import { chatStream } from "./api.js";
 import { announce, byId, el } from "./dom.js";
+import { keep, kept } from "./kept.js";
 
 const LARGEST_SEED = 2 ** 31;
 
-/** `settings()`: `{ model, temperature, maxTokens, seed, memory }`; `onBusy(busy)` follows the stream. */
+/**
+ * `settings()`: `{ model, temperature, maxTokens, seed, memory }`, or null where they cannot be used as they stand;
+ * `onBusy(busy)` follows the stream.
+ */
 export function createChat({ settings, onBusy }) {
   const thread = byId("thread");
-  let turns = [];
+  let turns = []; // { question, answers, node }
   let running = null; // the AbortController of the answer that streams
+  let left = false; // whether the page is being left, which breaks a stream off
 
-  /** Asks; false when an answer still streams, so that the question stays where it was typed. */
+  for (const { question, answers } of kept("turns") ?? []) {
+    const turn = addTurn(question);
+    for (const saved of answers) addAnswer(turn, createAnswer(saved.asked, () => ask(turn), saved));
+  }
+  follow(true);
+  addEventListener("pageshow", () => (left = false));
+  addEventListener("pagehide", () => {
+    save(); // with what has come of an answer that still streams
+    left = true;
+  });
+
+  function save() {
+    if (!left) keep("turns", turns.map(({ question, answers }) => ({ question, answers: answers.map(({ record }) => record) })));
+  }
+
+  /** Whether a question can be asked now; else it stays where it was typed. */
+  function ready() {
+    if (running) announce("An answer is still being written. Press Escape to stop it.");
+    return !running && settings() !== null;
+  }
+
+  /** Asks; false when that cannot be now. */
   function send(question) {
-    if (running) {
-      announce("An answer is still being written. Press Escape to stop it.");
-      return false;
-    }
-    const asked = el("h2", { class: "asked" }, el("span", { class: "unseen" }, "You: "), question);
-    const node = el("div", { class: "turn" }, asked);
-    const turn = { question, answers: [], node };
-    turns.push(turn);
-    byId("welcome").hidden = true;
-    thread.append(node);
-    ask(turn);
+    if (!ready()) return false;
+    ask(addTurn(question));
     return true;
   }
 
+  function addTurn(question) {
+    const turn = { question, answers: [], node: el("div", { class: "turn" }) };
+    showQuestion(turn);
+    turns.push(turn);
+    byId("welcome").hidden = true;
+    thread.append(turn.node);
+    return turn;
+  }
+
+  function addAnswer(turn, answer) {
+    for (const failed of turn.answers.filter(({ record }) => record.state === "failed")) failed.node.remove();
+    turn.answers = [...turn.answers.filter(({ record }) => record.state !== "failed"), answer];
+    turn.node.append(answer.node);
+  }
+
   async function ask(turn) {
-    if (running) return;
+    if (!ready()) return;
     const { model, temperature, maxTokens, memory, seed = Math.floor(Math.random() * LARGEST_SEED) } = settings();
     const answer = createAnswer({ model, seed, temperature, maxTokens }, () => ask(turn));
-    for (const failed of turn.answers.filter((old) => old.state === "failed")) failed.node.remove();
-    turn.answers = [...turn.answers.filter((old) => old.state !== "failed"), answer];
-    turn.node.append(answer.node);
+    addAnswer(turn, answer);
     follow(true);
     const control = new AbortController();
     running = control;
     onBusy(true);
     const messages = [...(memory ? history(turn) : []), { role: "user", content: turn.question }];
-    const sampling = { temperature, max_tokens: maxTokens, seed };
+    const sampling = { temperature, seed, ...(maxTokens ? { max_tokens: maxTokens } : {}) };
     const body = { model, messages, ...sampling, stream: true, stream_options: { include_usage: true } };
     try {
-      for await (const chunk of chatStream(body, control.signal, (id) => (answer.requestId = id))) {
+      for await (const chunk of chatStream(body, control.signal, (id) => (answer.record.requestId = id))) {
         const atEnd = isAtEnd();
         answer.take(chunk);
         follow(atEnd);
@@ -58,6 +88,7 @@ export function createChat({ settings, onBusy }) {
         running = null;
         onBusy(false);
       }
+      save();
       follow(isAtEnd(200)); // what is written at the end, such as an error, is taller than a line
     }
   }
@@ -65,9 +96,67 @@ export function createChat({ settings, onBusy }) {
   /** The turns before this one that have an answer: of several answers, the last. */
   function history(turn) {
     return turns.slice(0, turns.indexOf(turn)).flatMap(({ question, answers }) => {
-      const good = answers.filter(({ state, text }) => (state === "done" || state === "stopped") && text).at(-1);
+      const records = answers.map(({ record }) => record);
+      const good = records.filter(({ state, text }) => (state === "done" || state === "stopped") && text).at(-1);
       return good ? [{ role: "user", content: question }, { role: "assistant", content: good.text }] : [];
     });
+  }
+
+  // ------------------------------------------------------------------------------------------------- a turn's question
+
+  function showQuestion(turn) {
+    const edit = el("button", { type: "button", class: "quiet edit", on: { click: () => editQuestion(turn) } }, "Edit");
+    const asked = el("h2", { class: "asked" }, el("span", { class: "unseen" }, "You: "), turn.question);
+    turn.head?.remove();
+    turn.head = el("div", { class: "asked-row" }, asked, edit);
+    turn.node.prepend(turn.head);
+    return edit;
+  }
+
+  /** Another wording of a question is asked in its place; what came after it answered another question, and goes. */
+  function editQuestion(turn) {
+    const text = el("textarea", { rows: 1, "aria-label": "Your question, to be asked anew" });
+    text.value = turn.question;
+    const back = () => showQuestion(turn).focus();
+    const later = turns.length - turns.indexOf(turn) - 1;
+    const form = el(
+      "form",
+      { class: "field editing" },
+      text,
+      el("button", { type: "button", on: { click: back } }, "Cancel"),
+      el("button", { type: "submit", class: "primary" }, "Ask"),
+    );
+    const note = later ? el("p", { class: "note" }, `The ${later === 1 ? "turn" : `${later} turns`} after it will go.`) : null;
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      const question = text.value.trim();
+      if (question && ready()) renew(turn, question);
+    });
+    form.addEventListener("keydown", (event) => {
+      if (event.key === "Escape") back();
+      if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+      event.preventDefault();
+      form.requestSubmit();
+    });
+    turn.head.remove();
+    turn.head = el("div", {}, form, note);
+    turn.node.prepend(turn.head);
+    text.focus();
+  }
+
+  function renew(turn, question) {
+    drop(turns.splice(turns.indexOf(turn) + 1));
+    drop(turn.answers);
+    Object.assign(turn, { question, answers: [] });
+    showQuestion(turn);
+    ask(turn);
+    byId("question").focus();
+  }
+
+  // ---------------------------------------------------------------------------------------------------------- the whole
+
+  function drop(gone) {
+    for (const { node } of gone) node.remove();
   }
 
   const stop = () => running?.abort();
@@ -76,8 +165,9 @@ export function createChat({ settings, onBusy }) {
     stop();
     running = null;
     onBusy(false);
-    for (const { node } of turns) node.remove();
+    drop(turns);
     turns = [];
+    save();
     byId("welcome").hidden = false;
     announce("New conversation.");
   }
@@ -88,5 +178,8 @@ export function createChat({ settings, onBusy }) {
     if (wanted) thread.scrollTop = thread.scrollHeight; // else the reader has scrolled up: leave the page where it is
   }
 
-  return { send, stop, clear, isBusy: () => running !== null };
+  /** The last question, or null. */
+  const lastQuestion = () => turns.at(-1)?.question ?? null;
+
+  return { send, stop, clear, lastQuestion, isBusy: () => running !== null };
 }

@@ -43,3 +43,22 @@ export function figure(value, digits = 3) {
 export function announce(text) {
   byId("announce").textContent = text;
 }
+
+/** A button that copies `text()`; where the browser gives no clipboard, `node`, which shows it, is left marked. */
+export function copyButton(text, node) {
+  const button = el("button", { type: "button", class: "quiet", on: { click: copy } }, "Copy");
+  return button;
+
+  async function copy() {
+    try {
+      await navigator.clipboard.writeText(text());
+      button.textContent = "Copied";
+    } catch {
+      // Browsers give no clipboard to a page served over plain HTTP: leave the text marked for Ctrl+C.
+      getSelection().selectAllChildren(node);
+      button.textContent = "Press Ctrl+C";
+    }
+    announce(button.textContent);
+    setTimeout(() => (button.textContent = "Copy"), 2000);
+  }
+}

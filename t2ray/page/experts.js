@@ -5,6 +5,7 @@ import { getJson } from "./api.js";
 import { byId, el } from "./dom.js";
 import { heatMap } from "./heat.js";
 import { hueOf } from "./hues.js";
+import { keep, kept } from "./kept.js";
 
 const FILTERED = 8; // from so many experts on, a filter helps more than it takes room
 
@@ -12,7 +13,7 @@ const FILTERED = 8; // from so many experts on, a filter helps more than it take
 export function createExperts({ onMix }) {
   const list = byId("experts");
   const filter = byId("filter");
-  const weights = new Map(); // name -> slider's value, also of experts that are gone for the moment
+  const weights = new Map(kept("weights") ?? []); // name -> slider's value, also of experts that are gone for the moment
   const open = new Set();
   let experts = [];
 
@@ -20,7 +21,7 @@ export function createExperts({ onMix }) {
   byId("zero").addEventListener("click", () => {
     weights.clear();
     draw();
-    onMix();
+    mixed();
   });
 
   function show(found) {
@@ -33,8 +34,9 @@ export function createExperts({ onMix }) {
 
   function draw() {
     byId("experts-note").textContent = experts.length
-      ? "Move a slider to mix them by hand."
+      ? "Accuracy is on each one’s own validation prompts. Move a slider to mix them by hand."
       : "None yet: the base model answers. Train some, and they appear here by themselves.";
+    byId("expert-heads").hidden = !experts.length;
     filter.hidden = experts.length < FILTERED;
     list.toggleAttribute("data-long", !filter.hidden);
     list.replaceChildren(...experts.map(row));
@@ -45,6 +47,11 @@ export function createExperts({ onMix }) {
   function sift() {
     const wanted = filter.value.trim().toLowerCase();
     for (const item of list.children) item.hidden = !item.dataset.name.includes(wanted);
+  }
+
+  function mixed() {
+    keep("weights", [...weights]);
+    onMix();
   }
 
   const mark = () => (byId("zero").hidden = !mixture().length);
@@ -65,7 +72,7 @@ export function createExperts({ onMix }) {
       el("span", { class: "expert-name", title: name }, name),
       el("small", {}, `v${version}`),
       Number.isFinite(accuracy)
-        ? el("small", { class: "accuracy", title: "accuracy in validation" }, `${(100 * accuracy).toFixed(0)} %`)
+        ? el("small", { class: "accuracy" }, el("span", { class: "unseen" }, "accuracy "), `${(100 * accuracy).toFixed(0)} %`)
         : null,
     );
     const toggle = (wanted) => {
@@ -105,7 +112,7 @@ export function createExperts({ onMix }) {
       output.textContent = input.valueAsNumber.toFixed(2);
       input.style.setProperty("--at", input.value);
       mark();
-      onMix();
+      mixed();
     });
     return el("span", { class: "mixer" }, input, output);
   }
@@ -113,7 +120,7 @@ export function createExperts({ onMix }) {
   async function fillDetails(details, { name, domain, accuracy, created, problem, classifies }) {
     const facts = [
       ["Domain", domain],
-      ["Accuracy", Number.isFinite(accuracy) ? `${(100 * accuracy).toFixed(1)} %` : "unknown"],
+      ["Validation accuracy", Number.isFinite(accuracy) ? `${(100 * accuracy).toFixed(1)} %` : "unknown"],
       ["Made", created && new Date(created).toLocaleString([], { dateStyle: "medium", timeStyle: "short" })],
       ["Task", classifies ? "tells which expert a request needs" : null],
     ].filter(([, value]) => value);

@@ -42,7 +42,7 @@ export function watchLoad({ onState }) {
       ["Running", figure(running)],
       ["Waiting", figure(waiting)],
       ["Replicas", figure(replicas)],
-      ["KV memory", `${figure(100 * kv, 2)} %`],
+      ["KV cache", `${figure(100 * kv, 2)} %`],
     ];
     byId("load-figures").replaceChildren(
       ...rows.map(([name, value]) => el("div", { "data-figure": name }, el("dt", {}, name), el("dd", {}, value))),

@@ -2,11 +2,11 @@
 // Called by app.js; the sliders themselves are experts.js's.
 
 import { byId, el } from "./dom.js";
+import { keep, kept } from "./kept.js";
 
 const HAND = "hand";
 
 const KNOWN = {
-  t2ray: ["Automatic", "The server's own choice of strategy reads each request and mixes the experts for it."],
   "t2ray:cls": ["Classification expert", "An expert trained to classify reads the request and names who answers."],
   "t2ray:prompt": ["Classification prompt", "The base model is asked what kind of request it is."],
 };
@@ -16,13 +16,13 @@ export function createStrategy({ mixture, onChange }) {
   const select = byId("strategy");
   const note = byId("strategy-note");
   let models = [];
+  let chosen = kept("strategy");
 
-  select.addEventListener("change", changed);
+  select.addEventListener("change", choose);
 
   function show(found) {
     if (JSON.stringify(found) === JSON.stringify(models)) return;
     models = found;
-    const before = select.value;
     const options = (kind) => models.filter((model) => model.t2ray?.kind === kind).map(option);
     const mixtures = options("mixture");
     select.replaceChildren(
@@ -30,15 +30,16 @@ export function createStrategy({ mixture, onChange }) {
       ...(mixtures.length ? [el("optgroup", { label: "Found by few-shot search" }, ...mixtures)] : []),
       el("optgroup", { label: "Always the same" }, ...options("base"), el("option", { value: HAND }, "By hand")),
     );
-    const gone = before && ![...select.options].some((entry) => entry.value === before);
-    select.value = before && !gone ? before : select.options[0].value;
+    const there = [...select.options].some(({ value, disabled }) => value === chosen && !disabled);
+    select.value = there ? chosen : select.options[0].value; // what has gone may come back: it stays chosen
     changed();
   }
 
   function option({ id, t2ray }) {
     const plain = t2ray.kind === "base" ? "Base model" : id.replace(/^t2ray:(fewshot\/)?/, "");
-    const detail = t2ray.problem ? " (unavailable)" : id === "t2ray" ? ` (${t2ray.strategy})` : "";
-    return el("option", { value: id, disabled: Boolean(t2ray.problem) }, (KNOWN[id]?.[0] ?? plain) + detail);
+    const name = id === "t2ray" ? "Automatic" : (KNOWN[id]?.[0] ?? plain);
+    const detail = t2ray.problem ? " (unavailable)" : "";
+    return el("option", { value: id, disabled: Boolean(t2ray.problem) }, name + detail);
   }
 
   /** The model's name for the next request. */
@@ -55,7 +56,8 @@ export function createStrategy({ mixture, onChange }) {
       const over = total > 1.005 ? " Above 1 the experts push further than they were trained to." : "";
       return `The weights add up to ${total.toFixed(2)}.${over}`;
     }
-    const kind = models.find(({ id }) => id === select.value)?.t2ray?.kind;
+    const { kind, strategy } = models.find(({ id }) => id === select.value)?.t2ray ?? {};
+    if (select.value === "t2ray") return KNOWN[`t2ray:${strategy}`]?.[1] ?? "The base model answers: there is nothing to choose from.";
     if (kind === "base") return "No expert: the model as it was before any training here.";
     if (kind === "mixture") return "One mixture for every request, found on a few labelled examples.";
     return KNOWN[select.value]?.[1] ?? "";
@@ -66,10 +68,16 @@ export function createStrategy({ mixture, onChange }) {
     onChange(model());
   }
 
+  function choose() {
+    chosen = select.value;
+    keep("strategy", chosen);
+    changed();
+  }
+
   /** A slider was moved: from now on the sliders decide. */
   function byHand() {
     select.value = HAND;
-    changed();
+    choose();
   }
 
   return { show, model, byHand };
