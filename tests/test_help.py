@@ -77,7 +77,7 @@ def test_keys_have_their_dotted_paths() -> None:
     assert {"engine.kv_tokens", "api.max_tokens"} <= paths["serve"]
     assert {"space.NAME.log", "job.settings.elite"} <= paths["sweep"]
     assert {"task", "shots", "max_tokens", "settings.population"} <= paths["adapt"]
-    models = (train.TrainConfig, train.RLConfig, train.DomainConfig)
+    models = (train.TrainConfig, train.RLConfig, train.DomainConfig, train.AdapterConfig)
     assert len(paths["train"]) == sum(len(model.model_fields) for model in models)
 
 

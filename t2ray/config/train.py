@@ -179,8 +179,7 @@ class TrainConfig(Strict):
     date: str | None = Field(
         None,
         pattern=r"^\d{4}-\d{2}-\d{2}$",
-        description='The day that is today to chat templates that ask, such as "2026-01-31"; without one, that on '
-        "which the run began.",
+        description='The day that chat templates are told, as "2026-01-31"; without one, that of the run\'s start.',
     )
     seed: int = Field(0, description="Seed of all randomness of the job: the prompts, the rollouts and the initial z.")
     workers: int | str = Field(

@@ -20,7 +20,7 @@ from t2ray.models.targets import Target, is_transposed
 from t2ray.models.weights import Weights, open_weights
 
 
-class Checkpoint:
+class ModelCheckpoint:
     """The tensors of a model folder under the names of the loaded model's parameters.
 
     `hf` is that model on the meta device.
@@ -118,14 +118,14 @@ class Checkpoint:
         return weight
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """The checkpoint of a model folder, opened once per process; raises as `Checkpoint` and `open_weights` do."""
+def open_checkpoint(folder: Path) -> ModelCheckpoint:
+    """The checkpoint of a model folder, opened once per process; raises as `ModelCheckpoint` and `open_weights` do."""
     return _opened(open_weights(folder))
 
 
 @lru_cache(maxsize=2)
-def _opened(weights: Weights) -> Checkpoint:
-    return Checkpoint(weights)
+def _opened(weights: Weights) -> ModelCheckpoint:
+    return ModelCheckpoint(weights)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
