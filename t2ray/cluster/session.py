@@ -122,6 +122,17 @@ def slots(need: Mapping[str, float], have: Mapping[str, float], what: str) -> in
     return int(min(have[key] // amount for key, amount in need.items() if amount > 0))
 
 
+def cancel(tasks: Sequence[ray.ObjectRef]) -> None:
+    """Interrupts those tasks that still run, and leaves alone those that have ended.
+
+    Ray aborts this process where a task is cancelled whose result is there and whose end Ray has not noted yet
+    (ray#54260). So no task is cancelled that may just have been waited for.
+    """
+    _, running = ray.wait(tasks, num_returns=len(tasks), timeout=0) if tasks else ([], [])
+    for task in running:
+        ray.cancel(task)
+
+
 def check_shared(folders: Sequence[str]) -> None:
     """Whether every node sees what the driver writes into `folders`; a URI is shared by its nature.
 

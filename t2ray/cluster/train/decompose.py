@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from t2ray.adapters.factors import Decomposition, Factors, Float, ShowProgress, Stored, Target, prepare
-from t2ray.cluster.session import check_shared, session
+from t2ray.cluster.session import cancel, check_shared, session
 from t2ray.core import T2RayError
 
 
@@ -68,5 +68,4 @@ def _share_out(
             raise error.cause from None
         raise
     finally:
-        for task in under_way:
-            ray.cancel(task)  # by force, one that ends just now would abort this process (ray#54260)
+        cancel(under_way)

@@ -17,6 +17,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from t2ray.cluster.session import cancel
 from t2ray.cluster.train.faults import diagnosis
 from t2ray.cluster.train.group import Groups, WorkersDied
 from t2ray.cluster.train.nodes import head_answers
@@ -123,8 +124,7 @@ def _launcher(config: TrainConfig, share: Share) -> Iterator[Callable[[str], ray
         try:
             yield launch
         finally:
-            for task in started:
-                ray.cancel(task)  # by force, one that ends just now would abort this process (ray#54260)
+            cancel(started)
         return
     # Beside the driver, as Ray Train's controllers are beside it: the run outlives every other node.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
