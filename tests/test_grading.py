@@ -18,6 +18,7 @@ from t2ray.core import ConfigError, RewardError
 from t2ray.grades import Grade
 from t2ray.tasks.grading import weighed
 from t2ray.tasks.task import load_reward
+from t2ray.tasks.tiny import reward_math
 from t2ray.tasks.verifier import Verifier
 
 HERE = str(Path(__file__).parent)
@@ -162,6 +163,13 @@ def test_a_reward_module_with_a_librarys_name_is_refused(library: str, tmp_path:
     (tmp_path / f"{library}.py").write_text("def f(completion, row): return 1.0\n")
     (line,) = loaded((tmp_path, f"{library}:f"))
     assert f"{library}.py shares its name with a library; rename it, such as to {library}_rewards.py" in line
+
+
+def test_a_checkout_of_t2ray_is_a_folder_of_rewards_like_any(tmp_path: Path) -> None:
+    """As the folder of a submitted job is."""
+    (tmp_path / "t2ray").mkdir()
+    (tmp_path / "t2ray" / "__init__.py").write_text("raise AssertionError('another t2ray than the one that runs')")
+    assert load_reward("t2ray.tasks.tiny:reward_math", str(tmp_path)) is reward_math
 
 
 def test_what_a_neighbour_hides_is_told(tmp_path: Path) -> None:

@@ -175,6 +175,8 @@ def _put_first(folder: str, top: str, reward: str) -> None:
     own = PathFinder.find_spec(top, [folder])
     if own is None or own.origin is None:
         return
+    if top == __name__.partition(".")[0] and own.submodule_search_locations:
+        return  # a checkout of t2ray, as a submitted job's folder is: the package that runs is loaded already
     if _library(top):
         raise ConfigError(
             f"reward {reward!r}: {own.origin} shares its name with a library; rename it, such as to {top}_rewards.py"
