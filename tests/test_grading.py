@@ -165,8 +165,9 @@ def test_a_reward_module_with_a_librarys_name_is_refused(library: str, tmp_path:
     assert f"{library}.py shares its name with a library; rename it, such as to {library}_rewards.py" in line
 
 
-def test_a_checkout_of_t2ray_is_a_folder_of_rewards_like_any(tmp_path: Path) -> None:
+def test_a_checkout_of_t2ray_is_a_folder_of_rewards_like_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the folder of a submitted job is."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "t2ray").mkdir()
     (tmp_path / "t2ray" / "__init__.py").write_text("raise AssertionError('another t2ray than the one that runs')")
     assert load_reward("t2ray.tasks.tiny:reward_math", str(tmp_path)) is reward_math
