@@ -463,7 +463,7 @@ def test_figures_by_round_are_medians_of_equal_parts() -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_short_soak_of_a_real_endpoint_has_no_error_and_leaves_no_process(tmp_path: Path, capfd: Any) -> None:
     path = tmp_path / "soak.json"
     assert benchmarks(["soak", "--minutes", "0.2", "--rate", "2", "--json", str(path)]) == 0, capfd.readouterr().out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from t2ray.sweep.results import TRIALS, ReportScore, Trial, write_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
 
+ROOT = Path(__file__).parents[1]
 CPU = {"CPU": 1.0}
 JOB = {"model": "tiny", "domains": {"math": {"task": "math"}}, "rl": {"steps": 9}}
 
@@ -184,7 +186,8 @@ def test_the_winner_of_a_sweep_trains_and_then_adapts_as_its_file_stands(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = {"steps": 2, "prompts": 2, "samples": 2, "eval_every": 1, "eval_prompts": 4}
-    job = {"model": "tiny", "workers": 0, "cpus": 1, "verifiers": 0, "domains": {"pick": {"task": "pick"}}, "rl": small}
+    domains = {"pick": {"task": "pick", "publish": "always"}}
+    job = {"model": "tiny", "workers": 0, "cpus": 1, "verifiers": 0, "domains": domains, "rl": small}
     made(tmp_path, job=job, space={"rl.lr": [0.01, 0.03]}, finalists=1)
     assert main(["sweep", "sweep.yaml", "run=lr"]) == 0
     assert "use it: t2ray train" in capsys.readouterr().out
@@ -193,7 +196,9 @@ def test_the_winner_of_a_sweep_trains_and_then_adapts_as_its_file_stands(
     assert main(["train", "runs/lr/best.yaml"]) == 0
     assert "best at step" in capsys.readouterr().out
 
-    search = {"run": "runs/lr-best", "tasks": "pick", "shots": 2, "held_out": 4, "max_tokens": 4,
+    for name in ("pick", "_mixtures"):  # an expert that answers: a search without a right answer is not saved
+        shutil.copytree(ROOT / "t2ray" / "tiny" / "experts" / name, tmp_path / "known" / name)
+    search = {"model": "tiny", "experts": "known", "tasks": "pick", "shots": 4, "held_out": 4, "max_tokens": 8,
               "settings": {"iterations": 1, "population": 4}}  # fmt: skip
     made(tmp_path, kind="cem", job=search, space={"settings.population": [4, 6]}, finalists=1, run="cem")
     assert main(["sweep", "sweep.yaml"]) == 0

@@ -107,7 +107,7 @@ def test_a_killed_worker_of_a_train_run_is_noted_once_and_changes_no_z(tmp_path:
     assert re.match("worker 0 of domain 'own' died: node .*, after step ", domain.fault.message)
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_sweeps_trials_are_train_runs_beside_the_processes_that_wait_for_them(
     tmp_path: Path, dashboard: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
