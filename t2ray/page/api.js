@@ -1,5 +1,5 @@
 // Talks to the server that the page came from: the key, errors in OpenAI's shape, server-sent events. No elements here
-// but the key's dialog, which any request may need. Called by chat, experts and load.
+// but the key's dialog, which any request may need.
 
 import { byId } from "./dom.js";
 

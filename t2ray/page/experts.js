@@ -1,5 +1,5 @@
 // The list of experts: what is known of each, its heat map when it is opened, and the slider that mixes it in by hand.
-// Not here: the choice between sliders and strategies (strategy.js). Called by app.js.
+// Not here: the choice between sliders and strategies (strategy.js).
 
 import { getJson } from "./api.js";
 import { byId, el } from "./dom.js";

@@ -1,5 +1,5 @@
 // The heat map of an expert: mean |z - 1| by layer (rows, the first layer on top) and kind of matrix (columns), as
-// `GET /v1/experts/NAME` gives it. Called by experts.js when an expert is opened.
+// `GET /v1/experts/NAME` gives it. Drawn when an expert is opened.
 
 import { el, figure, svg } from "./dom.js";
 

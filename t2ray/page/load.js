@@ -1,5 +1,5 @@
 // The endpoint's load, asked for every two seconds while the page is in view, and from it whether the server is there.
-// Called by app.js. A poll never opens the key's dialog.
+// A poll never opens the key's dialog.
 
 import { getJson } from "./api.js";
 import { byId, el, figure } from "./dom.js";

@@ -1,5 +1,5 @@
 // What stands beside an answer: the mixture that made it, how sure the dispatcher was, times and tokens. Draws the
-// response's `t2ray` object and nothing else; knows no requests. Called by answer.js, at the first chunk and the end.
+// response's `t2ray` object and nothing else; knows no requests. It is drawn at the first chunk and at the end.
 
 import { el, figure, svg } from "./dom.js";
 import { hueOf } from "./hues.js";

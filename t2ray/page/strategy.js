@@ -1,5 +1,5 @@
 // Who answers: one of the models that the server lists, or a mixture by hand. Yields the model's name for a request.
-// Called by app.js; the sliders themselves are experts.js's.
+// The sliders themselves are experts.js's.
 
 import { byId, el } from "./dom.js";
 import { keep, kept } from "./kept.js";
