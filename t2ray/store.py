@@ -229,6 +229,10 @@ class Store:
     def _info(self, what: str | list[str] | fs.FileSelector) -> Any:
         try:
             return self.fs.get_file_info(what)
+        except FileNotFoundError as error:
+            if isinstance(what, fs.FileSelector) and what.allow_not_found:
+                return []  # the folder was made while Arrow looked for it
+            raise ResourceError(f"cannot look into {self.uri} ({error}); check its address and your rights") from error
         except (OSError, ArrowInvalid, UnicodeError) as error:  # the last: a file's name in another encoding
             raise ResourceError(f"cannot look into {self.uri} ({error}); check its address and your rights") from error
 
