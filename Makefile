@@ -32,8 +32,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluate; report in runs/demo
 	$(BIN)/t2ray demo
 
-test: setup  ## the test suite
-	$(BIN)/python -m pytest -m "not long and not nodes" --durations=10
+test: setup  ## the test suite, in two processes
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not long and not nodes" --durations=10
 
 long: setup  ## tests that take minutes on a real cluster: processes killed, jobs submitted, sweeps
 	$(BIN)/python -m pytest -m "long and not nodes" --durations=10
