@@ -77,7 +77,7 @@ GOOD = b'{"a": 1}\n'
         ("rows.jsonl", GOOD + b'{"a": 1, "a": 2}\n', "line 2: not valid JSON: the name 'a' stands twice in one object"),
         ("rows.json", b'[{"a": 1},\n {"a" 2}]\n', "line 2: not valid JSON: Expecting ':' delimiter"),
         ("rows.json", b'[{"a": 1}, 3]', "row 2: a row is an object of columns, not int"),
-        ("rows.jsonl.gz", gzip.compress(GOOD + b"{broken}"), "line 2: not valid JSON"),
+        ("rows.jsonl.gz", gzip.compress(GOOD + b"{broken}", mtime=0), "line 2: not valid JSON"),
         ("rows.csv", b"", "holds no rows"),
         ("rows.csv", b"a,b\n", "holds no rows"),
         ("rows.csv", b"a,b\n1,2\n3\n", "line 3: 1 fields, but the header names 2"),
