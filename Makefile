@@ -33,7 +33,7 @@ demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluat
 	$(BIN)/t2ray demo
 
 test: setup  ## the test suite, in two processes
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder -m "not long and not nodes" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not nodes" --durations=10
 
 long: setup  ## tests that take minutes on a real cluster: processes killed, jobs submitted, sweeps
 	$(BIN)/python -m pytest -m "long and not nodes" --durations=10

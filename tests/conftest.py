@@ -54,14 +54,6 @@ CHAT_TEMPLATE = (
 SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of several processes (pytest -n 2), one runs all that starts Ray, from the first second; a file is never split."""
-    for item in items:
-        alone = item.get_closest_marker("cluster") is not None
-        item.add_marker(pytest.mark.xdist_group("cluster" if alone else item.path.name))
-    items.sort(key=lambda item: item.get_closest_marker("cluster") is None)
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch
