@@ -6,12 +6,16 @@ import json
 from functools import partial
 from pathlib import Path
 
+import needs
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 from t2ray.core import ModelError
+from t2ray.models.load import load_chat
 from t2ray.models.weights import INDEX, Weights, open_weights, resolve
+from t2ray.runs.memory import shape_of
 
 
 def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -120,7 +124,71 @@ def test_weights_are_opened_once_until_a_file_changes(tmp_path: Path) -> None:
     assert again is not first and again.digest != first.digest and list(again.shapes) == ["a.weight", "b.weight"]
 
 
-def test_a_folder_of_gguf_files_is_told_how_to_be_dequantised(tmp_path: Path) -> None:
-    (tmp_path / "model-q4.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"quantised; dequantise them once .*gguf_file='model-q4.gguf'"):
-        Weights(tmp_path)
+@pytest.fixture
+def as_gguf(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny Llama as a GGUF file whose matrices are whole; what is made of it stands below `tmp_path`/cache."""
+    gguf = needs.extra("gguf")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = json.loads((tiny_llama / "config.json").read_text())
+    (tmp_path / "quantised").mkdir()
+    path = tmp_path / "quantised" / "llama.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(config["vocab_size"])))
+    writer.add_token_scores([0.0] * config["vocab_size"])
+    special = set(tokenizer.all_special_ids)
+    kinds = gguf.TokenType
+    writer.add_token_types([kinds.CONTROL if i in special else kinds.NORMAL for i in range(config["vocab_size"])])
+    writer.add_token_merges([])
+    writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_pad_token_id(config["pad_token_id"])
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    weights = Weights(tiny_llama)
+    for name in weights.shapes:
+        tensor = weights.read(name)
+        for part, heads in ("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads"):
+            if part in name:  # llama.cpp turns pairs of neighbours, transformers the two halves of a head
+                tensor = tensor.unflatten(0, (config[heads], 2, -1)).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, (".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_a_gguf_file_is_dequantised_once_and_has_the_models_weights(
+    as_gguf: Path, tiny_llama: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = resolve(str(as_gguf))
+    assert f"{as_gguf} is quantised; its dequantised weights (bfloat16) go to {folder}" in capfd.readouterr().err
+    made, plain = Weights(folder), Weights(tiny_llama)
+    assert made.shapes.keys() == plain.shapes.keys()
+    assert all(torch.equal(made.read(name), plain.read(name).bfloat16()) for name in plain.shapes)
+    assert load_chat(folder)[0].ids("17+25") == load_chat(tiny_llama)[0].ids("17+25")
+    before = folder.stat().st_mtime_ns
+    assert resolve(str(as_gguf.parent)) == folder and folder.stat().st_mtime_ns == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert [target.name for target in shape_of(str(as_gguf)).targets] == [
+        target.name for target in shape_of(str(tiny_llama)).targets
+    ]
+
+
+def test_a_gguf_file_that_cannot_be_read_leaves_nothing(as_gguf: Path, tmp_path: Path) -> None:
+    as_gguf.write_bytes(as_gguf.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"llama\.gguf: transformers cannot read this GGUF file: .*before quantisation"):
+        resolve(str(as_gguf))
+    assert not list((tmp_path / "cache" / "t2ray" / "gguf").iterdir())
+    (as_gguf.parent / "other.gguf").touch()
+    with pytest.raises(ModelError, match=r"has 2 GGUF files; name one of them, such as .*llama\.gguf"):
+        resolve(str(as_gguf.parent))

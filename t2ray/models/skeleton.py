@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from t2ray.core import ModelError
-from t2ray.models.weights import TINY
+from t2ray.models.gguf import is_gguf
+from t2ray.models.weights import resolve
 
 
 def skeleton(ref: str) -> Any:
     """Returns the transformers module of a model, on the meta device.
 
     Args:
-        ref: a config.json, a folder with one, "tiny" or a hub id.
+        ref: a config.json, a folder with one, a GGUF file, "tiny" or a hub id.
 
     Raises:
         ModelError: there is no such configuration, transformers knows no language model of it, or it has no attention.
     """
     from transformers import AutoConfig
 
+    source = resolve(ref) if ref == "tiny" or is_gguf(Path(ref).expanduser()) else ref
     try:
-        config = AutoConfig.from_pretrained(TINY if ref == "tiny" else ref, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):
             hf = model_class(config).from_config(config, trust_remote_code=False)
     except (ValueError, OSError, KeyError) as error:

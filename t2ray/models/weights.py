@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from t2ray.core import ModelError
+from t2ray.models.gguf import dequantised, is_gguf
 
 TINY = Path(__file__).parents[1] / "tiny" / "model"
 INDEX = "model.safetensors.index.json"
@@ -23,14 +24,19 @@ HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 def resolve(ref: str) -> Path:
     """Returns the local folder of a model: "tiny" (the packaged one), an existing folder, or a hub id ("org/name").
 
+    A GGUF file, or a folder with one, is dequantised first (see `t2ray.models.gguf`).
     From the hub, only safetensors, JSON, tokenizer and chat template files are fetched, never pickles or code.
 
     Raises:
-        ModelError: the path is no folder, or the hub id is not cached and cannot be fetched.
+        ModelError: the path is no folder, or the hub id is not cached and cannot be fetched, or a GGUF file cannot be
+            read.
+        ResourceError: what reads GGUF files is not installed.
     """
     if ref == "tiny":
         return TINY
     path = Path(ref).expanduser()
+    if is_gguf(path):
+        return dequantised(path)
     if path.is_dir():
         return path
     if path.exists():
@@ -150,12 +156,6 @@ def _shards(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     whole = folder / "model.safetensors"
     shards = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
-    if not shards and (quantised := sorted(folder.glob("*.gguf"))):
-        raise ModelError(
-            f"{folder} has GGUF files, whose weights are quantised; dequantise them once with transformers: load them "
-            f"by AutoModelForCausalLM and AutoTokenizer .from_pretrained(FOLDER, gguf_file={quantised[0].name!r}), "
-            "save_pretrained both into a new folder, and name that (needs pip install gguf)"
-        )
     if not shards:
         raise ModelError(f"{folder} has no *.safetensors; name a model folder saved with safe_serialization (no .bin)")
     return shards
