@@ -16,13 +16,6 @@ from t2ray.core import ModelError, ResourceError
 SAMPLES, SAMPLE_BYTES = 64, 1 << 16
 
 
-def is_gguf(path: Path) -> bool:
-    """Whether `path` is a GGUF file, or a folder that has such files and no safetensors."""
-    if path.is_dir():
-        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors*"))
-    return path.is_file() and path.suffix == ".gguf"
-
-
 def dequantised(path: Path) -> Path:
     """Returns the folder of a GGUF file's dequantised model, in bfloat16, and makes it first where it is missing.
 

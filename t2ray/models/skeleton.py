@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from t2ray.core import ModelError
-from t2ray.models.gguf import is_gguf
-from t2ray.models.weights import resolve
+from t2ray.models.weights import is_gguf, resolve
 
 
 def skeleton(ref: str) -> Any:

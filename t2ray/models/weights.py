@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 
 from t2ray.core import ModelError
-from t2ray.models.gguf import dequantised, is_gguf
 
 TINY = Path(__file__).parents[1] / "tiny" / "model"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +35,8 @@ def resolve(ref: str) -> Path:
         return TINY
     path = Path(ref).expanduser()
     if is_gguf(path):
+        from t2ray.models.gguf import dequantised
+
         return dequantised(path)
     if path.is_dir():
         return path
@@ -57,6 +58,13 @@ def resolve(ref: str) -> Path:
             f"model {ref!r} is neither a folder here nor available from the hub ({reason}); "
             "download it where there is a network and pass the path of its folder"
         ) from error
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether `path` is a GGUF file, or a folder that has such files and no safetensors."""
+    if path.is_dir():
+        return any(path.glob("*.gguf")) and not any(path.glob("*.safetensors*"))
+    return path.is_file() and path.suffix == ".gguf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
