@@ -12,7 +12,7 @@ PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
 unexport OMP_NUM_THREADS
 
-.PHONY: help setup demo test long nodes vllm lint docs bench clean
+.PHONY: help setup demo test long nodes vllm lint docs bench quick clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -61,6 +61,9 @@ lint: setup  ## ruff and mypy
 
 docs: setup  ## the generated pages: docs/cli.md and docs/config.md
 	$(BIN)/python -m t2ray.cli.reference
+
+quick: setup  ## a minute of benchmarks, whose ratios are held against docs/results.json
+	$(BIN)/python -m benchmarks --quick
 
 bench: setup  ## the core's speed beside its peers; figures in runs/bench.json
 	$(BIN)/python -m benchmarks rows folded update rollout cem dispatch --json runs/bench.json

@@ -3,6 +3,7 @@
 | command | what is measured |
 | --- | --- |
 | `python -m benchmarks [rows folded ...]` | the core, compared with the plain model, PEFT and the reference |
+| `python -m benchmarks --quick` | in a minute, whether a ratio fell behind the record in docs/results.json |
 | `python -m benchmarks serve` | a private endpoint, compared with its engine alone |
 | `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
 | `python -m benchmarks gpu` | both engines and a training step on one GPU, a model of 8 B parameters |
@@ -61,6 +62,12 @@ def _core() -> argparse.ArgumentParser:
     )
     p.add_argument("--repeats", type=int, default=5, metavar="N", help="Interleaved repeats, at least 5 (default: 5).")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="Threads of torch (default: 1).")
+    p.add_argument(
+        "--quick",
+        action="store_true",
+        help="Hold a smaller model's ratios against docs/results.json; exit with 1 if one is much worse. With --json, "
+        "write them instead.",
+    )
     return p
 
 

@@ -11,12 +11,12 @@ import torch
 
 from benchmarks import harness
 from benchmarks.__main__ import main
-from benchmarks.core import generation, suite
+from benchmarks.core import generation, record, suite
 from benchmarks.core.reference import Reference, greedy
 from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.core.training import Allocations, random_rollouts
 from benchmarks.harness import Measure, Skipped, interleaved, measure, ratio
-from t2ray.core import Mixture, SamplingParams
+from t2ray.core import ConfigError, Mixture, SamplingParams
 from t2ray.training.loss import backward
 
 SMALL = BenchShape(
@@ -94,6 +94,48 @@ def test_the_reference_has_the_gradient_of_z_that_the_factored_update_has(subjec
     rows = [(r.completion.prompt_ids, r.completion.token_ids) for r in rollouts]
     theirs = Reference(subject.plain, subject.factors).gradient(z_1K[0], rows, advantage, 0.3)
     torch.testing.assert_close(leaf_1K.grad[0], theirs, atol=1e-5 * float(theirs.abs().max()), rtol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------------- record
+
+
+def test_a_ratio_that_is_worse_than_the_record_by_more_than_the_tolerance_is_told() -> None:
+    recorded = {"rows": {"over_base": {"value": 3.0}, "share": {"value": 0.1}, "seconds": {"value": 1.0}}}
+    figures = {
+        "over_base": measure([2.0], 0.9),  # exactly 1.5 times worse
+        "share": measure([0.15], 0.2, at_most=True),
+        "seconds": measure([100.0]),  # no target: the machine's own
+        "peft": Skipped(reason="peft is not installed"),
+    }
+    assert record.behind({"rows": figures}, recorded) == []
+    figures |= {"over_base": measure([1.9], 0.9), "share": measure([0.16], 0.2, at_most=True)}
+    assert record.behind({"rows": figures}, recorded) == [
+        "rows.over_base is 1.9, 1.58 times worse than the record of 3",
+        "rows.share is 0.16, 1.60 times worse than the record of 0.1",
+    ]
+    with pytest.raises(ConfigError, match=r"the record has no rows\.new; make it anew: .*--quick --json"):
+        record.behind({"rows": {"new": measure([1.0], 1.0)}}, recorded)
+
+
+def test_a_quick_run_is_held_against_the_record_and_fails_behind_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record, "SHAPE", SMALL)
+    monkeypatch.setattr(record, "BENCHES", ("update",))
+    monkeypatch.setattr(record, "RECORD", tmp_path / "results.json")
+    assert main(["--quick"]) == 2 and "there is no record" in capsys.readouterr().err
+    assert main(["--quick", "--json", str(record.RECORD)]) == 0
+    figures = json.loads(record.RECORD.read_text())
+    for value, code in (1e-9, 0), (1e9, 1):
+        figures["update"]["over_reference"]["value"] = value
+        record.RECORD.write_text(json.dumps(figures))
+        assert main(["--quick"]) == code
+    assert "update.over_reference is" in capsys.readouterr().out.replace("\n", " ")
+    assert main(["--quick", "rows"]) == 2 and "takes no names, not 'rows'" in capsys.readouterr().err
+
+
+def test_the_shipped_record_has_what_a_quick_run_measures() -> None:
+    assert record.read().keys() == {*record.BENCHES, "machine", "date"}
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
