@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -87,6 +88,8 @@ GOOD = b'{"a": 1}\n'
         ("rows.csv", b"a,b\n1,2\n1,\xff\n", "line 3: not valid CSV: the byte 0xff is no UTF-8"),
         ("rows.parquet", b"PAR1 no more", "not a readable Parquet file"),
         ("rows.parquet", b"", "not a readable Parquet file"),
+        ("rows.arrow", b"ARROW1 no more", "not a readable Arrow file"),
+        ("rows.arrow", b"", "not a readable Arrow file"),
         ("rows.txt", b"text", "its name ends in '.txt'; a data file is one of .jsonl, .ndjson,"),
     ],
 )
@@ -153,6 +156,33 @@ def test_other_endings_hold_the_same_rows(name: str, tmp_path: Path) -> None:
     assert read(str(tmp_path / "rows.json")).rows == ROWS
     (tmp_path / "rows.tsv").write_text("question\tanswer\nwhat, is 0?\t0\n")
     assert read(str(tmp_path / "rows.tsv")).rows == [{"question": "what, is 0?", "answer": "0"}]
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path: Path) -> None:
+    """A data set in several files is one folder, splits are folders in one; its JSON files are no rows."""
+    import datasets
+
+    more = [{"question": f"what is {n}?", "answer": str(n)} for n in range(100, 105)]
+    train, test = datasets.Dataset.from_list(more), datasets.Dataset.from_list(ROWS)
+    train.save_to_disk(tmp_path / "one", num_shards=2)
+    datasets.DatasetDict(train=train.select([4, 2]), test=test).save_to_disk(tmp_path / "splits")
+    assert read(str(tmp_path / "one")).rows == more
+    assert read(str(tmp_path / "one" / "data-00001-of-00002.arrow")).rows == more[3:]
+    assert read(str(tmp_path / "splits")).rows == [more[4], more[2]]
+    assert read(str(tmp_path / "splits"), "test").rows == ROWS
+    with pytest.raises(DataError, match="splits has no split 'validation'; it has test, train$"):
+        read(str(tmp_path / "splits"), "validation")
+    with pyarrow.ipc.new_file(tmp_path / "file.arrow", train.data.schema) as file:
+        file.write_table(train.data.table)
+    assert read(str(tmp_path / "file.arrow")).rows == more
+
+
+@pytest.mark.parametrize("state", ["{", "[]", '{"_data_files": [{"filename": "gone.arrow"}]}'])
+def test_a_damaged_folder_of_save_to_disk_is_one_line(state: str, tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))) as error:
+        read(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 def test_a_cell_may_be_a_document(tmp_path: Path) -> None:

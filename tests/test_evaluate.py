@@ -9,8 +9,19 @@ from hypothesis import strategies as st
 
 from t2ray.adapt.strategies import classify, fixed
 from t2ray.core import ConfigError, DataError, Example, Mixture, SamplingParams, user
-from t2ray.evals.evaluate import Cell, build_report, confusion, dispatch_counts, evaluate, methods, targets
+from t2ray.evals.answers import Baseline
+from t2ray.evals.evaluate import (
+    Cell,
+    build_report,
+    confusion,
+    dispatch_counts,
+    evaluate,
+    methods,
+    oracle_choice,
+    targets,
+)
 from t2ray.evals.intervals import wilson
+from t2ray.evals.measured import result_of, table
 from t2ray.grades import Grade
 from t2ray.testing import FakeGenerate, FakeScore
 
@@ -89,6 +100,32 @@ def test_what_does_not_fit_is_wrong_and_counted_and_never_asked():
     result = run(fixed(Mixture.parse("math")), generate, fits=lambda m: m != EXAMPLES[3].messages)
     assert result.correct == tuple(i != 3 for i in range(10))
     assert (result.too_long, len(generate.calls)) == (1, 9)
+
+
+def test_an_abstained_answer_is_neither_right_nor_wrong_and_is_told():
+    async def judge(completions, rows):
+        numbers = [int(row["answer"]) for row in rows]
+        return [Grade.of(None if n < 4 else 1.0 if n < 9 else -1.0) for n in numbers]
+
+    def measured(verify, examples=EXAMPLES):
+        job = evaluate("math", examples, fixed(Mixture.base()), FakeGenerate(expert_only), verify, SAMPLING)
+        return asyncio.run(job)
+
+    some, none = measured(judge), measured(judge, EXAMPLES[:4])
+    assert some.correct == (None,) * 4 + (True,) * 5 + (False,)
+    assert (some.acc, some.n, some.ci95) == (5 / 6, 6, wilson(5, 6))
+    assert none.row() == {"acc": None, "n": 0, "ci95": [0.0, 1.0]}
+    results = {
+        name: result_of("math", ["base"], {"base": cell}, Baseline(), [], 8, unseen=True)
+        for name, cell in {"some": some, "none": none}.items()
+    }
+    head, *lines = table(results, ["base"]).splitlines()
+    assert [line.split()[-1] for line in lines[:2]] == ["(44-97)", "-"]
+    assert lines[2:] == [
+        "some base: 4 of 10 answers count nowhere: the verifier abstained from them",
+        "none base: 4 of 4 answers count nowhere: the verifier abstained from them",
+    ]
+    assert oracle_choice({"base": none, "math": some}) == "math"
 
 
 def test_a_conversation_that_the_model_refuses_is_named():

@@ -37,8 +37,8 @@ class DomainConfig(Strict):
     )
     data: FilePath | tuple[FilePath, ...] | None = Field(
         None,
-        description="File of rows (JSONL, JSON, CSV, TSV or Parquet, also .gz), a pattern such as shards/*.parquet, a "
-        "folder, an s3:// or gs:// address, or a list of these; or the id of a data set on the Hugging Face hub.",
+        description="File of rows (JSONL, JSON, CSV, TSV, Parquet or Arrow, also .gz), a pattern such as "
+        "shards/*.parquet, a folder, an s3:// or gs:// address, or a list of these; or a hub data set's id.",
     )
     split: str = Field("train", description="Split to train on: of a hub data set, or of a folder with files by split.")
     validation: FilePath | tuple[FilePath, ...] | None = Field(

@@ -29,14 +29,14 @@ _CHARS_PER_TOKEN = 3  # of English or code they are about 4, of some languages f
 class Cell:
     """The result of one task under one strategy.
 
-    `correct` has one entry per example, in order, so that two cells of a task can be compared example by example.
-    `labels` counts the labels that pass 1 chose, `readings` what the verifier took the answers to be. `truncated` is
-    the number of answers that reached max_tokens, `too_long` that of prompts that do not fit the model; these count as
-    wrong. Seconds are wall-clock time without the verifier.
+    `correct` has one entry per example, in order, so that two cells of a task can be compared example by example; None
+    where the verifier abstained, which counts in no accuracy. `labels` counts the labels that pass 1 chose, `readings`
+    what the verifier took the answers to be. `truncated` is the number of answers that reached max_tokens, `too_long`
+    that of prompts that do not fit the model; these count as wrong. Seconds are wall-clock time without the verifier.
     """
 
     task: str
-    correct: tuple[bool, ...]
+    correct: tuple[bool | None, ...]
     labels: Counter[str] = field(default_factory=Counter)
     readings: Counter[str] = field(default_factory=Counter)
     pass1_s: float = 0.0
@@ -45,16 +45,22 @@ class Cell:
     too_long: int = 0
 
     @property
-    def n(self) -> int:
-        return len(self.correct)
+    def abstained(self) -> int:
+        return self.correct.count(None)
 
     @property
-    def acc(self) -> float:
-        return sum(self.correct) / self.n
+    def n(self) -> int:
+        """The number of examples that the accuracy is over."""
+        return len(self.correct) - self.abstained
+
+    @property
+    def acc(self) -> float | None:
+        """The accuracy; None if the verifier abstained from all answers."""
+        return self.correct.count(True) / self.n if self.n else None
 
     @property
     def ci95(self) -> tuple[float, float]:
-        return wilson(sum(self.correct), self.n)
+        return wilson(self.correct.count(True), self.n)
 
     def row(self) -> dict[str, Any]:
         """Returns the cell as `report.json` shows it: accuracy, number of examples, 95 % interval."""
@@ -91,7 +97,7 @@ async def evaluate(
     """
     if not examples:
         raise DataError(f"task {task_name!r} has no examples to evaluate")
-    right: set[str] = set()
+    right: dict[str, bool | None] = {}
     done = 0
     labels: Counter[str] = Counter()
     pass1_s = pass2_s = 0.0
@@ -102,7 +108,7 @@ async def evaluate(
         fitting = [example for example in rows if fits is None or _fits(fits, example)]
         dispatches, completions, seconds = await _both_passes(fitting, strategy, generate, sampling)
         grades = await verify([c.text for c in completions], [x.row for x in fitting])
-        right |= {x.id for x, grade in zip(fitting, grades, strict=True) if grade.right}
+        right |= {x.id: None if grade.reward is None else grade.right for x, grade in zip(fitting, grades, strict=True)}
         if answers is not None:
             answers.add(fitting, completions, grades)
         labels.update(d.label for d in dispatches if d.label is not None)
@@ -113,7 +119,7 @@ async def evaluate(
         if progress is not None:
             progress(done)
     return Cell(
-        task=task_name, correct=tuple(example.id in right for example in examples), labels=labels,
+        task=task_name, correct=tuple(right.get(example.id, False) for example in examples), labels=labels,
         readings=answers.readings if answers is not None else Counter(), pass1_s=pass1_s, pass2_s=pass2_s,
         truncated=truncated, too_long=too_long,
     )  # fmt: skip
@@ -188,7 +194,7 @@ def methods(singles: Mapping[str, Cell], own: str | None, adaptive: Mapping[str,
 
 def oracle_choice(singles: Mapping[str, Cell]) -> str:
     """Returns the name of the single mixture with the highest accuracy, of equal ones the first."""
-    return max(singles, key=lambda name: singles[name].acc)
+    return max(singles, key=lambda name: singles[name].acc or 0.0)
 
 
 def build_report(
@@ -284,6 +290,7 @@ def _detail(cell: Cell, baseline: Baseline | None) -> dict[str, Any]:
         "pass2_s": cell.pass2_s,
         "truncated": cell.truncated,
         "too_long": cell.too_long,
+        "abstained": cell.abstained,
         "readings": shares(cell.readings, baseline.golds if baseline else ()),
     }
 

@@ -21,7 +21,7 @@ def result_of(
         unseen: whether the rows chose no expert.
     """
     rows = {name: _row(cell, baseline) for name, cell in cells.items()}
-    n = next(iter(cells.values())).n
+    n = len(next(iter(cells.values())).correct)
     result: dict[str, Any] = {"n": n, "max_tokens": tokens, "unseen": unseen, "baselines": baseline.row()}
     if "oracle" in strategies:
         result["oracle"] = oracle_choice({name: cells[name] for name in ("base", *experts)})
@@ -31,8 +31,8 @@ def result_of(
 
 def _row(cell: Cell, baseline: Baseline) -> dict[str, Any]:
     return cell.row() | {
-        "truncated": cell.truncated, "too_long": cell.too_long, "labels": dict(cell.labels),
-        "readings": shares(cell.readings, baseline.golds), "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
+        "truncated": cell.truncated, "too_long": cell.too_long, "abstained": cell.abstained,
+        "labels": dict(cell.labels), "readings": shares(cell.readings, baseline.golds), "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
     }  # fmt: skip
 
 
@@ -46,15 +46,16 @@ def table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
             row = result["strategies"][name]
             low, high = row["ci95"]
             chosen = f" {result['oracle']}" if name == "oracle" else ""
-            cells.append(f"{100 * row['acc']:.1f} ({100 * low:.0f}-{100 * high:.0f}){chosen}")
+            known = row["acc"] is not None
+            cells.append(f"{100 * row['acc']:.1f} ({100 * low:.0f}-{100 * high:.0f}){chosen}" if known else "-")
+            tokens = f"(max_tokens {result['max_tokens']})"
             for key, meaning in (
-                ("too_long", "prompts exceed the model's context"),
-                ("truncated", "answers were cut off"),
+                ("too_long", f"prompts exceed the model's context {tokens}"),
+                ("truncated", f"answers were cut off {tokens}"),
+                ("abstained", "answers count nowhere: the verifier abstained from them"),
             ):
                 if row[key] and name != "oracle":
-                    notes.append(
-                        f"{task} {name}: {row[key]} of {result['n']} {meaning} (max_tokens {result['max_tokens']})"
-                    )
+                    notes.append(f"{task} {name}: {row[key]} of {result['n']} {meaning}")
         body.append([task, str(result["n"]), *cells])
         notes += result["warnings"]
         if not result["unseen"]:

@@ -6,16 +6,22 @@ libraries that a source needs are imported when it is read; no remote code is ru
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from t2ray.core import DataError
 from t2ray.tasks.table import FORMATS, Table, kind_of, of_arrow, of_bytes
 
+if TYPE_CHECKING:
+    from t2ray.store import Store
+
 _HUB_ID = re.compile(r"[\w-]+(/[\w.-]+)?(:[\w.-]+)?")
 _SPLIT = re.compile(r"(train|validation|valid|dev|test)(?![a-z])", re.I)
+_SPLITS, _STATE = "dataset_dict.json", "state.json"  # which `save_to_disk` of datasets writes
 _BATCH = 1_000  # rows of the hub that are converted at once
 
 
@@ -96,8 +102,7 @@ def _files_at(place: str, split: str | None) -> list[str]:
                     f"{place}: its name ends in {Path(name).suffix!r}; a data file is one of {', '.join(FORMATS)}"
                 )
             return [place]
-        names = [name for name in Store(place).names() if kind_of(name)]
-        return [f"{place}/{name}" for name in _of_split(place, names, split)]
+        return _in_folder(place, split)
     fixed = re.split(r"[*?\[]", place)[0]
     if fixed == place:
         return []
@@ -112,6 +117,33 @@ def _files_at(place: str, split: str | None) -> list[str]:
         n for n in names if fnmatchcase(n, pattern) and (deep or n.count("/") == pattern.count("/")) and kind_of(n)
     ]
     return [before + name for name in found]
+
+
+def _in_folder(place: str, split: str | None) -> list[str]:
+    """Returns the files of a folder that are read: data files, or what `save_to_disk` of datasets wrote."""
+    from t2ray.store import Store
+
+    store = Store(place)
+    names = store.names()
+    if _SPLITS in names:  # a folder per split
+        splits = _listed(store, _SPLITS, "splits")
+        if split is not None and split not in splits:
+            raise DataError(f"{place} has no split {split!r}; it has {', '.join(sorted(splits))}")
+        return _in_folder(f"{place}/{split or splits[0]}", split)
+    if _STATE in names:
+        files = [file["filename"] for file in _listed(store, _STATE, "_data_files")]
+        if gone := sorted({*files} - {*names}):
+            raise DataError(f"{place}/{gone[0]} is missing, which {_STATE} names; save the data set again")
+        return [f"{place}/{file}" for file in files]
+    names = [name for name in names if kind_of(name)]
+    return [f"{place}/{name}" for name in _of_split(place, names, split)]
+
+
+def _listed(store: Store, file: str, key: str) -> list[Any]:
+    try:
+        return list(json.loads(store.read_bytes(file))[key])
+    except (ValueError, LookupError, TypeError):
+        raise DataError(f"{store.uri}/{file} is damaged: it has no list {key!r}; save the data set again") from None
 
 
 def _of_split(folder: str, names: list[str], split: str | None) -> list[str]:

@@ -19,7 +19,7 @@ from t2ray.core import DataError
 if TYPE_CHECKING:
     import pyarrow
 
-FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 """How the name of a data file ends, but for a compression's `.gz`, `.bz2` or `.zst` behind it."""
 
 _COMPRESSED = (".gz", ".bz2", ".zst")
@@ -178,6 +178,18 @@ def _parquet(path: str, data: bytes) -> Table:
     return of_arrow(path, pyarrow.Table.from_batches(batches, file.schema_arrow))
 
 
+def _arrow(path: str, data: bytes) -> Table:
+    """Reads an Arrow stream, as `save_to_disk` of datasets writes, or an Arrow file."""
+    import pyarrow
+
+    opened = pyarrow.ipc.open_file if data.startswith(b"ARROW1") else pyarrow.ipc.open_stream
+    try:
+        table = opened(data).read_all()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Arrow file: {' '.join(str(error).split())}") from None
+    return of_arrow(path, table)
+
+
 def of_arrow(source: str, table: pyarrow.Table) -> Table:
     """Rows of an Arrow table; binary columns that hold UTF-8 become texts, what Python cannot hold is left out."""
     import pyarrow
@@ -203,4 +215,5 @@ def of_arrow(source: str, table: pyarrow.Table) -> Table:
 
 _READERS: dict[str, Callable[[str, bytes], Table]] = {
     ".jsonl": _jsonl, ".ndjson": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+    ".arrow": _arrow,
 }  # fmt: skip
