@@ -12,7 +12,7 @@ PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 # A worker's threads follow the job's `cpus`: a count left over in the shell would hold for all of them.
 unexport OMP_NUM_THREADS
 
-.PHONY: help setup demo test long nodes vllm lint docs bench quick clean
+.PHONY: help setup demo real test long nodes vllm lint docs bench quick clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -31,6 +31,10 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluate; report in runs/demo
 	$(BIN)/t2ray demo
+
+real: setup  ## SVF beside LoRA on a real model of 135 M parameters from the hub, one domain, one seed; about 10 minutes
+	$(BIN)/t2ray tables jobs/tables_real.yaml run=real 'seeds=[0]' limit=60 \
+	  'tables.trained.methods=[svf, lora]' 'tables.elsewhere.methods=[svf, lora]'
 
 test: setup  ## the test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not nodes" --durations=10

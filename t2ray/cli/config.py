@@ -18,7 +18,7 @@ from typing import Any
 from t2ray.cli import adapt
 from t2ray.cli.options import JOB, SETTINGS, Parser
 from t2ray.cli.output import console
-from t2ray.config import search, serve, train
+from t2ray.config import search, serve, tables, train
 from t2ray.config.files import dump_yaml, nearest, override, read_yaml
 from t2ray.config.keys import ConfigKey, keys, shown_default
 from t2ray.config.rl import PRESETS
@@ -184,6 +184,13 @@ KINDS = {
         list_keys=lambda: [*keys(search.SweepConfig), *keys(search.CEMJob, "job.")],
         read=_sweep,
         presets=search.PRESETS,
+    ),
+    "tables": Kind(
+        text="A grid of measurements, for `t2ray tables FILE`: models, methods and seeds over a job, and its tables.",
+        mark="tables",
+        list_keys=lambda: keys(tables.TablesConfig),
+        read=lambda path, words: tables.load(path, words).model_dump(mode="json"),
+        presets={},
     ),
     "adapt": Kind(
         text="A few-shot search, for `t2ray adapt --config FILE`: the command's options, and settings of the search.",

@@ -122,3 +122,34 @@ def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
         bar.outline.set_visible(False)
 
     return _svg(f"heat-{expert}", 0.85 + 0.27 * len(kinds), draw)
+
+
+def learning(domain: str, curves: Sequence[Mapping[str, Any]]) -> str:
+    """Draws greedy validation of a domain's trainings by step and by second: one line per seed, one colour per method.
+
+    Args:
+        curves: as `tables.summary` has them; `rows` are [step, seconds so far, accuracy, validation or None, KL].
+    """
+    names = list(dict.fromkeys(f"{curve['model']} {curve['method']}" for curve in curves))
+
+    def draw(figure: Figure) -> None:
+        for axes, at, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("step", "second"), strict=True):
+            for curve in curves:
+                name = f"{curve['model']} {curve['method']}"
+                checked = [(0, 0.0, None, curve["base"]), *(row for row in curve["rows"] if row[3] is not None)]
+                axes.plot(
+                    [row[at] for row in checked], [row[3] for row in checked], marker="o", ms=3, lw=1.3,
+                    color=SERIES[names.index(name) % len(SERIES)], label=name,
+                )  # fmt: skip
+            axes.set(ylim=(-0.03, 1.03), xlabel=label)
+            axes.grid(lw=0.5)
+        figure.axes[0].set(ylabel="validation accuracy", title=domain)
+        lines = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=3, fontsize=8)
+
+    return _svg(f"learning-{domain}", 2.7, draw)
+
+
+def by_itself(svg: str) -> str:
+    """Returns a figure as a file of its own, with colours that suit a white page."""
+    return svg.replace("currentColor", "#1f2328").replace("var(--line)", "#c8ccd0")

@@ -15,7 +15,7 @@ _TINY = ("math", "math_long", "code", "code_long", "pick", "pick_more", "others"
 _REAL = {
     "gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task",
     "mbpp_plus": "mbpp_plus:task", "humaneval": "humaneval:task", "humaneval_plus": "humaneval:plus",
-    "competition_math": "competition_math:task", "ifeval": "ifeval:task",
+    "competition_math": "competition_math:task", "ifeval": "ifeval:task", "brief": "brief:task",
 }  # fmt: skip
 BUILTIN = (*_TINY, *_REAL)
 """The names of the built-in tasks. The module of a task is imported when it is asked for."""

@@ -31,7 +31,10 @@ from t2ray.training.metrics import StepMetrics
 
 
 class DomainsFailed(RunError):
-    """Domains of a job failed, and each has a line; the experts of those that are done have been saved."""
+    """Domains of a job failed, and each has a line; the experts of those that are done have been saved.
+
+    `args[1]` says why each failed, by its name.
+    """
 
 
 def train(
@@ -70,7 +73,7 @@ def train(
     if failed:
         remedy = "--resume trains the domains that are not done, and no others"
         lines = [f"domain {name!r} failed: {' '.join(why.split())}; {remedy}" for name, why in failed.items()]
-        raise DomainsFailed("\n".join(lines))
+        raise DomainsFailed("\n".join(lines), failed)
     return results
 
 

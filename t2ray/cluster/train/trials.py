@@ -81,7 +81,7 @@ def _bench(run: str | None, model: str | None, factors: str | None, experts: str
 async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
     task = task_named(name, bench.place.run)
     # Shots of further seeds are other prompts: a setting that is good for one draw of shots alone should not win.
-    shots = _slice(task.examples("train"), seed, job.shots)
+    shots = shots_at(task.examples("train"), seed, job.shots)
     experts = tuple(word.strip() for word in job.only.split(",")) if job.only else bench.experts
     sampling = bench.sampling(job.max_tokens, task)
     layers = max(target.layer for target in bench.engine.layout) + 1 if job.per_layer else None
@@ -97,7 +97,7 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
     return cell.acc
 
 
-def _slice(examples: list[Example], seed: int, count: int) -> list[Example]:
+def shots_at(examples: list[Example], seed: int, count: int) -> list[Example]:
     """Returns `count` examples, other ones for each of the first seeds as far as they go."""
     start = seed * count % max(1, len(examples) - count + 1)
     return examples[start : start + count]

@@ -1,0 +1,241 @@
+"""Makes the cells of a grid: each trains a job and measures its experts, in a process of its own or as a task of Ray.
+
+A process is never used again, because the most memory that a training had is that of its process. A cell that was cut
+off goes on: its domains from their checkpoints, its measurements from the first that is not in its file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from datetime import date
+from typing import Any
+
+import torch
+
+from t2ray.adapt.fewshot import fewshot
+from t2ray.adapt.strategies import Strategy, fixed
+from t2ray.cluster.session import session, slots
+from t2ray.cluster.train.launch import DomainsFailed, train
+from t2ray.cluster.train.trials import shots_at
+from t2ray.config.tables import BASE, EXPERT, FEWSHOT, TablesConfig, job_of, shots_of
+from t2ray.config.train import TrainConfig
+from t2ray.core import T2RayError
+from t2ray.evals.answers import Answers, Baseline, lopsided, shares
+from t2ray.evals.cells import GridCell, cells_of, load_cell, load_cells, save_cell
+from t2ray.evals.evaluate import evaluate
+from t2ray.models.weights import open_weights
+from t2ray.runs.prepare import prepare
+from t2ray.tasks import builtin
+from t2ray.tasks.build import task_named
+from t2ray.tasks.task import Task
+from t2ray.tasks.verifier import Verifier
+from t2ray.training.domain import domain_store, finished
+from t2ray.training.metrics import read_metrics
+from t2ray.workbench import Place, Workbench, open_workbench
+
+GridTick = Callable[[GridCell], None]
+_VERIFIERS = 1
+_LEFTOVER_S = 60.0  # a cell of a grid that was killed may outlive it by some seconds
+_RESTARTS = 2
+
+
+def make_cells(config: TablesConfig, tick: GridTick = lambda cell: None) -> list[GridCell]:
+    """Makes the cells that are not whole yet, and returns all; `tick` is told of each that ends.
+
+    Raises:
+        RunError: as `load_cells`.
+        ResourceError: one cell needs more than the cluster has.
+    """
+    load_cells(config)  # a file that does not fit is told before anything is trained
+    waiting = [new for new in cells_of(config) if load_cell(config, new).lacks(config)]
+    job = job_of(config, next(iter(config.models)), next(iter(config.methods)), 0)
+    if job.workers == 0:
+        _one_by_one(config, waiting, tick)
+    elif waiting:
+        _on_ray(config, waiting, {"CPU": job.cpus or 1.0, **({"GPU": job.gpus} if job.gpus else {})}, tick)
+    return load_cells(config)
+
+
+def _one_by_one(config: TablesConfig, waiting: list[GridCell], tick: GridTick) -> None:
+    for new in waiting:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            try:
+                pool.submit(make_cell, config.model_dump(mode="json"), new).result()
+            except BrokenProcessPool:
+                _note_loss(config, new, "its process died; was the machine out of memory?")
+        tick(load_cell(config, new))
+
+
+def _on_ray(config: TablesConfig, waiting: list[GridCell], needs: dict[str, float], tick: GridTick) -> None:
+    import ray
+    from ray.exceptions import RayError
+
+    with session() as have:
+        slots(needs, have, f"a cell of {config.run!r}")
+        threads = {"OMP_NUM_THREADS": str(max(1, int(needs["CPU"]))), "TOKENIZERS_PARALLELISM": "false"}
+        run = ray.remote(make_cell).options(
+            num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=_RESTARTS,
+            runtime_env={"env_vars": threads},
+        )  # fmt: skip
+        running = {run.remote(config.model_dump(mode="json"), new): new for new in waiting}
+        while running:
+            ended, _ = ray.wait(list(running))
+            new = running.pop(ended[0])
+            try:
+                ray.get(ended[0])
+            except RayError as error:
+                _note_loss(config, new, str(error).strip().splitlines()[-1])
+            tick(load_cell(config, new))
+
+
+def _note_loss(config: TablesConfig, new: GridCell, why: str) -> None:
+    cell = load_cell(config, new)
+    save_cell(config, replace(cell, missing=cell.missing | {"/".join(key): why for key in cell.lacks(config)}))
+
+
+# ------------------------------------------------------------------------------------------------------------- one cell
+
+
+def make_cell(values: Mapping[str, Any], new: GridCell) -> None:
+    """Trains and measures what a cell lacks, and leaves it in its file; what fails is noted there with its reason.
+
+    Args:
+        values: the grid's `TablesConfig`, as plain values.
+    """
+    config = TablesConfig.model_validate(values)
+    began, cell = time.perf_counter(), load_cell(config, new)
+    before = cell.seconds
+
+    def keep(**changes: Any) -> None:
+        nonlocal cell
+        cell = replace(cell, seconds=before + time.perf_counter() - began, **changes)
+        save_cell(config, cell)
+
+    keep(missing={}, machine=machine(), date=date.today().isoformat())
+    try:
+        job = _job(config, cell)
+        torch.set_num_threads(max(1, int(job.cpus or 1)))
+        keep(base_digest=open_weights(job.model).digest)
+        if cell.method != BASE:
+            missing = _train(job)
+            keep(trained=_trained(job), missing=missing)
+        bench = _bench(job, cell.method)
+    except T2RayError as error:
+        why = " ".join(str(error).split())
+        keep(missing=cell.missing | {"/".join(key): why for key in cell.lacks(config)})
+        return
+    for task, strategy in cell.lacks(config):
+        try:
+            figures = asyncio.run(_measure(config, job, bench, cell, task, strategy))
+        except T2RayError as error:
+            keep(missing=cell.missing | {f"{task}/{strategy}": " ".join(str(error).split())})
+            continue
+        keep(measured=cell.measured | {task: cell.measured.get(task, {}) | {strategy: figures}})
+
+
+def machine() -> str:
+    """Returns what figures of time depend on: `"2 cores, x86_64, Linux, Python 3.11.9, torch 2.13.0"`."""
+    gpus = f", {torch.cuda.device_count()} {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return (
+        f"{os.cpu_count()} cores{gpus}, {platform.machine()}, {platform.system()}, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def _job(config: TablesConfig, cell: GridCell) -> TrainConfig:
+    """Returns the job of a cell, which trains in this process; the base has the settings of the first method."""
+    method = next(iter(config.methods)) if cell.method == BASE else cell.method
+    job = job_of(config, cell.model, method, cell.seed)
+    if cell.method == BASE:
+        job = job.model_copy(update={"run": cell.name})
+    return prepare(job.model_copy(update={"workers": 0, "cpus": job.cpus or 1.0}), resume=True)
+
+
+def _train(job: TrainConfig) -> dict[str, str]:
+    """Trains the domains of a job that are not done; returns why some failed, by domain."""
+    try:
+        train(job, resume=True, wait_s=_LEFTOVER_S)
+    except DomainsFailed as error:
+        return {domain: " ".join(why.split()) for domain, why in error.args[1].items()}
+    return {}
+
+
+def _trained(job: TrainConfig) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each domain that is done: accuracy, size, time, memory, KL at its best step, its curve."""
+    found: dict[str, dict[str, Any]] = {}
+    for domain in job.domains:
+        store = domain_store(job, domain)
+        result, rows = finished(store), read_metrics(store)
+        if result is None or not rows:
+            continue
+        past, curve = 0.0, []
+        for row in rows:
+            past += row.seconds
+            curve.append([row.step, past, row.accuracy, row.validation, row.kl])
+        found[domain] = {
+            "base": result.base_accuracy, "validation": result.accuracy, "best_step": result.best_step,
+            "steps": result.steps, "numbers": rows[-1].numbers, "seconds": past, "peak_gib": rows[-1].peak_gib,
+            "kl": next((row.kl for row in rows if row.step == result.best_step), 0.0), "curve": curve,
+        }  # fmt: skip
+    return found
+
+
+def _bench(job: TrainConfig, method: str) -> Workbench:
+    place = Place(model=job.model, factors=job.factors, experts=None if method == BASE else job.experts, run=job)
+    return open_workbench(place)
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+async def _measure(
+    config: TablesConfig, job: TrainConfig, bench: Workbench, cell: GridCell, name: str, strategy: str
+) -> dict[str, Any]:
+    """Returns the figures of a task under a strategy; `correct` has a digit for each example, 1 for a right answer."""
+    task, expert = _task(config, job, name)
+    examples = task.examples("test", config.limit)
+    sampling = bench.sampling(None, task)
+    least = 1 if sampling.to_end else sampling.max_tokens
+    more: dict[str, Any] = {}
+    with Verifier(
+        task.reward, workers=_VERIFIERS, path=job.code or None, unsafe_code=job.unsafe_code,
+        success_above=task.success_above,
+    ) as verify:  # fmt: skip
+        if strategy.startswith(FEWSHOT):
+            shots = shots_at(task.examples("train"), cell.seed, shots_of(strategy))
+            found = await fewshot(
+                bench.engine.generate, bench.engine.score, verify, shots, bench.experts,
+                settings=config.search.model_copy(update={"seed": cell.seed}), sampling=sampling, gold=task.gold,
+            )  # fmt: skip
+            answers_by: Strategy = fixed(found.mixture, name=strategy)
+            more = {"mixture": str(found.mixture), "search_s": found.history[-1].seconds}
+        else:
+            answers_by = bench.strategy({BASE: "base", EXPERT: expert}.get(strategy, strategy))
+        answers = Answers(name, strategy, task.reading, task.gold, keep=False)
+        result = await evaluate(
+            name, examples, answers_by, bench.engine.generate, verify, sampling,
+            fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, answers=answers,
+        )  # fmt: skip
+    baseline = Baseline.of(task.gold_readings(examples), task.options(examples))
+    return more | {
+        "correct": "".join("01"[right] for right in result.correct), "labels": dict(result.labels),
+        "readings": shares(result.readings, baseline.golds), "warning": lopsided(result.readings, baseline.golds),
+        "baselines": baseline.row(), "pass1_s": result.pass1_s, "pass2_s": result.pass2_s,
+        "truncated": result.truncated, "too_long": result.too_long,
+    }  # fmt: skip
+
+
+def _task(config: TablesConfig, job: TrainConfig, name: str) -> tuple[Task, str]:
+    """Returns a task with the expert that is its own, or its sibling's."""
+    unseen = config.unseen.get(name)
+    if unseen is None:
+        return task_named(name, job), name
+    return replace(builtin(unseen.task or name, unseen.data), name=name), unseen.expert

@@ -1,0 +1,239 @@
+"""The tables and curves of a grid of measurements: what its cells say, with intervals and paired tests. No torch.
+
+`summary` has every figure and is written as `tables.json`; Markdown, Parquet and pictures are made of it alone, so that
+a page can be rendered again from the file. Not here: how cells are made (`cluster.train.cells`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from statistics import fmean
+from typing import Any
+
+from t2ray.config.tables import BASE, EXPERT, TableConfig, TablesConfig
+from t2ray.evals.answers import baseline_cells
+from t2ray.evals.cells import GridCell
+from t2ray.evals.intervals import over_seeds, paired
+
+Summary = dict[str, Any]
+"""What `tables.json` holds; every value is plain."""
+
+SHAPES = {"numbers": 0, "seconds": 1, "peak_gib": 2, "kl": 3}
+"""What a training is told by beside its accuracy -> the number of decimals that tables show."""
+
+
+def summary(config: TablesConfig, cells: Sequence[GridCell]) -> Summary:
+    """Returns every figure of the tables, the learning curves, and what is missing with its reason.
+
+    A table has rows of model, method and strategy; a cell of a row has the mean accuracy of the seeds that are there,
+    its interval, n and the seeds, and where the table compares with a row, the difference to it.
+    """
+    return {
+        "run": config.run,
+        "models": {name: _weights(name, cells) for name in config.models},
+        "methods": config.methods,
+        "seeds": list(config.seeds),
+        "machines": sorted({f"{cell.machine}; {cell.date}" for cell in cells if cell.machine}),
+        "seconds": sum(cell.seconds for cell in cells),
+        "tables": {name: _table(config, table, cells) for name, table in config.tables.items()},
+        "curves": _curves(config, cells),
+        "warnings": _warnings(cells),
+        "missing": _missing(config, cells),
+    }
+
+
+def _weights(model: str, cells: Sequence[GridCell]) -> str | None:
+    return next((cell.base_digest for cell in cells if cell.model == model and cell.base_digest), None)
+
+
+def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) -> Summary:
+    rows = []
+    for model in config.models:
+        mine = [cell for cell in cells if cell.model == model]
+        against = tuple(table.against.split("/", 1)) if table.against else None
+        for method, strategy in table.rows:
+            answers = {task: _correct(mine, method, strategy, task) for task in table.tasks}
+            row: Summary = {"model": model, "method": method, "strategy": strategy, "tasks": {}}
+            for task, by_seed in answers.items():
+                if not by_seed:
+                    continue
+                row["tasks"][task] = asdict(over_seeds([*by_seed.values()])) | {"of_seeds": [*by_seed]}
+                other = _correct(mine, *against, task) if against and against != (method, strategy) else {}
+                if other:
+                    difference = paired([*by_seed.values()], [*other.values()])
+                    row["tasks"][task]["difference"] = asdict(difference)
+            row["training"] = _training(mine, method, table.tasks) if strategy == EXPERT else None
+            rows.append(row)
+    return {
+        "title": table.title, "tasks": list(table.tasks), "against": table.against, "rows": rows,
+        "baselines": _baselines(cells, table.tasks),
+    }  # fmt: skip
+
+
+def _correct(cells: Sequence[GridCell], method: str, strategy: str, task: str) -> dict[int, list[bool]]:
+    """Returns seed -> whether each example was answered right, of the seeds that are there."""
+    found = {
+        cell.seed: cell.measured[task][strategy]["correct"]
+        for cell in cells
+        if cell.method == method and strategy in cell.measured.get(task, {})
+    }
+    return {seed: [digit == "1" for digit in digits] for seed, digits in found.items()}
+
+
+def _training(cells: Sequence[GridCell], method: str, tasks: Sequence[str]) -> Summary | None:
+    """Returns the mean figures of the trainings of a table's tasks; None if none of them was trained."""
+    trained = [cell.trained[task] for cell in cells if cell.method == method for task in tasks if task in cell.trained]
+    if not trained:
+        return None
+    figures: Summary = {
+        key: fmean(values) if (values := [one[key] for one in trained if one[key] is not None]) else None
+        for key in ("validation", *SHAPES)
+    }
+    return figures | {"runs": len(trained)}
+
+
+def _baselines(cells: Sequence[GridCell], tasks: Sequence[str]) -> Summary:
+    """Returns task -> what a constant and a random answer would score."""
+    found: Summary = {}
+    for cell in cells:
+        for task in tasks:
+            for figures in cell.measured.get(task, {}).values():
+                found.setdefault(task, figures["baselines"])
+    return found
+
+
+def _curves(config: TablesConfig, cells: Sequence[GridCell]) -> list[Summary]:
+    """Returns the curve of each training: [step, seconds so far, accuracy of rollouts, validation or null, KL]."""
+    return [
+        {"model": cell.model, "method": cell.method, "seed": cell.seed, "domain": domain, "base": figures["base"],
+         "rows": figures["curve"]}
+        for cell in cells
+        for domain, figures in cell.trained.items()
+    ]  # fmt: skip
+
+
+def _warnings(cells: Sequence[GridCell]) -> list[str]:
+    return [
+        f"{cell.name}, {task} {strategy}: {figures['warning']}"
+        for cell in cells
+        for task, by_strategy in cell.measured.items()
+        for strategy, figures in by_strategy.items()
+        if figures["warning"]
+    ]
+
+
+def _missing(config: TablesConfig, cells: Sequence[GridCell]) -> dict[str, str]:
+    """Returns what is not there, by `model.method.seed task/strategy`, with the reason."""
+    lines: dict[str, str] = {}
+    for cell in cells:
+        for task, strategy in cell.lacks(config):
+            expert = config.unseen[task].expert if task in config.unseen else task
+            why = cell.missing.get(f"{task}/{strategy}") or cell.missing.get(expert)
+            lines[f"{cell.name} {task}/{strategy}"] = why or ("cut off" if cell.machine else "not begun")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- Markdown
+
+
+def markdown(found: Summary) -> str:
+    """Returns the tables as Markdown, with what they rest on and what is missing."""
+    parts = [f"# {found['run']}", _rests_on(found)]
+    for table in found["tables"].values():
+        parts += [f"## {table['title']}", table_text(table)]
+        if table["against"]:
+            parts += [f"Difference to {table['against']}, in points, with its 95 % interval and p:", differences(table)]
+    if found["warnings"]:
+        parts += ["## Warnings", "\n".join(f"- {line}" for line in found["warnings"])]
+    if found["missing"]:
+        parts += ["## Missing", "\n".join(f"- {what}: {why}" for what, why in found["missing"].items())]
+    return "\n\n".join(parts) + "\n"
+
+
+def _rests_on(found: Summary) -> str:
+    seeds = ", ".join(map(str, found["seeds"]))
+    return (
+        f"Accuracy in %, mean over seeds, with its 95 % interval over examples and seeds. Seeds {seeds}; a smaller "
+        f"number of them is said in the cell. {found['seconds'] / 3600:.1f} hours on {' and '.join(found['machines'])}."
+    )
+
+
+def table_text(table: Mapping[str, Any]) -> str:
+    """Returns one table: a row per model, method and strategy, a column per task, then what the training took."""
+    tasks, several = table["tasks"], len({row["model"] for row in table["rows"]}) > 1
+    trained = any(row["training"] for row in table["rows"])
+    most = max((cell["seeds"] for row in table["rows"] for cell in row["tasks"].values()), default=1)
+    head = [*(["model"] if several else []), "method", "answers", *tasks]
+    head += ["numbers", "seconds", "peak GiB", "KL (nats)"] if trained else []
+    lines = [head]
+    for row in table["rows"]:
+        line = [*([row["model"]] if several else []), row["method"], row["strategy"]]
+        line += [_cell(row, task, most) for task in tasks]
+        if trained:
+            figures = row["training"] or {}
+            line += [
+                f"{figures[key]:,.{digits}f}" if figures.get(key) is not None else "" for key, digits in SHAPES.items()
+            ]
+        lines.append(line)
+    for name, at in (("majority", 0), ("random", 1)):
+        answers = {task: baseline_cells(table["baselines"].get(task, {}))[at] for task in tasks}
+        if set(answers.values()) != {"-"}:
+            rest = [""] * (len(head) - len(tasks) - 1 - several)
+            lines.append([*([""] if several else []), name, *rest[:1], *answers.values(), *rest[1:]])
+    return _aligned(lines)
+
+
+def _cell(row: Mapping[str, Any], task: str, most: int) -> str:
+    cell = row["tasks"].get(task)
+    if cell is None:
+        return "missing"
+    fewer = "" if cell["seeds"] == most or row["method"] == BASE else f", seeds {cell['seeds']}"
+    return f"{100 * cell['acc']:.1f} ({100 * cell['low']:.1f}-{100 * cell['high']:.1f}; n {cell['n']}{fewer})"
+
+
+def differences(table: Mapping[str, Any]) -> str:
+    """Returns how far each row is from the one that the table compares with."""
+    several = len({row["model"] for row in table["rows"]}) > 1
+    lines = [[*(["model"] if several else []), "method", "answers", *table["tasks"]]]
+    for row in table["rows"]:
+        gains = {task: cell.get("difference") for task, cell in row["tasks"].items()}
+        if any(gains.values()):
+            line = [*([row["model"]] if several else []), row["method"], row["strategy"]]
+            lines.append([*line, *(_gain(gains.get(task)) for task in table["tasks"])])
+    return _aligned(lines)
+
+
+def _gain(difference: Mapping[str, float] | None) -> str:
+    if difference is None:
+        return ""
+    gain, low, high = (100 * difference[key] for key in ("gain", "low", "high"))
+    p = difference["p"]
+    return f"{gain:+.1f} ({low:+.1f} to {high:+.1f}), p {'< 0.001' if p < 0.001 else f'{p:.3f}'}"
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    return "\n".join([rows[0], "| " + " | ".join("-" * width for width in widths) + " |", *rows[1:]])
+
+
+# -------------------------------------------------------------------------------------------------------------- Parquet
+
+
+def flat(cells: Sequence[GridCell]) -> list[dict[str, Any]]:
+    """Returns a row per model, method, seed, task and strategy, with the figures of the training where it is one's."""
+    rows = []
+    for cell in cells:
+        for task, by_strategy in cell.measured.items():
+            for strategy, figures in by_strategy.items():
+                trained = cell.trained.get(task, {}) if strategy == EXPERT else {}
+                rows.append(
+                    {"model": cell.model, "method": cell.method, "seed": cell.seed, "task": task, "strategy": strategy,
+                     "n": len(figures["correct"]), "right": figures["correct"].count("1"),
+                     "correct": figures["correct"], "pass1_s": figures["pass1_s"], "pass2_s": figures["pass2_s"],
+                     "mixture": figures.get("mixture"), "warning": figures["warning"],
+                     **{key: trained.get(key) for key in ("base", "validation", "best_step", "steps", *SHAPES)},
+                     "machine": cell.machine, "date": cell.date, "weights": cell.base_digest}
+                )  # fmt: skip
+    return rows

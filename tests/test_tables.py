@@ -1,0 +1,270 @@
+"""The grid of `t2ray tables`: its configuration, its cells, and what its tables say of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import comb
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from t2ray.cli.main import main
+from t2ray.cluster.train.cells import make_cell
+from t2ray.config.tables import TablesConfig, job_of, load
+from t2ray.core import ConfigError, RunError
+from t2ray.evals.cells import CELLS, GridCell, cells_of, load_cells, save_cell
+from t2ray.evals.intervals import over_seeds, paired, wilson
+from t2ray.evals.tables import markdown, summary
+from t2ray.models.weights import open_weights
+from t2ray.runs.hours import answering_hours, training_hours
+from t2ray.runs.memory import shape_of
+
+ROOT = Path(__file__).parents[1]
+GRID: dict[str, Any] = {
+    "models": {"tiny": "tiny"},
+    "seeds": [0, 1],
+    "limit": 8,
+    "job": {
+        "workers": 0, "cpus": 1, "domains": {"pick": {"task": "pick"}},
+        "rl": {"steps": 1, "prompts": 4, "samples": 1, "eval_prompts": 4, "eval_every": 1},
+    },
+    "methods": {"svf": {}, "ia3": {"adapter": {"kind": "ia3"}, "rl.lr": 0.5}},
+    "unseen": {"pick_more": {"expert": "pick"}},
+    "search": {"population": 2, "iterations": 1},
+    "tables": {
+        "trained": {"title": "Trained tasks", "methods": ["svf", "ia3"], "tasks": ["pick"], "against": "svf/expert"},
+        "unseen": {
+            "title": "Unseen tasks", "methods": ["svf"], "strategies": ["cls", "fewshot/2"], "tasks": ["pick_more"],
+        },
+    },
+}  # fmt: skip
+
+
+def written(folder: Path, **values: Any) -> Path:
+    path = folder / "tables.yaml"
+    path.write_text(yaml.safe_dump(GRID | {"out": str(folder / "runs")} | values))
+    return path
+
+
+def grid(folder: Path, **values: Any) -> TablesConfig:
+    return load(written(folder, **values))
+
+
+def measured(correct: str, **more: Any) -> dict[str, Any]:
+    figures = {
+        "correct": correct, "warning": None, "pass1_s": 0.0, "pass2_s": 1.0,
+        "baselines": {"majority": None, "random": None, "golds": {}},
+    }  # fmt: skip
+    return figures | more
+
+
+# ----------------------------------------------------------------------------------------------------------- statistics
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=40))
+def test_the_interval_of_one_seed_is_wilsons(right: list[bool]) -> None:
+    mean = over_seeds([right])
+    assert (mean.low, mean.high) == wilson(sum(right), len(right))
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=40))
+def test_a_seed_that_is_told_twice_narrows_nothing(right: list[bool]) -> None:
+    once, twice = over_seeds([right]), over_seeds([right, right])
+    assert twice.acc == once.acc
+    assert twice.high - twice.low >= once.high - once.low - 1e-9
+
+
+def test_seeds_that_differ_widen_the_interval() -> None:
+    alike = over_seeds([[True, False] * 50] * 3)
+    apart = over_seeds([[True] * 100, [True, False] * 50, [False] * 100])
+    assert alike.acc == apart.acc == 0.5
+    # the seeds' means 1, 0.5 and 0 have the variance 0.25; over 3 seeds the mean's is a twelfth
+    assert apart.high - apart.low > 4 * (alike.high - alike.low)
+
+
+def test_with_one_seed_the_paired_test_is_mcnemars() -> None:
+    first = [True] * 9 + [False] + [True] * 20
+    second = [False] * 9 + [True] + [True] * 20
+    exact = 2 * (comb(10, 0) + comb(10, 1)) / 2**10  # of ten examples that differ, nine favour the first
+    assert paired([first], [second]).p == pytest.approx(exact, abs=0.005)
+    assert paired([first], [second]).gain == pytest.approx(8 / 30)
+
+
+def test_a_comparison_the_other_way_round_says_the_opposite() -> None:
+    first, second = [[True, True, False, True]], [[False, True, False, False], [True, False, False, False]]
+    there, back = paired(first, second), paired(second, first)
+    assert (there.gain, there.low, there.high) == pytest.approx((-back.gain, -back.high, -back.low))
+    assert there.p == back.p
+
+
+def test_what_is_equal_everywhere_does_not_differ() -> None:
+    same = paired([[True, False]], [[True, False]])
+    assert (same.gain, same.p) == (0.0, 1.0)
+
+
+# -------------------------------------------------------------------------------------------------------- configuration
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": {"svf": {"rl.lrr": 1}}}, r"method 'svf': unknown key 'rl\.lrr'; did you mean 'lr'\?"),
+        ({"methods": {"base": {}}}, r"'base' is the model itself"),
+        ({"unseen": {"pick": {"expert": "pick"}}}, r"'pick' is a domain of the job"),
+        ({"unseen": {"pick_more": {"expert": "pik"}}}, r"no domain 'pik'; did you mean 'pick'\?"),
+        ({"job": GRID["job"] | {"model": "tiny"}}, r"job\.model: the grid says it, by models"),
+        ({"seeds": []}, r"seeds: .*at least 1 item"),
+        ({"tables": {"t": {"title": "T", "methods": ["svg"], "tasks": ["pick"]}}}, r"no method 'svg'; did you mean"),
+        ({"tables": {"t": {"title": "T", "methods": ["svf"], "tasks": ["pik"]}}}, r"no task 'pik'; did you mean"),
+        ({"tables": {"t": GRID["tables"]["trained"] | {"against": "svf/cls"}}}, r"against: no row 'svf/cls'"),
+        ({"tables": {"t": GRID["tables"]["trained"] | {"strategies": ["fewshot/0"]}}}, r"not 'fewshot/0'"),
+    ],
+)
+def test_a_wrong_grid_is_refused_in_a_line(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        grid(tmp_path, **change)
+
+
+def test_a_method_changes_the_job_and_every_expert_is_published(tmp_path: Path) -> None:
+    job = job_of(grid(tmp_path), "tiny", "ia3", 1)
+    assert (job.adapter.kind, job.rl.lr, job.seed, job.run) == ("ia3", 0.5, 1, "tiny.ia3.1")
+    assert job.domains["pick"].publish == "always"
+
+
+def test_the_base_is_measured_once_and_a_seed_comes_before_the_next(tmp_path: Path) -> None:
+    names = [cell.name for cell in cells_of(grid(tmp_path))]
+    assert names == ["tiny.base.0", "tiny.svf.0", "tiny.ia3.0", "tiny.svf.1", "tiny.ia3.1"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def test_a_cell_is_made_once_and_what_fails_is_a_hole_with_its_reason(tmp_path: Path) -> None:
+    config = grid(tmp_path, seeds=[0])
+    values = config.model_dump(mode="json")
+    base, svf, _ = cells_of(config)
+    for new in (base, svf):
+        make_cell(values, new)
+    base, svf, ia3 = load_cells(config)
+    assert svf.base_digest == open_weights("tiny").digest
+    assert len(svf.measured["pick"]["expert"]["correct"]) == len(base.measured["pick"]["base"]["correct"]) == 8
+    assert svf.trained["pick"]["numbers"] > 0 and len(svf.trained["pick"]["curve"]) == 1
+    assert "pick" in svf.measured["pick_more"]["fewshot/2"]["mixture"] or svf.missing
+    assert svf.lacks(config) == [("pick_more", "cls")]
+    assert "classification" in svf.missing["pick_more/cls"]
+
+    marked = replace(svf, measured=svf.measured | {"pick": {"expert": measured("11111111")}})
+    save_cell(config, marked)
+    make_cell(values, svf)
+    assert load_cells(config)[1].measured == marked.measured, "what is measured is not measured again"
+
+    text = markdown(summary(config, load_cells(config)))
+    assert "100.0 (67.6-100.0; n 8)" in text
+    assert "- tiny.ia3.0 pick/expert: not begun" in text
+    assert f"- tiny.svf.0 pick_more/cls: {svf.missing['pick_more/cls']}" in text
+    assert ia3.measured == {}
+
+
+def test_a_cell_of_other_settings_is_refused_but_not_one_of_other_places(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    save_cell(config, next(cells_of(config)))
+    elsewhere = grid(tmp_path, unseen={"pick_more": {"expert": "pick", "data": "elsewhere.jsonl"}}, seeds=[0, 1, 2])
+    assert len(load_cells(elsewhere)) == 7
+    with pytest.raises(RunError, match=r"tiny\.base\.0\.json was made with other settings"):
+        load_cells(grid(tmp_path, limit=9))
+
+
+def test_cells_of_two_models_under_one_name_are_refused(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    for new, digest in zip(cells_of(config), "aab", strict=False):
+        save_cell(config, replace(new, base_digest=digest))
+    with pytest.raises(RunError, match=r"tiny\.base\.0 and tiny\.ia3\.0 were made with other weights of 'tiny'"):
+        load_cells(config)
+
+
+def test_a_damaged_cell_is_named(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    cell = next(cells_of(config))
+    save_cell(config, cell)
+    file = Path(config.folder, CELLS, f"{cell.name}.json")
+    file.write_text(file.read_text().replace('"seconds": 0.0', '"seconds": 1.0'))
+    with pytest.raises(RunError, match=r"tiny\.base\.0\.json is damaged .*delete it"):
+        load_cells(config)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def some_cells(config: TablesConfig) -> list[GridCell]:
+    """Base 1 of 4 right, svf 4 and 2 of 4, ia3 2 of 4 with one seed alone."""
+    right = {("base", 0): "0001", ("svf", 0): "1111", ("svf", 1): "0011", ("ia3", 0): "0011"}
+    cells = []
+    for new in cells_of(config):
+        digits = right.get((new.method, new.seed))
+        strategy = "base" if new.method == "base" else "expert"
+        cells.append(replace(new, measured={"pick": {strategy: measured(digits)}} if digits else {}))
+    return cells
+
+
+def test_a_table_shows_means_intervals_seeds_and_differences(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    found = summary(config, some_cells(config))
+    base, svf, ia3 = found["tables"]["trained"]["rows"]
+    assert [row["tasks"]["pick"]["acc"] for row in (base, svf, ia3)] == [0.25, 0.75, 0.5]
+    assert svf["tasks"]["pick"]["seeds"] == 2 and "difference" not in svf["tasks"]["pick"]
+    assert ia3["tasks"]["pick"]["difference"]["gain"] == -0.25
+    text = markdown(found)
+    low, high = wilson(2, 4)
+    assert f"50.0 ({100 * low:.1f}-{100 * high:.1f}; n 4, seeds 1)" in text
+    assert "-25.0 (" in text
+
+
+def test_the_file_of_figures_renders_to_the_same_tables(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    found = summary(config, some_cells(config))
+    assert markdown(json.loads(json.dumps(found, allow_nan=False))) == markdown(found)
+
+
+# ------------------------------------------------------------------------------------------------------------ GPU hours
+
+
+def test_hours_grow_with_steps_answers_and_model() -> None:
+    tiny = shape_of("tiny")
+    one = training_hours(tiny, steps=10, rollouts=64, tokens=100)
+    assert training_hours(tiny, steps=20, rollouts=64, tokens=100) == pytest.approx(2 * one)
+    assert training_hours(tiny, steps=10, rollouts=64, tokens=200) > one
+    assert training_hours(replace(tiny, parameters=2 * tiny.parameters), steps=10, rollouts=64, tokens=100) > one
+    assert answering_hours(tiny, prompts=0, tokens=100) == 0
+
+
+def test_the_hours_of_8_billion_parameters_are_as_reckoned_by_hand() -> None:
+    # 256 rollouts of 768 tokens through 2 x 8e9 multiply-adds at 0.4 x 989 TFLOP/s: 7.95 s for each of five forwards
+    shape = replace(shape_of("tiny"), parameters=8 * 10**9, size=2)
+    hours = training_hours(shape, steps=100, rollouts=256, tokens=512)
+    updates = 100 * 5 * 7.95 / 3600
+    assert updates < hours < updates + 2
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/tables*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_grid_is_valid(path: Path) -> None:
+    load(path)
+
+
+def test_a_dry_run_shows_cells_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tables", str(written(tmp_path)), "--dry-run", "job.gpus=1"]) == 0
+    said = capsys.readouterr().out
+    assert "5 of 5 cells are to be made" in said and "GPU hours" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_papers_grid_tells_its_hours_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the shape of a model that is here in place of those on the hub
+    words = [f"out={tmp_path}", "models={llama3-8b: tiny, mistral-7b: tiny}"]
+    assert main(["tables", str(ROOT / "jobs" / "tables_paper.yaml"), "--dry-run", *words]) == 0
+    said = capsys.readouterr().out
+    assert "50 of 50 cells are to be made" in said and "hours of an H100 in all" in said
