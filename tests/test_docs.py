@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import io
+import json
 import re
 import shlex
 import subprocess
@@ -20,7 +21,9 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from t2ray.cli.reference import pages
+from t2ray.config import tables
 from t2ray.config import train as config
+from t2ray.evals.tables import differences, table_text
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")
@@ -319,3 +322,24 @@ def test_the_blocks_of_the_python_page_run_in_an_empty_folder_and_print_what_the
     assert done.returncode == 0, done.stderr
     *printed, trained = done.stdout.splitlines()
     assert printed == said.splitlines() and len(trained.split()) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*.json")), ids=lambda path: path.name)
+def test_the_results_page_shows_the_tables_of_every_file_of_figures(path: Path) -> None:
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    for table in json.loads(path.read_text(encoding="utf-8"))["tables"].values():
+        texts = [table_text(table), *([differences(table)] if table["against"] else [])]
+        for text in texts:
+            assert text in page, f"docs/results.md must show this table of {path.name} as it is:\n{text}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_grid_on_a_page_is_valid(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8"), {"yaml"}):
+        values = yaml.safe_load(block)
+        if isinstance(values, dict) and "tables" in values:
+            (tmp_path / "grid.yaml").write_text(block, encoding="utf-8")
+            assert tables.load(tmp_path / "grid.yaml").tables

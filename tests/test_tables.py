@@ -30,7 +30,7 @@ GRID: dict[str, Any] = {
     "seeds": [0, 1],
     "limit": 8,
     "job": {
-        "workers": 0, "cpus": 1, "domains": {"pick": {"task": "pick"}},
+        "workers": 0, "cpus": 1, "verifiers": 0, "domains": {"pick": {"task": "pick"}},
         "rl": {"steps": 1, "prompts": 4, "samples": 1, "eval_prompts": 4, "eval_every": 1},
     },
     "methods": {"svf": {}, "ia3": {"adapter": {"kind": "ia3"}, "rl.lr": 0.5}},
@@ -47,7 +47,7 @@ GRID: dict[str, Any] = {
 
 def written(folder: Path, **values: Any) -> Path:
     path = folder / "tables.yaml"
-    path.write_text(yaml.safe_dump(GRID | {"out": str(folder / "runs")} | values))
+    path.write_text(yaml.safe_dump(GRID | {"out": str(folder / "runs")} | values, sort_keys=False))
     return path
 
 
@@ -83,8 +83,9 @@ def test_seeds_that_differ_widen_the_interval() -> None:
     alike = over_seeds([[True, False] * 50] * 3)
     apart = over_seeds([[True] * 100, [True, False] * 50, [False] * 100])
     assert alike.acc == apart.acc == 0.5
-    # the seeds' means 1, 0.5 and 0 have the variance 0.25; over 3 seeds the mean's is a twelfth
-    assert apart.high - apart.low > 4 * (alike.high - alike.low)
+    # the means 1, 0.5 and 0 vary by 0.25, that of 3 seeds by a twelfth: as the mean of 3 independent answers does
+    assert (apart.low, apart.high) == pytest.approx(wilson(1.5, 3), abs=0.01)
+    assert alike.high - alike.low < 0.2
 
 
 def test_with_one_seed_the_paired_test_is_mcnemars() -> None:
@@ -243,11 +244,12 @@ def test_hours_grow_with_steps_answers_and_model() -> None:
 
 
 def test_the_hours_of_8_billion_parameters_are_as_reckoned_by_hand() -> None:
-    # 256 rollouts of 768 tokens through 2 x 8e9 multiply-adds at 0.4 x 989 TFLOP/s: 7.95 s for each of five forwards
+    # 256 rollouts of 768 tokens, 2 x 8e9 operations each, at 0.4 x 989e12 per second: 7.95 s; the base forwards, the
+    # policy forwards, and a backward pass without gradients of weights takes as long
     shape = replace(shape_of("tiny"), parameters=8 * 10**9, size=2)
     hours = training_hours(shape, steps=100, rollouts=256, tokens=512)
-    updates = 100 * 5 * 7.95 / 3600
-    assert updates < hours < updates + 2
+    updates = 100 * 3 * 7.95 / 3600
+    assert updates < hours < 2 * updates
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/tables*.yaml")), ids=lambda path: path.name)
@@ -256,7 +258,7 @@ def test_every_shipped_grid_is_valid(path: Path) -> None:
 
 
 def test_a_dry_run_shows_cells_and_makes_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tables", str(written(tmp_path)), "--dry-run", "job.gpus=1"]) == 0
+    assert main(["tables", str(written(tmp_path)), "job.gpus=1", "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "5 of 5 cells are to be made" in said and "GPU hours" in said
     assert not (tmp_path / "runs").exists()
@@ -265,6 +267,6 @@ def test_a_dry_run_shows_cells_and_makes_none(tmp_path: Path, capsys: pytest.Cap
 def test_the_papers_grid_tells_its_hours_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # the shape of a model that is here in place of those on the hub
     words = [f"out={tmp_path}", "models={llama3-8b: tiny, mistral-7b: tiny}"]
-    assert main(["tables", str(ROOT / "jobs" / "tables_paper.yaml"), "--dry-run", *words]) == 0
+    assert main(["tables", str(ROOT / "jobs" / "tables_paper.yaml"), *words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "50 of 50 cells are to be made" in said and "hours of an H100 in all" in said

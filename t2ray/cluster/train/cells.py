@@ -42,7 +42,6 @@ from t2ray.training.metrics import read_metrics
 from t2ray.workbench import Place, Workbench, open_workbench
 
 GridTick = Callable[[GridCell], None]
-_VERIFIERS = 1
 _LEFTOVER_S = 60.0  # a cell of a grid that was killed may outlive it by some seconds
 _RESTARTS = 2
 
@@ -206,7 +205,7 @@ async def _measure(
     least = 1 if sampling.to_end else sampling.max_tokens
     more: dict[str, Any] = {}
     with Verifier(
-        task.reward, workers=_VERIFIERS, path=job.code or None, unsafe_code=job.unsafe_code,
+        task.reward, workers=job.verifiers, path=job.code or None, unsafe_code=job.unsafe_code,
         success_above=task.success_above,
     ) as verify:  # fmt: skip
         if strategy.startswith(FEWSHOT):
