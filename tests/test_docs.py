@@ -324,7 +324,7 @@ def test_the_blocks_of_the_python_page_run_in_an_empty_folder_and_print_what_the
     assert printed == said.splitlines() and len(trained.split()) == 2
 
 
-# --------------------------------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------------------------------- figures
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*.json")), ids=lambda path: path.name)

@@ -186,7 +186,9 @@ def test_a_gguf_file_is_dequantised_once_and_has_the_models_weights(
 
 def test_a_gguf_file_that_cannot_be_read_leaves_nothing(as_gguf: Path, tmp_path: Path) -> None:
     as_gguf.write_bytes(as_gguf.read_bytes()[:1000])
-    with pytest.raises(ModelError, match=r"llama\.gguf: transformers cannot read this GGUF file: .*before quantisation"):
+    with pytest.raises(
+        ModelError, match=r"llama\.gguf: transformers cannot read this GGUF file: .*before quantisation"
+    ):
         resolve(str(as_gguf))
     assert not list((tmp_path / "cache" / "t2ray" / "gguf").iterdir())
     (as_gguf.parent / "other.gguf").touch()
