@@ -185,6 +185,7 @@ MISTAKES = {
     "keys": ("X!", "'X!' cannot name"),
     "load": ("localhost --rate 1", "'localhost' is no address of an endpoint"),
     "sweep": ("sweep.yaml", "space: unknown key 'rl.lrr'; did you mean 'lr'?"),
+    "tables": ("tables.yaml", "tables.t: no method 'svg'; did you mean 'svf'?"),
     "status": ("run --jason", "unknown option --jason; did you mean --json?; see t2ray status --help"),
     "plan": ("tiny --tokens 0", "--tokens is 0; it must be at least 1"),
     "config": ("--show job.yaml rl.lrr=1", "unknown key 'rl.lrr'; did you mean 'lr'?"),
@@ -207,6 +208,10 @@ def test_a_command_tells_its_help_and_a_mistake_without_a_heavy_library(command:
     job = "domains: {math: {task: math}}"
     (tmp_path / "job.yaml").write_text(job)
     (tmp_path / "sweep.yaml").write_text(f"kind: rl\njob: {{{job}}}\nspace: {{rl.lrr: [1e-3]}}\n")
+    table = "{title: T, methods: [svg], tasks: [math]}"
+    (tmp_path / "tables.yaml").write_text(
+        f"models: {{m: tiny}}\nmethods: {{svf: {{}}}}\njob: {{{job}}}\ntables: {{t: {table}}}\n"
+    )
     (tmp_path / "serve.yaml").write_text("applications: [{args: {modle: tiny}}]\n")
     words, message = MISTAKES[command]
     done = subprocess.run(

@@ -270,3 +270,14 @@ def test_the_papers_grid_tells_its_hours_before_it_starts(tmp_path: Path, capsys
     assert main(["tables", str(ROOT / "jobs" / "tables_paper.yaml"), *words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "50 of 50 cells are to be made" in said and "hours of an H100 in all" in said
+
+
+def test_an_example_that_the_verifier_left_open_counts_for_nobody(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    cells = some_cells(config)
+    svf = cells[1]
+    cells[1] = replace(svf, measured={"pick": {"expert": measured("1-11")}})
+    _, svf_row, ia3_row = summary(config, cells)["tables"]["trained"]["rows"]
+    assert (svf_row["tasks"]["pick"]["n"], svf_row["tasks"]["pick"]["acc"]) == (3, 5 / 6)
+    assert ia3_row["tasks"]["pick"]["n"] == 4
+    assert ia3_row["tasks"]["pick"]["difference"]["gain"] == pytest.approx(2 / 3 - 5 / 6)

@@ -51,17 +51,19 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
     rows = []
     for model in config.models:
         mine = [cell for cell in cells if cell.model == model]
-        against = tuple(table.against.split("/", 1)) if table.against else None
+        reference, _, its_strategy = (table.against or "").partition("/")
         for method, strategy in table.rows:
             answers = {task: _correct(mine, method, strategy, task) for task in table.tasks}
             row: Summary = {"model": model, "method": method, "strategy": strategy, "tasks": {}}
             for task, by_seed in answers.items():
-                if not by_seed:
+                (right,) = _graded(by_seed)
+                if not by_seed or not right[0]:
                     continue
-                row["tasks"][task] = asdict(over_seeds([*by_seed.values()])) | {"of_seeds": [*by_seed]}
-                other = _correct(mine, *against, task) if against and against != (method, strategy) else {}
-                if other:
-                    difference = paired([*by_seed.values()], [*other.values()])
+                row["tasks"][task] = asdict(over_seeds(right)) | {"of_seeds": [*by_seed]}
+                other = _correct(mine, reference, its_strategy, task)
+                if other and (method, strategy) != (reference, its_strategy):
+                    ours, theirs = _graded(by_seed, other)
+                    difference = paired(ours, theirs)
                     row["tasks"][task]["difference"] = asdict(difference)
             row["training"] = _training(mine, method, table.tasks) if strategy == EXPERT else None
             rows.append(row)
@@ -71,14 +73,20 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
     }  # fmt: skip
 
 
-def _correct(cells: Sequence[GridCell], method: str, strategy: str, task: str) -> dict[int, list[bool]]:
-    """Returns seed -> whether each example was answered right, of the seeds that are there."""
-    found = {
+def _correct(cells: Sequence[GridCell], method: str, strategy: str, task: str) -> dict[int, str]:
+    """Returns seed -> a sign for each example, 1, 0 or - where the verifier abstained, of the seeds that are there."""
+    return {
         cell.seed: cell.measured[task][strategy]["correct"]
         for cell in cells
         if cell.method == method and strategy in cell.measured.get(task, {})
     }
-    return {seed: [digit == "1" for digit in digits] for seed, digits in found.items()}
+
+
+def _graded(*groups: Mapping[int, str]) -> list[list[list[bool]]]:
+    """Returns whether each example was answered right, by group and seed; of examples that all of them have graded."""
+    signs = list(zip(*(by_seed for group in groups for by_seed in group.values()), strict=True))
+    kept = [i for i, column in enumerate(signs) if "-" not in column]
+    return [[[row[i] == "1" for i in kept] for row in group.values()] for group in groups]
 
 
 def _training(cells: Sequence[GridCell], method: str, tasks: Sequence[str]) -> Summary | None:

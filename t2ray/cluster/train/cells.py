@@ -198,7 +198,10 @@ def _bench(job: TrainConfig, method: str) -> Workbench:
 async def _measure(
     config: TablesConfig, job: TrainConfig, bench: Workbench, cell: GridCell, name: str, strategy: str
 ) -> dict[str, Any]:
-    """Returns the figures of a task under a strategy; `correct` has a digit for each example, 1 for a right answer."""
+    """Returns the figures of a task under a strategy.
+
+    `correct` has a sign for each example: 1, 0, or - where the verifier abstained.
+    """
     task, expert = _task(config, job, name)
     examples = task.examples("test", config.limit)
     sampling = bench.sampling(None, task)
@@ -225,7 +228,8 @@ async def _measure(
         )  # fmt: skip
     baseline = Baseline.of(task.gold_readings(examples), task.options(examples))
     return more | {
-        "correct": "".join("01"[right] for right in result.correct), "labels": dict(result.labels),
+        "correct": "".join("-" if right is None else "01"[right] for right in result.correct),
+        "labels": dict(result.labels),
         "readings": shares(result.readings, baseline.golds), "warning": lopsided(result.readings, baseline.golds),
         "baselines": baseline.row(), "pass1_s": result.pass1_s, "pass2_s": result.pass2_s,
         "truncated": result.truncated, "too_long": result.too_long,
