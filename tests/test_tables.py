@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from math import comb
@@ -30,7 +31,8 @@ GRID: dict[str, Any] = {
     "seeds": [0, 1],
     "limit": 8,
     "job": {
-        "workers": 0, "cpus": 1, "verifiers": 0, "domains": {"pick": {"task": "pick"}},
+        "workers": 0, "cpus": 1, "verifiers": 0, 
+        "domains": {"pick": {"prompt": "{q}", "reward": "t2ray.tasks.equal:reward", "gold": "answer"}},
         "rl": {"steps": 1, "prompts": 4, "samples": 1, "eval_prompts": 4, "eval_every": 1},
     },
     "methods": {"svf": {}, "ia3": {"adapter": {"kind": "ia3"}, "rl.lr": 0.5}},
@@ -46,8 +48,11 @@ GRID: dict[str, Any] = {
 
 
 def written(folder: Path, **values: Any) -> Path:
-    path = folder / "tables.yaml"
-    path.write_text(yaml.safe_dump(GRID | {"out": str(folder / "runs")} | values, sort_keys=False))
+    rows, path = folder / "rows.jsonl", folder / "tables.yaml"
+    rows.write_text("".join(json.dumps({"q": f"Is it {i}?", "answer": f"It is {i}."}) + "\n" for i in range(10)))
+    grid = copy.deepcopy(GRID | {"out": str(folder / "runs")} | values)
+    grid["job"]["domains"]["pick"] |= {"data": str(rows), "test": str(rows)}
+    path.write_text(yaml.safe_dump(grid, sort_keys=False))
     return path
 
 

@@ -32,6 +32,7 @@ from t2ray.evals.answers import Answers, Baseline, lopsided, shares
 from t2ray.evals.cells import GridCell, cells_of, load_cell, load_cells, save_cell
 from t2ray.evals.evaluate import evaluate
 from t2ray.models.weights import open_weights
+from t2ray.runs.folder import read_run
 from t2ray.runs.prepare import prepare
 from t2ray.tasks import builtin
 from t2ray.tasks.build import task_named
@@ -120,12 +121,10 @@ def make_cell(values: Mapping[str, Any], new: GridCell) -> None:
 
     keep(missing={}, machine=machine(), date=date.today().isoformat())
     try:
-        job = _job(config, cell)
-        torch.set_num_threads(max(1, int(job.cpus or 1)))
-        keep(base_digest=open_weights(job.model).digest)
+        job, failed = _run(config, cell)
+        keep(base_digest=open_weights(job.model).digest, missing=failed)
         if cell.method != BASE:
-            missing = _train(job)
-            keep(trained=_trained(job), missing=missing)
+            keep(trained=_trained(job))
         bench = _bench(job, cell.method)
     except T2RayError as error:
         why = " ".join(str(error).split())
@@ -149,22 +148,23 @@ def machine() -> str:
     )
 
 
-def _job(config: TablesConfig, cell: GridCell) -> TrainConfig:
-    """Returns the job of a cell, which trains in this process; the base has the settings of the first method."""
+def _run(config: TablesConfig, cell: GridCell) -> tuple[TrainConfig, dict[str, str]]:
+    """Trains what the job of a cell lacks, in this process; returns the job as its run has it, and why domains failed.
+
+    The base trains nothing, and has the settings of the first method.
+    """
     method = next(iter(config.methods)) if cell.method == BASE else cell.method
     job = job_of(config, cell.model, method, cell.seed)
+    job = job.model_copy(update={"run": cell.name, "workers": 0, "cpus": job.cpus or 1.0})
+    torch.set_num_threads(max(1, int(job.cpus or 1)))
     if cell.method == BASE:
-        job = job.model_copy(update={"run": cell.name})
-    return prepare(job.model_copy(update={"workers": 0, "cpus": job.cpus or 1.0}), resume=True)
-
-
-def _train(job: TrainConfig) -> dict[str, str]:
-    """Trains the domains of a job that are not done; returns why some failed, by domain."""
+        return prepare(job, resume=True), {}
+    failed: dict[str, str] = {}
     try:
         train(job, resume=True, wait_s=_LEFTOVER_S)
     except DomainsFailed as error:
-        return {domain: " ".join(why.split()) for domain, why in error.args[1].items()}
-    return {}
+        failed = {domain: " ".join(why.split()) for domain, why in error.args[1].items()}
+    return read_run(f"{job.out}/{job.run}"), failed
 
 
 def _trained(job: TrainConfig) -> dict[str, dict[str, Any]]:
