@@ -31,7 +31,7 @@ GRID: dict[str, Any] = {
     "seeds": [0, 1],
     "limit": 8,
     "job": {
-        "workers": 0, "cpus": 1, "verifiers": 0, 
+        "workers": 0, "cpus": 1, "verifiers": 0,
         "domains": {"pick": {"prompt": "{q}", "reward": "t2ray.tasks.equal:reward", "gold": "answer"}},
         "rl": {"steps": 1, "prompts": 4, "samples": 1, "eval_prompts": 4, "eval_every": 1},
     },
@@ -234,6 +234,19 @@ def test_the_file_of_figures_renders_to_the_same_tables(tmp_path: Path) -> None:
     config = grid(tmp_path)
     found = summary(config, some_cells(config))
     assert markdown(json.loads(json.dumps(found, allow_nan=False))) == markdown(found)
+
+
+def test_a_table_tells_what_pass_1_chose_and_took(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    cells = some_cells(config)
+    chosen = measured("0000", labels={"pick": 3, "others": 1}, pass1_s=1.0, pass2_s=4.0)
+    found_by_search = measured("0000", mixture="pick:0.5")
+    svf = cells[1]
+    cells[1] = replace(svf, measured=svf.measured | {"pick_more": {"cls": chosen, "fewshot/2": found_by_search}})
+    text = markdown(summary(config, cells))
+    assert "| tiny  | svf    | cls     | 25        |" in text
+    assert "tiny.svf.0 pick_more/cls | pick 3, others 1 |" in text
+    assert "tiny.svf.0 pick_more/fewshot/2 | pick:0.5 |" in text
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU hours

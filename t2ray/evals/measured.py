@@ -32,7 +32,8 @@ def result_of(
 def _row(cell: Cell, baseline: Baseline) -> dict[str, Any]:
     return cell.row() | {
         "truncated": cell.truncated, "too_long": cell.too_long, "abstained": cell.abstained,
-        "labels": dict(cell.labels), "readings": shares(cell.readings, baseline.golds), "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
+        "labels": dict(cell.labels), "readings": shares(cell.readings, baseline.golds),
+        "pass1_s": cell.pass1_s, "pass2_s": cell.pass2_s,
     }  # fmt: skip
 
 

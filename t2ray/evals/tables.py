@@ -38,6 +38,8 @@ def summary(config: TablesConfig, cells: Sequence[GridCell]) -> Summary:
         "seconds": sum(cell.seconds for cell in cells),
         "tables": {name: _table(config, table, cells) for name, table in config.tables.items()},
         "curves": _curves(config, cells),
+        "dispatched": _of_strategies(cells, "labels"),
+        "mixtures": _of_strategies(cells, "mixture"),
         "warnings": _warnings(cells),
         "missing": _missing(config, cells),
     }
@@ -66,11 +68,23 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
                     difference = paired(ours, theirs)
                     row["tasks"][task]["difference"] = asdict(difference)
             row["training"] = _training(mine, method, table.tasks) if strategy == EXPERT else None
+            row["pass1"] = _pass1(mine, method, strategy, table.tasks)
             rows.append(row)
     return {
         "title": table.title, "tasks": list(table.tasks), "against": table.against, "rows": rows,
         "baselines": _baselines(cells, table.tasks),
     }  # fmt: skip
+
+
+def _pass1(cells: Sequence[GridCell], method: str, strategy: str, tasks: Sequence[str]) -> dict[str, float]:
+    """Returns task -> the time of pass 1 as a share of that of pass 2, over all seeds, where pass 1 chose labels."""
+    shares: dict[str, float] = {}
+    for task in tasks:
+        found = [cell.measured.get(task, {}).get(strategy) for cell in cells if cell.method == method]
+        chosen = [figures for figures in found if figures and figures.get("labels")]
+        if chosen:
+            shares[task] = sum(one["pass1_s"] for one in chosen) / sum(one["pass2_s"] for one in chosen)
+    return shares
 
 
 def _correct(cells: Sequence[GridCell], method: str, strategy: str, task: str) -> dict[int, str]:
@@ -121,6 +135,17 @@ def _curves(config: TablesConfig, cells: Sequence[GridCell]) -> list[Summary]:
     ]  # fmt: skip
 
 
+def _of_strategies(cells: Sequence[GridCell], key: str) -> Summary:
+    """Returns what strategies chose, by `model.method.seed task/strategy`: counts of labels, or mixtures."""
+    return {
+        f"{cell.name} {task}/{strategy}": figures[key]
+        for cell in cells
+        for task, by_strategy in cell.measured.items()
+        for strategy, figures in by_strategy.items()
+        if figures.get(key)
+    }
+
+
 def _warnings(cells: Sequence[GridCell]) -> list[str]:
     return [
         f"{cell.name}, {task} {strategy}: {figures['warning']}"
@@ -152,6 +177,12 @@ def markdown(found: Summary) -> str:
         parts += [f"## {table['title']}", table_text(table)]
         if table["against"]:
             parts += [f"Difference to {table['against']}, in points, with its 95 % interval and p:", differences(table)]
+        if any(row["pass1"] for row in table["rows"]):
+            parts += ["Time of pass 1, in % of that of pass 2:", times(table)]
+    for key, title in (("dispatched", "What pass 1 chose"), ("mixtures", "Few-shot mixtures")):
+        if found[key]:
+            lines = [[what, _chosen(one)] for what, one in found[key].items()]
+            parts += [f"## {title}", _aligned([["cell", "chosen"], *lines])]
     if found["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {line}" for line in found["warnings"])]
     if found["missing"]:
@@ -210,6 +241,20 @@ def differences(table: Mapping[str, Any]) -> str:
             line = [*([row["model"]] if several else []), row["method"], row["strategy"]]
             lines.append([*line, *(_gain(gains.get(task)) for task in table["tasks"])])
     return _aligned(lines)
+
+
+def times(table: Mapping[str, Any]) -> str:
+    """Returns the time of pass 1 as a share of that of pass 2, where there is a pass 1 (the paper's table 3)."""
+    lines = [["model", "method", "answers", *table["tasks"]]]
+    for row in table["rows"]:
+        if row["pass1"]:
+            shares = [f"{100 * row['pass1'][task]:.0f}" if task in row["pass1"] else "" for task in table["tasks"]]
+            lines.append([row["model"], row["method"], row["strategy"], *shares])
+    return _aligned(lines)
+
+
+def _chosen(one: str | Mapping[str, int]) -> str:
+    return one if isinstance(one, str) else ", ".join(f"{label} {count}" for label, count in one.items())
 
 
 def _gain(difference: Mapping[str, float] | None) -> str:

@@ -15,7 +15,7 @@ from t2ray.adapt.strategies import fixed
 from t2ray.cluster.train.launch import train
 from t2ray.config.search import CEMJob, SweepConfig, job_at
 from t2ray.config.train import TrainConfig
-from t2ray.core import Example
+from t2ray.core import Example, RewardError
 from t2ray.evals.evaluate import evaluate
 from t2ray.sweep.results import ReportScore, Trial
 from t2ray.tasks.build import task_named
@@ -94,6 +94,8 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
         )  # fmt: skip
         held_out = task.examples("validation", job.held_out)
         cell = await evaluate(name, held_out, fixed(found.mixture), bench.engine.generate, verify, sampling)
+    if cell.acc is None:
+        raise RewardError(f"the verifier abstained from every answer to {name!r}, so that nothing tells settings apart")
     return cell.acc
 
 
