@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyarrow import ArrowInvalid, fs
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from t2ray.core import ConfigError, ResourceError
 from t2ray.integrity import Damaged
@@ -93,8 +93,15 @@ class Store:
             Damaged: it is a folder.
             ResourceError: it cannot be read.
         """
-        with self._reading(path), self.fs.open_input_stream(f"{self.root}/{path}") as file:
-            return bytes(file.read())
+        try:
+            with self.fs.open_input_stream(f"{self.root}/{path}") as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            if self.is_folder(path):
+                raise Damaged("it is a folder") from None
+            raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
 
     def read_text(self, path: str) -> str:
         return self.read_bytes(path).decode()
@@ -130,7 +137,7 @@ class Store:
             Path(temporary).chmod(mode)  # safetensors gives its files to their owner alone
 
     def read_tensors(self, path: str) -> dict[str, torch.Tensor]:
-        """Returns the tensors of a safetensors file by name; those of a local file are memory-mapped.
+        """Returns the tensors of a safetensors file by name, read whole: none changes or fails when the file does.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -143,15 +150,13 @@ class Store:
         """Returns a safetensors file's tensors and its metadata; raises as `read_tensors` does."""
         from safetensors import torch as safetensors
 
-        with self._reading(path):
-            if self.local is None:
-                data = self.read_bytes(path)
-                tensors = dict(safetensors.load(data))
-                length = int.from_bytes(data[:8], "little")  # of the header, which is JSON
-                return tensors, dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
-            with safe_open(self.local / path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-                return tensors, dict(file.metadata() or {})
+        data = self.read_bytes(path)
+        try:
+            tensors = dict(safetensors.load(data))
+        except SafetensorError as error:
+            raise Damaged(str(error)) from error
+        length = int.from_bytes(data[:8], "little")  # of the header, which is JSON
+        return tensors, dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
 
     def claim(self, path: str) -> bool:
         """Makes a folder that this caller alone may fill. Returns False if another caller has claimed it.
@@ -194,20 +199,6 @@ class Store:
             for path in self.local.glob(".*.tmp"):
                 if time.time() - path.stat().st_mtime > STALE_S:
                     path.unlink(missing_ok=True)
-
-    @contextmanager
-    def _reading(self, path: str) -> Iterator[None]:
-        """Raises the errors of a reader as `read_tensors` says."""
-        try:
-            yield
-        except SafetensorError as error:
-            raise Damaged(str(error)) from error
-        except FileNotFoundError:
-            raise
-        except OSError as error:
-            if self.is_folder(path):
-                raise Damaged("it is a folder") from None
-            raise ResourceError(f"cannot read {self.uri}/{path} ({error}); mend its rights or its storage") from error
 
     def _walk(self, folder: str, unreadable: dict[str, str], depth: int = DEPTH) -> list[Any]:
         """One listing; where that fails, folder by folder."""

@@ -13,6 +13,7 @@ import torch
 from pyarrow import fs
 
 from t2ray.core import ConfigError, ResourceError
+from t2ray.integrity import Damaged
 from t2ray.store import STALE_S, Store
 
 
@@ -155,10 +156,15 @@ def test_tensors_are_as_readable_to_others_as_any_file(tmp_path: Path) -> None:
     assert (tmp_path / "a").stat().st_mode == (tmp_path / "b").stat().st_mode
 
 
-def test_local_tensors_are_mapped_and_writing_to_them_leaves_the_file(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    store.write_tensors("a.safetensors", {"z": torch.zeros(5000)}, {})
-    z = store.read_tensors("a.safetensors")["z"]
-    assert str(tmp_path / "a.safetensors") in Path("/proc/self/maps").read_text()
-    z += 1
-    assert torch.equal(store.read_tensors("a.safetensors")["z"], torch.zeros(5000))
+def test_tensors_stay_when_their_file_is_written_over_or_cut(tmp_path: Path) -> None:
+    """A process that had the file mapped would see other numbers, and die of the cut."""
+    store, path = Store(tmp_path), tmp_path / "a.safetensors"
+    store.write_tensors("a.safetensors", {"z": torch.zeros(5000)}, {"a": "b"})
+    (tensors, metadata), content = store.read_safetensors("a.safetensors"), path.read_bytes()
+    with path.open("r+b") as file:
+        file.write(b"\xff" * len(content))
+    assert torch.equal(tensors["z"], torch.zeros(5000)) and metadata == {"a": "b"}
+    path.write_bytes(content[:4000])
+    assert torch.equal(tensors["z"], torch.zeros(5000))
+    with pytest.raises(Damaged):
+        store.read_tensors("a.safetensors")

@@ -247,7 +247,7 @@ def read_expert(
             if there[name] != rank:
                 raise ExpertError(f"{who} has {rank} numbers for {name}, whose factors have {there[name]}")
     try:
-        z = {name: z_R.to(torch.float32, copy=True) for name, z_R in store.read_tensors(f"{folder}/{TENSORS}").items()}
+        z = {name: z_R.to(torch.float32) for name, z_R in store.read_tensors(f"{folder}/{TENSORS}").items()}
     except (Damaged, FileNotFoundError) as error:
         raise ExpertError(f"{who} is damaged: {store.uri}/{folder}/{TENSORS} cannot be read ({error})") from error
     shapes = {name: tuple(z_R.shape) for name, z_R in z.items()}

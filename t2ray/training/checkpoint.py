@@ -112,8 +112,7 @@ def latest(store: Store, digest: str, tell: Callable[[str], None] = lambda line:
 
 def _read(store: Store, step: int, digest: str) -> Checkpoint:
     path = _path(step)
-    mapped, metadata = store.read_safetensors(path)
-    tensors = {name: tensor.clone() for name, tensor in mapped.items()}
+    tensors, metadata = store.read_safetensors(path)
     config = metadata.get("config")
     if metadata.get("digest", own := digest_of(tensors, metadata.get("progress", ""), config or "")) != own:
         raise Damaged("its digest belongs to other numbers")
