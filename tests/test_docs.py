@@ -23,7 +23,7 @@ from markdown_it.token import Token
 from t2ray.cli.reference import pages
 from t2ray.config import tables
 from t2ray.config import train as config
-from t2ray.evals.tables import differences, table_text
+from t2ray.evals.tabled import differences, table_text
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")

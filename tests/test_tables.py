@@ -20,7 +20,8 @@ from t2ray.config.tables import TablesConfig, job_of, load
 from t2ray.core import ConfigError, RunError
 from t2ray.evals.cells import CELLS, GridCell, cells_of, load_cells, save_cell
 from t2ray.evals.intervals import over_seeds, paired, wilson
-from t2ray.evals.tables import markdown, summary
+from t2ray.evals.tabled import markdown
+from t2ray.evals.tables import summary
 from t2ray.models.weights import open_weights
 from t2ray.runs.hours import answering_hours, training_hours
 from t2ray.runs.memory import shape_of
@@ -37,9 +38,11 @@ GRID: dict[str, Any] = {
     },
     "methods": {"svf": {}, "ia3": {"adapter": {"kind": "ia3"}, "rl.lr": 0.5}},
     "unseen": {"pick_more": {"expert": "pick"}},
+    "texts": {"stories": {"expert": "pick", "column": "q", "data": "rows.jsonl"}},
     "search": {"population": 2, "iterations": 1},
     "tables": {
-        "trained": {"title": "Trained tasks", "methods": ["svf", "ia3"], "tasks": ["pick"], "against": "svf/expert"},
+        "trained": {"title": "Trained tasks", "methods": ["svf", "ia3"], "tasks": ["pick", "stories"],
+                    "against": "svf/expert"},
         "unseen": {
             "title": "Unseen tasks", "methods": ["svf"], "strategies": ["cls", "fewshot/2"], "tasks": ["pick_more"],
         },
@@ -51,6 +54,8 @@ def written(folder: Path, **values: Any) -> Path:
     rows, path = folder / "rows.jsonl", folder / "tables.yaml"
     rows.write_text("".join(json.dumps({"q": f"Is it {i}?", "answer": f"It is {i}."}) + "\n" for i in range(10)))
     grid = copy.deepcopy(GRID | {"out": str(folder / "runs")} | values)
+    for text in grid["texts"].values():
+        text["data"] = str(rows)
     grid["job"]["domains"]["pick"] |= {"data": str(rows), "test": str(rows)}
     path.write_text(yaml.safe_dump(grid, sort_keys=False))
     return path
@@ -121,9 +126,11 @@ def test_what_is_equal_everywhere_does_not_differ() -> None:
     [
         ({"methods": {"svf": {"rl.lrr": 1}}}, r"method 'svf': unknown key 'rl\.lrr'; did you mean 'lr'\?"),
         ({"methods": {"base": {}}}, r"'base' is the model itself"),
-        ({"unseen": {"pick": {"expert": "pick"}}}, r"'pick' is a domain of the job"),
+        ({"unseen": {"pick": {"expert": "pick"}}}, r"'pick' is a name of two tasks"),
         ({"unseen": {"pick_more": {"expert": "pik"}}}, r"no domain 'pik'; did you mean 'pick'\?"),
         ({"job": GRID["job"] | {"model": "tiny"}}, r"job\.model: the grid says it, by models"),
+        ({"texts": {"pick": GRID["texts"]["stories"]}}, r"'pick' is a name of two tasks"),
+        ({"tables": {"t": GRID["tables"]["unseen"] | {"tasks": ["stories"]}}}, r"'stories' is a text"),
         ({"seeds": []}, r"seeds: .*at least 1 item"),
         ({"tables": {"t": {"title": "T", "methods": ["svg"], "tasks": ["pick"]}}}, r"no method 'svg'; did you mean"),
         ({"tables": {"t": {"title": "T", "methods": ["svf"], "tasks": ["pik"]}}}, r"no task 'pik'; did you mean"),
@@ -163,6 +170,9 @@ def test_a_cell_is_made_once_and_what_fails_is_a_hole_with_its_reason(tmp_path: 
     assert "pick" in svf.measured["pick_more"]["fewshot/2"]["mixture"] or svf.missing
     assert svf.lacks(config) == [("pick_more", "cls")]
     assert "classification" in svf.missing["pick_more/cls"]
+
+    nats = [cell.measured["stories"][strategy]["nats"] for cell, strategy in ((base, "base"), (svf, "expert"))]
+    assert [len(row) for row in nats] == [8, 8] and all(0 < loss < 20 for row in nats for loss in row)
 
     marked = replace(svf, measured=svf.measured | {"pick": {"expert": measured("11111111")}})
     save_cell(config, marked)
@@ -247,6 +257,18 @@ def test_a_table_tells_what_pass_1_chose_and_took(tmp_path: Path) -> None:
     assert "| tiny  | svf    | cls     | 25        |" in text
     assert "tiny.svf.0 pick_more/cls | pick 3, others 1 |" in text
     assert "tiny.svf.0 pick_more/fewshot/2 | pick:0.5 |" in text
+
+
+def test_a_text_is_told_by_its_perplexity_and_the_nats_that_an_expert_costs(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    cells = some_cells(config)
+    cells[0] = replace(cells[0], measured={"stories": {"base": {"nats": [1.0, 3.0], "warning": None}}})
+    cells[1] = replace(cells[1], measured={"stories": {"expert": {"nats": [1.5, 3.5], "warning": None}}})
+    base, svf, _ = summary(config, cells)["tables"]["trained"]["rows"]
+    assert (base["tasks"]["stories"]["nats"], svf["tasks"]["stories"]["nats"]) == (2.0, 2.5)
+    text = markdown(summary(config, cells))
+    assert "perplexity 7.39 (" in text  # e^2
+    assert "-0.500 nats a token (-0.500 to -0.500), p 0.5" in text  # of two examples, half of the exchanges go as far
 
 
 # ------------------------------------------------------------------------------------------------------------ GPU hours

@@ -69,7 +69,8 @@ def write(config: TablesConfig, cells: Sequence[GridCell]) -> int:
     import pyarrow.parquet as pq
 
     from t2ray.evals.plots import by_itself, learning
-    from t2ray.evals.tables import flat, markdown, summary
+    from t2ray.evals.tabled import markdown
+    from t2ray.evals.tables import flat, summary
     from t2ray.store import Store
 
     found, store = summary(config, cells), Store(config.folder)

@@ -32,6 +32,16 @@ class UnseenTask(Strict):
     data: FilePath | None = Field(None, description="File of rows for the built-in task, in place of the hub's.")
 
 
+class TextConfig(Strict):
+    """A text that is read and not answered: what an expert changes in the model of other texts is its perplexity."""
+
+    expert: str = Field(description="Domain whose expert reads it under the strategy `expert`.")
+    data: FilePath = Field(
+        description="File of rows, or the id of a data set on the Hugging Face hub; of the latter its test rows."
+    )
+    column: str = Field(description="Column of the texts, such as question.")
+
+
 class TableConfig(Strict):
     """One table: a row per method and strategy, a column per task."""
 
@@ -43,7 +53,7 @@ class TableConfig(Strict):
         description="What answers: base, expert (the task's own, or that of its sibling), prompt, cls, fewshot, or "
         "fewshot/K with K shots.",
     )
-    tasks: tuple[str, ...] = Field(min_length=1, description="Domains of the job, and unseen tasks.")
+    tasks: tuple[str, ...] = Field(min_length=1, description="Domains of the job, unseen tasks and texts.")
     against: str | None = Field(
         None,
         description='Row that the others are compared with, example by example, written "method/strategy"; without '
@@ -87,7 +97,12 @@ class TablesConfig(Strict):
         "the job's cpus and gpus."
     )
     unseen: dict[str, UnseenTask] = Field({}, description="Tasks that no expert was trained on, by their names.")
-    limit: int | None = Field(None, ge=1, description="Number of test prompts per task; without one, all of them.")
+    texts: dict[str, TextConfig] = Field(
+        {}, description="Texts by their names; tables show their perplexity under base and expert."
+    )
+    limit: int | None = Field(
+        None, ge=1, description="Number of test prompts per task, and of rows per text; without one, all of them."
+    )
     search: CEMConfig = Field(CEMConfig(), description="Settings of the few-shot searches.")
     tables: dict[str, TableConfig] = Field(min_length=1, description="Tables by the names of their files.")
 
@@ -159,12 +174,14 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TablesConfig:
 
 def _check_tables(config: TablesConfig, domains: list[str], where: str) -> None:
     """Raises ConfigError for a table that names what there is not."""
-    for name, unseen in config.unseen.items():
-        if name in domains:
-            raise ConfigError(f"{where}: unseen: {name!r} is a domain of the job; an unseen task has another name")
-        if unseen.expert not in domains:
-            raise ConfigError(f"{where}: unseen.{name}: no domain {unseen.expert!r}{nearest(unseen.expert, domains)}")
-    tasks = [*domains, *config.unseen]
+    for name, other in (config.unseen | config.texts).items():
+        if name in domains or name in config.unseen.keys() & config.texts.keys():
+            raise ConfigError(
+                f"{where}: {name!r} is a name of two tasks; a domain, an unseen task or a text has its own"
+            )
+        if other.expert not in domains:
+            raise ConfigError(f"{where}: {name}.expert: no domain {other.expert!r}{nearest(other.expert, domains)}")
+    tasks = [*domains, *config.unseen, *config.texts]
     for name, table in config.tables.items():
         check_name(name, "table")
         for method in table.methods:
@@ -173,6 +190,8 @@ def _check_tables(config: TablesConfig, domains: list[str], where: str) -> None:
         for task in table.tasks:
             if task not in tasks:
                 raise ConfigError(f"{where}: tables.{name}: no task {task!r}{nearest(task, tasks)}")
+            if task in config.texts and {*table.strategies} - {BASE, EXPERT}:
+                raise ConfigError(f"{where}: tables.{name}: {task!r} is a text; it is read under base and expert alone")
         rows = ["/".join(row) for row in table.rows]
         if table.against is not None and table.against not in rows:
             raise ConfigError(

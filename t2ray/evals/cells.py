@@ -78,6 +78,7 @@ def made_of(config: TablesConfig, method: str) -> str:
         "domains": domains,
         "limit": config.limit,
         "unseen": {name: [task.expert, task.task] for name, task in config.unseen.items()},
+        "texts": {name: [text.expert, text.column] for name, text in config.texts.items()},
     }
     if method != BASE:
         values |= {

@@ -33,7 +33,7 @@ class Mean:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How much one accuracy is above another, with its 95 % interval, and how likely chance alone comes as far."""
+    """How much one mean is above another, with its 95 % interval, and how likely chance alone comes as far."""
 
     gain: float
     low: float
@@ -59,7 +59,14 @@ def over_seeds(correct: Sequence[Sequence[bool]]) -> Mean:
     return Mean(acc=acc, low=low, high=high, n=n, seeds=seeds)
 
 
-def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], draws: int = 10_000) -> Difference:
+def spread(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
+    """Returns a mean over seeds and examples with its 95 % interval, by the normal one: `(mean, low, high)`."""
+    values_SN = np.array(values, dtype=float)
+    mean, half = float(values_SN.mean()), 1.96 * math.sqrt(_variance(values_SN))
+    return mean, mean - half, mean + half
+
+
+def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], draws: int = 10_000) -> Difference:
     """Compares two methods example by example, each by its mean over its seeds.
 
     p is that of the paired randomisation test (Fisher 1935): the share of random exchanges of the two methods' results,
@@ -67,7 +74,8 @@ def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], dr
     examples and these experts; the interval is also about other seeds, as in `over_seeds`.
 
     Args:
-        first, second: for each seed whether each example was answered right; the same examples in the same order.
+        first, second: for each seed what each example came to, such as 1 for a right answer; the same examples in the
+            same order.
         draws: number of random exchanges; the least p is 1 / (draws + 1).
     """
     ours_SN, theirs_SN = np.array(first, dtype=float), np.array(second, dtype=float)
@@ -80,9 +88,7 @@ def paired(first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], dr
     of_seeds = sum(_of_seeds(right_SN) for right_SN in (ours_SN, theirs_SN))
     of_examples = float(gains_N.var(ddof=1)) / len(gains_N) if len(gains_N) > 1 else 0.0
     half = 1.96 * math.sqrt(of_examples + of_seeds)
-    return Difference(
-        gain=gain, low=max(-1.0, gain - half), high=min(1.0, gain + half), p=(1 + int(as_far.sum())) / (1 + draws)
-    )
+    return Difference(gain=gain, low=gain - half, high=gain + half, p=(1 + int(as_far.sum())) / (1 + draws))
 
 
 def _variance(right_SN: NDArray[np.float64]) -> float:

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from datetime import date
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.cluster.train.trials import shots_at
 from t2ray.config.tables import BASE, EXPERT, FEWSHOT, TablesConfig, job_of, shots_of
 from t2ray.config.train import TrainConfig
-from t2ray.core import T2RayError
+from t2ray.core import Mixture, T2RayError
 from t2ray.evals.answers import Answers, Baseline, lopsided, shares
 from t2ray.evals.cells import GridCell, cells_of, load_cell, load_cells, save_cell
 from t2ray.evals.evaluate import evaluate
@@ -36,6 +37,7 @@ from t2ray.runs.folder import read_run
 from t2ray.runs.prepare import prepare
 from t2ray.tasks import builtin
 from t2ray.tasks.build import task_named
+from t2ray.tasks.files import read
 from t2ray.tasks.task import Task
 from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store, finished
@@ -132,7 +134,8 @@ def make_cell(values: Mapping[str, Any], new: GridCell) -> None:
         return
     for task, strategy in cell.lacks(config):
         try:
-            figures = asyncio.run(_measure(config, job, bench, cell, task, strategy))
+            measure = _read if task in config.texts else _measure
+            figures = asyncio.run(measure(config, job, bench, cell, task, strategy))
         except T2RayError as error:
             keep(missing=cell.missing | {f"{task}/{strategy}": " ".join(str(error).split())})
             continue
@@ -234,6 +237,22 @@ async def _measure(
         "baselines": baseline.row(), "pass1_s": result.pass1_s, "pass2_s": result.pass2_s,
         "truncated": result.truncated, "too_long": result.too_long,
     }  # fmt: skip
+
+
+async def _read(
+    config: TablesConfig, job: TrainConfig, bench: Workbench, cell: GridCell, name: str, strategy: str
+) -> dict[str, Any]:
+    """Returns the figures of a text under a strategy; `nats` has the mean loss of a token for each row of the text.
+
+    Raises:
+        DataError: the text has no such column.
+    """
+    text = config.texts[name]
+    rows = read(text.data, "test").need({text.column: str}).rows[: config.limit]
+    mixture = Mixture.of({text.expert: 1.0}) if strategy == EXPERT else Mixture.base()
+    tokens = await asyncio.gather(*(bench.engine.read(row[text.column], mixture, 0) for row in rows))
+    losses = [[-token.logprob for token in row[1:]] for row in tokens]  # nothing stands before the first
+    return {"nats": [fmean(row) for row in losses if row], "warning": None}
 
 
 def _task(config: TablesConfig, job: TrainConfig, name: str) -> tuple[Task, str]:
