@@ -14,7 +14,7 @@ from pathlib import Path
 from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import Model, load_model
-from t2ray.adapters.svf import joined
+from t2ray.adapters.sparse import held
 from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import nearest
 from t2ray.config.serve import EngineConfig
@@ -221,7 +221,7 @@ def _with_vllm(place: Place, names: Sequence[str], bar: Bar) -> Engine:
     factors = open_factors(place, bar)
     loaded = [place.registry().load(name, base_digest=factors.base_digest, layout=factors.layout) for name in names]
     engine = vllm_engine(place.model, factors, EngineConfig(kind="vllm"), mode="mixtures")
-    engine.set_experts({expert.name: joined(factors.layout, expert.z) for expert in loaded})
+    engine.set_experts({expert.name: held(factors, expert.z) for expert in loaded})
     engine.start()
     atexit.register(engine.stop)
     return engine

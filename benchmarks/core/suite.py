@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.core import generation, training
+from benchmarks.core import generation, sparse, training
 from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.endpoint import many, serving
 from benchmarks.endpoint.alone import Size, Unfolded, started
@@ -21,6 +21,7 @@ from t2ray.adapters.factors import decompose
 
 BENCHES: dict[str, Callable[[Subject, int], Figures]] = {
     "rows": generation.rows,
+    "sparse": sparse.sparse,
     "folded": generation.folded,
     "update": training.update,
     "rollout": generation.rollout,

@@ -88,13 +88,16 @@ class Plan(BaseModel):
 class Manifest(Plan):
     """The last file of a folder of factors. `errors`: of the computed SVD and of the factors as stored, by target.
 
-    `share` and `left_out` are as in `Selection`; folders of before version 0.2 do not have them.
+    `share` and `left_out` are as in `Selection`; folders of before version 0.2 do not have them. Sparse factors hold
+    the singular vectors of `kept` components, whose digest is `support`.
     """
 
     model: str
     errors: dict[str, tuple[float, float]]
     share: float | None = None
     left_out: tuple[str, ...] = ()
+    support: str | None = None
+    kept: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -262,15 +265,26 @@ class Factors:
         return cls(Path(folder), manifest)
 
     def load(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
-        """`(U_MR, s_R, Vh_RN)` of a target of `layout`. Writing to them changes this process's copy of a page only.
+        """`(U_MR, s_R, Vh_RN)` of a target of `layout`; of sparse factors U and V^T have the support's vectors alone.
+
+        Writing to them changes this process's copy of a page only.
 
         Raises:
             ModelError: the file is missing or damaged.
         """
+        U_MR, s_R, Vh_RN = self._read(name, "U", "s", "Vh")
+        return U_MR, s_R, Vh_RN
+
+    def kept(self, name: str) -> Tensor:
+        """Which singular vectors of a target sparse factors hold, ascending; raises as `load`."""
+        (kept,) = self._read(name, "kept")
+        return kept
+
+    def _read(self, name: str, *parts: str) -> list[Tensor]:
         path = self.folder / f"{name}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("U"), file.get_tensor("s"), file.get_tensor("Vh")
+                return [file.get_tensor(part) for part in parts]
         except (SafetensorError, FileNotFoundError) as error:
             raise ModelError(f"{path} cannot be read ({error}); delete the folder and decompose again") from error
 

@@ -30,14 +30,22 @@ class SVFLinear(nn.Module):
     """A linear layer that holds its dense weight and its singular vectors, and never a weight that is trained.
 
     With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
-    its own z; in half precision (`additive`) on top of the dense weight. Folded, it uses one mixture's dense weight.
+    its own z; in half precision, and of a support (`additive`), on top of the dense weight. Folded, it uses one mixture's dense weight.
     """
 
     U_Mr: Tensor
     Vh_rN: Tensor
 
     def __init__(
-        self, weight_MN: Tensor, bias_M: Tensor | None, U_Mr: Tensor, Vh_rN: Tensor, span: slice, bound: Bound
+        self,
+        weight_MN: Tensor,
+        bias_M: Tensor | None,
+        U_Mr: Tensor,
+        Vh_rN: Tensor,
+        span: slice,
+        bound: Bound,
+        *,
+        sparse: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_MN, requires_grad=False)
@@ -45,9 +53,10 @@ class SVFLinear(nn.Module):
         self.register_buffer("U_Mr", U_Mr.to(self.weight.dtype), persistent=False)
         self.register_buffer("Vh_rN", Vh_rN.to(self.weight.dtype), persistent=False)
         self.packed_factors: tuple[Tensor, Tensor] | None = None
+        self.packed_weight: Tensor | None = None
         self.folded_MN: Tensor | None = None
         self.span, self.bound = span, bound
-        self.additive = is_half(self.weight.dtype)
+        self.additive = sparse or is_half(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         bound = self.bound
@@ -58,24 +67,32 @@ class SVFLinear(nn.Module):
             return F.linear(x, self.weight, self.bias)
         gain = self._gain(bound.gain_RK[:, self.span], bound.row_index, x)
         # The product is taken in the gain's float32: bfloat16 has no number between 1 and 1.0078 for a z.
-        bias = None if self.additive else self.bias
+        if self.additive:
+            return self._on_top(x, (F.linear(x, self.Vh_rN) * gain).to(x.dtype))
         if torch.is_grad_enabled():
-            change = F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, bias)
-        else:
-            if self.packed_factors is None:
-                self.packed_factors = packed(self.U_Mr), packed(self.Vh_rN)
-            U_Mr, Vh_rN = self.packed_factors
-            change = linear((linear(x, Vh_rN, None) * gain).to(x.dtype), U_Mr, bias)
-        return self._on_top(x, change) if self.additive else change
+            return F.linear((F.linear(x, self.Vh_rN) * gain).to(x.dtype), self.U_Mr, self.bias)
+        if self.packed_factors is None:
+            self.packed_factors = packed(self.U_Mr), packed(self.Vh_rN)
+        U_Mr, Vh_rN = self.packed_factors
+        return linear((linear(x, Vh_rN, None) * gain).to(x.dtype), U_Mr, self.bias)
 
     def _on_top(self, x: Tensor, change: Tensor) -> Tensor:
-        """`W x + b + change`, rounded once: a change of 0.001 that is added to a rounded `W x` is lost in bfloat16.
+        """`W x + b + U change`, where `change` is `diag(s (z - 1)) V^T x`.
 
-        Where the change is 0, it is the base layer's output bit for bit (decision 15).
+        In half precision the sum is rounded once: a change of 0.001 that is added to a rounded `W x` is lost in
+        bfloat16. Where the change is 0, it is the base layer's output bit for bit (decision 15).
         """
-        if self.bias is not None:
-            change = change + self.bias
-        return torch.addmm(change.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(change.shape)
+        if is_half(self.weight.dtype):
+            y = F.linear(change, self.U_Mr, None)
+            y = y if self.bias is None else y + self.bias
+            return torch.addmm(y.flatten(0, -2), x.flatten(0, -2), self.weight.t()).view(y.shape)
+        if torch.is_grad_enabled():
+            return F.linear(x, self.weight, self.bias) + F.linear(change, self.U_Mr)
+        if self.packed_weight is None:
+            self.packed_weight = packed(self.weight)
+        y = linear(x, self.packed_weight, self.bias)
+        y.view(-1, y.shape[-1]).addmm_(change.flatten(0, -2), self.U_Mr.t())
+        return y
 
     def _gain(self, gain_Rr: Tensor, row_index: Tensor | None, x: Tensor) -> Tensor:
         """The gain of each vector of `x`, whose leading shape may be any in which rows come before their tokens."""

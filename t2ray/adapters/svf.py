@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from t2ray.adapters.factors import Factors, Target
-from t2ray.adapters.layer import Bound, SVFLinear
+from t2ray.adapters.layer import Bound, SVFLinear, is_half
 from t2ray.adapters.moe import SVFExperts
+from t2ray.adapters.sparse import check_support, joined, support_of
 from t2ray.config.files import nearest
 from t2ray.core import ExpertError, Mixture, UnknownExpert
 from t2ray.models.targets import matrix
@@ -41,23 +42,25 @@ class SVF:
         self.bound = Bound()
         self.layers: list[SVFLinear] = []
         self.bank: dict[str, Tensor] = {}
+        self.support_S = support_of(factors)
         self._folded_K: Tensor | None = None
         self._each: tuple[tuple[Tensor | None, ...], Tensor | None] = (), None
         singular: list[Tensor] = []
         experts: dict[str, dict[tuple[int, str], SVFLinear]] = defaultdict(dict)
-        start = 0
+        start = width = 0
         for target in self.layout:
             weight_MN, bias_M = _found(model, target)
             U_Mr, s_r, Vh_rN = (part.to(weight_MN.device) for part in factors.load(target.name))
             singular.append(s_r.to(torch.promote_types(weight_MN.dtype, torch.float32)))
-            layer = SVFLinear(weight_MN, bias_M, U_Mr, Vh_rN, slice(start, start + target.rank), self.bound)
+            span = slice(width, width + len(Vh_rN))
+            layer = SVFLinear(weight_MN, bias_M, U_Mr, Vh_rN, span, self.bound, sparse=self.support_S is not None)
             if target.expert is None:
                 model.set_submodule(target.name, layer)
             else:
                 module, _, attribute = target.parameter.rpartition(".")
                 experts[module][target.expert, attribute] = layer
             self.layers.append(layer)
-            start += target.rank
+            start, width = start + target.rank, width + len(Vh_rN)
         if experts:  # one by one also where nothing is bound, so that z = 1 is the base model in half precision
             model.set_experts_implementation("eager")  # type: ignore[operator]  # of transformers' models
         for name, matrices in experts.items():
@@ -65,6 +68,8 @@ class SVF:
         self.size = start
         self.s_K = torch.cat([s_r.to(singular[0].device) for s_r in singular])
         self.neutral = torch.ones(self.size, device=self.s_K.device)
+        if self.support_S is not None:
+            self.support_S = self.support_S.to(self.s_K.device)
         self.ranks = [target.rank for target in self.layout]
         self.layer_of_K = torch.repeat_interleave(
             torch.tensor([t.layer for t in self.layout]), torch.tensor(self.ranks)
@@ -75,10 +80,13 @@ class SVF:
 
         In half precision there is no such number: a fold would lose small changes (see `is_half`).
         """
-        if self.layers[0].additive:
+        if is_half(self.layers[0].weight.dtype):
             return sys.maxsize
-        fold = sum(t.m * t.n * t.rank for t in self.layout)
-        saved = sum(t.rank * (t.m + t.n) - t.m * t.n for t in self.layout)
+        ranks = [len(layer.Vh_rN) for layer in self.layers]
+        fold = sum(t.m * t.n * rank for t, rank in zip(self.layout, ranks, strict=True))
+        saved = sum(rank * (t.m + t.n) for t, rank in zip(self.layout, ranks, strict=True))
+        if self.support_S is None:  # the factors take the dense product's place
+            saved -= sum(t.m * t.n for t in self.layout)
         return fold // max(saved, 1)
 
     # ------------------------------------------------------------------------------------------------ z of a forward
@@ -123,7 +131,7 @@ class SVF:
         """In this thread, forwards use the dense weights of `z_K`, folded anew when it differs from the last."""
         assert not self._busy(), "rows are bound already: bindings do not nest"
         if not self.is_folded(z_K):
-            change_K = self.s_K * (z_K.to(self.s_K.dtype) - 1)
+            change_K = self._supported(self.s_K * (z_K.to(self.s_K.dtype) - 1))
             with torch.no_grad():
                 for layer in self.layers:
                     layer.fold(change_K[layer.span])
@@ -144,7 +152,11 @@ class SVF:
 
     def _gains(self, z_RK: Tensor) -> Tensor:
         """What the layers multiply by: s z, or s (z - 1) where they add to the dense weight."""
-        return (z_RK - 1) * self.s_K if self.layers[0].additive else z_RK * self.s_K
+        return self._supported((z_RK - 1) * self.s_K) if self.layers[0].additive else z_RK * self.s_K
+
+    def _supported(self, change_K: Tensor) -> Tensor:
+        """Of numbers of all K components, (..., K), those that the layers have vectors of."""
+        return change_K if self.support_S is None else change_K[..., self.support_S]
 
     def _busy(self) -> bool:
         return self.bound.gain_RK is not None or self.bound.folded
@@ -152,7 +164,9 @@ class SVF:
     # -------------------------------------------------------------------------------------------------------- experts
 
     def set_experts(self, changed: Mapping[str, Tensor], gone: Collection[str] = ()) -> None:
-        """See `Adapter.set_experts`."""
+        """See `Adapter.set_experts`; raises as `check_support`."""
+        for z_K in changed.values():
+            check_support(z_K.to(self.s_K.device), self.support_S)
         bank = {name: z_K.to(self.s_K.device) for name, z_K in changed.items()}
         self.bank = {name: z_K for name, z_K in {**self.bank, **bank}.items() if name not in gone}
 
@@ -178,7 +192,7 @@ class SVF:
 
         The product's two factors share each singular value evenly; components that z leaves alone are left out.
         """
-        change_K = self.s_K * (z_K.to(self.s_K.dtype) - 1)
+        change_K = self._supported(self.s_K * (z_K.to(self.s_K.dtype) - 1))
         for target, layer in zip(self.layout, self.layers, strict=True):
             change_r = change_K[layer.span].to(layer.U_Mr.device).float()
             kept = change_r.abs().argsort(descending=True)[: int(change_r.count_nonzero())]
@@ -199,21 +213,20 @@ class SVF:
         noise_K = noise_K.to(self.s_K.device)
         if start_K is None:
             return (1.0 if kind == "scale" else 0.1) + noise_K
-        start_K = start_K.to(self.s_K.device)
+        start_K = self._sparse(start_K.to(self.s_K.device))
         p_K = start_K if kind == "scale" else torch.logit(start_K / (2 * start_K.max().clamp(min=1.0)))
         if not torch.allclose(self.vector(kind, p_K), start_K, rtol=1e-4, atol=1e-5):
             raise ExpertError(f"init: {kind} cannot start from an expert that was trained otherwise; use init: scale")
         return p_K + noise_K
 
     def vector(self, kind: str, p_K: Tensor) -> Tensor:
-        """z of trained parameters, (K,); see `parametrise`."""
-        return parametrise(p_K, kind, self.s_K, self.ranks)
+        """z of trained parameters, (K,); see `parametrise`. Outside of a support it is 1."""
+        return self._sparse(parametrise(p_K, kind, self.s_K, self.ranks))
 
-
-def joined(layout: Sequence[Target], parts: Mapping[str, Tensor]) -> Tensor:
-    """The z, (K,), float32, of one vector per target; 1, which changes nothing, for a target without one."""
-    vectors = [parts[target.name].float() if target.name in parts else torch.ones(target.rank) for target in layout]
-    return torch.cat([z_r.cpu() for z_r in vectors])
+    def _sparse(self, z_K: Tensor) -> Tensor:
+        if self.support_S is None:
+            return z_K
+        return self.neutral.index_copy(0, self.support_S, z_K[self.support_S])
 
 
 def mixed(mixture: Mixture, bank: Mapping[str, Tensor], layer_of_K: Tensor) -> Tensor:

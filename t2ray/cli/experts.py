@@ -62,7 +62,12 @@ def add(p: Parser) -> None:
     pulled = command("pull", _pull, "Add an expert from the Hugging Face hub as the next version of its name.")
     pulled.add_argument("place", metavar="hf://USER/REPO", help="The repository, at a @REVISION where one is named.")
     pulled.add_argument("--name", dest="named", metavar="NAME", help="The expert's name here. Default: its own.")
-    for parser in (listed, shown, deleted, exported, pushed):
+    sparse = command("sparsify", _sparsify, "Write the factors of the components that the experts change most.")
+    sparse.add_argument(
+        "--keep", type=float, default=0.1, metavar="SHARE", help="The share of components that are kept (default: 0.1)."
+    )
+    sparse.add_argument("--out", required=True, metavar="DIR", help="The folder that receives the factors.")
+    for parser in (listed, shown, deleted, exported, pushed, sparse):
         add_registry(parser)
     for parser in (imported, pulled):
         add_model(parser)
@@ -202,6 +207,27 @@ def _pull(args: argparse.Namespace) -> None:
     registry, digest = place.registry(), open_weights(place.model).digest
     name, version = pull_expert(registry, source, digest, lambda: open_factors(place, bar), args.named)
     console.print(f"{source} is now expert {name}, version {version}, in {registry.store.uri}", markup=False)
+
+
+def _sparsify(args: argparse.Namespace) -> None:
+    """Writes factors of one support for all experts of a registry, which are then trained again on it."""
+    from t2ray.adapters.sparse import held, shared_support, sparsify
+    from t2ray.workbench import open_factors
+
+    if not 0 < args.keep < 1:
+        raise ConfigError(f"--keep {args.keep:g}: a share of the components above 0 and below 1")
+    place, registry = locate(args), _registry(args)
+    factors = open_factors(place, bar)
+    names = registry.names()
+    if not names:
+        raise ConfigError(f"no experts in {registry.store.uri}; train some first")
+    layout, digest = factors.layout, factors.base_digest
+    vectors = [held(factors, registry.load(name, base_digest=digest, layout=layout).z) for name in names]
+    made = sparsify(factors, shared_support(factors, vectors, args.keep), args.out)
+    console.print(
+        f"{made.manifest.kept} of {made.K} singular values in {made.folder}, those that {', '.join(names)} change most; "
+        f"train the experts on them: t2ray train JOB.yaml from=RUN factors={made.folder} run=NAME"
+    )
 
 
 def _registry(args: argparse.Namespace) -> Registry:

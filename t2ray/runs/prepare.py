@@ -77,6 +77,8 @@ def check_run(config: TrainConfig, resume: bool) -> None:
         asked, made = config.domain_rl(domain).steps, max(steps(domain_store(config, domain)), default=0)
         if asked < made:
             differing.append(f"rl.steps of {domain}: {made} were made, now {asked}")
+    if _support(first) != _support(config):
+        differing.append(f"factors: {first.factors}, now {config.factors}, of another support")
     if differing:
         raise RunError(
             f"run {config.run!r} was started with another configuration: {'; '.join(differing)}; use another run=NAME"
@@ -92,6 +94,12 @@ def _as_begun(config: TrainConfig) -> TrainConfig:
     if rl.max_tokens is None and first is not None and first.rl.max_tokens == _FORMER_LONGEST:
         rl = rl.model_copy(update={"max_tokens": _FORMER_LONGEST})
     return config.model_copy(update={"date": day, "rl": rl})
+
+
+def _support(config: TrainConfig) -> str | None:
+    """Returns which components a job's factors hold, if they are sparse: it changes z, and other factors do not."""
+    there = config.factors is not None and Path(config.factors, FACTORS).exists()
+    return Factors.open(config.factors).manifest.support if there and config.factors else None
 
 
 def _check_base(config: TrainConfig) -> None:

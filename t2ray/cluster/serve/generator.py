@@ -20,7 +20,7 @@ from ray.util import metrics
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import load_model
-from t2ray.adapters.svf import joined
+from t2ray.adapters.sparse import held
 from t2ray.api.backend import Catalog
 from t2ray.cluster.serve.experts import Experts
 from t2ray.cluster.serve.handles import raised, told
@@ -76,7 +76,7 @@ class Generator:
             self.engine = await serving_engine(
                 load_model(self.config.model, self.config.factors), self.config.engine
             )  # which has started
-        self.experts = Experts(self.config, self.engine, partial(joined, self.factors.layout))
+        self.experts = Experts(self.config, self.engine, partial(held, self.factors))
         await self.experts.open()
         if vllm:
             self.engine.start()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.svf import mixed
-from t2ray.core import Mixture
+from t2ray.core import ConfigError, Mixture
 
 Mode = Literal["mixtures", "one"]
 
@@ -54,6 +54,8 @@ class Bank:
 
     def __init__(self, factors: str, mode: Mode, slots: int, tokens: int, device: torch.device) -> None:
         self.factors = Factors.open(factors)
+        if self.factors.manifest.support is not None:
+            raise ConfigError(f"vLLM runs whole factors alone, and {factors} holds sparse ones; use the whole ones")
         self.mode: Mode = mode
         self.slots = slots
         self.slot_T = torch.zeros(tokens, dtype=torch.long, device=device)

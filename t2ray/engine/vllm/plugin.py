@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
-from t2ray.adapters.svf import joined
+from t2ray.adapters.sparse import held
 from t2ray.config.files import nearest
 from t2ray.core import ConfigError, ModelError, T2RayError
 from t2ray.engine.vllm import seams
@@ -141,7 +141,7 @@ def _loaded(experts: str | None, versions: dict[str, int], bank: Bank) -> dict[s
         return {}
     registry, layout = Registry(experts), bank.factors.layout
     return {
-        name: joined(layout, registry.load(name, version, base_digest=bank.factors.base_digest, layout=layout).z)
+        name: held(bank.factors, registry.load(name, version, base_digest=bank.factors.base_digest, layout=layout).z)
         for name, version in versions.items()
     }
 
