@@ -180,7 +180,7 @@ def test_every_bench_gives_its_figures_and_is_exact(monkeypatch: pytest.MonkeyPa
     results = suite.run(
         list(suite.BENCHES), shape=SMALL, repeats=1, threads=1, progress=lambda name, figures: seen.append(name)
     )
-    assert seen == list(results) == ["rows", "folded", "update", "rollout", "cem", "dispatch"]
+    assert seen == list(results) == ["rows", "sparse", "folded", "update", "rollout", "cem", "dispatch"]
     written = json.loads(json.dumps(suite.as_json(results, 1)))
     assert written.keys() == {*results, "machine", "date"}
     assert written["machine"]["threads"] == 1

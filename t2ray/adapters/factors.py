@@ -267,8 +267,6 @@ class Factors:
     def load(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """`(U_MR, s_R, Vh_RN)` of a target of `layout`; of sparse factors U and V^T have the support's vectors alone.
 
-        Writing to them changes this process's copy of a page only.
-
         Raises:
             ModelError: the file is missing or damaged.
         """

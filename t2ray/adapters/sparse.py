@@ -25,12 +25,20 @@ from t2ray.store import Store
 def shared_support(factors: Factors, experts: Sequence[Tensor], keep: float) -> Tensor:
     """The components, (S,), that some expert moves most: the share `keep` with the largest `max_k |s (z_k - 1)|`.
 
+    They are fewer where the experts move fewer.
+
     Args:
         experts: the vectors, each (K,).
+
+    Raises:
+        ConfigError: no expert moves any.
     """
     s_K = torch.cat([factors.load(target.name)[1].float() for target in factors.layout])
     moved_K = torch.stack([(s_K * (z_K - 1)).abs() for z_K in experts]).amax(0)
-    return moved_K.argsort(descending=True, stable=True)[: int(keep * len(s_K))].sort().values
+    most = min(int(keep * len(s_K)), int(moved_K.count_nonzero()))
+    if not most:
+        raise ConfigError(f"{len(experts)} experts and a share of {keep:g} leave no singular value that they change")
+    return moved_K.argsort(descending=True, stable=True)[:most].sort().values
 
 
 def sparsify(factors: Factors, support_S: Tensor, out: str | Path) -> Factors:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -42,6 +42,13 @@ def add(p: Parser) -> None:
         help="How many GPUs one worker has. Default: the smallest number that the model fits on.",
     )
     p.add_argument("--gpu-memory", type=float, default=80.0, metavar="GIB", help="The memory of one GPU, in GiB.")
+    p.add_argument(
+        "--keep",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="The share of singular values of sparse factors (t2ray experts sparsify). Default: 1, whole factors.",
+    )
     p.add_argument("--micro-batch", type=int, default=8, metavar="N", help="The job's rl.micro_batch.")
     p.add_argument("--tokens", type=int, default=1024, metavar="N", help="The tokens of prompt and answer together.")
     p.add_argument("--rows", type=int, default=128, metavar="N", help="How many rollouts are generated at once.")
@@ -56,12 +63,14 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args, "micro_batch", "tokens", "rows", "kv_tokens", "experts", "gpus")
     if not 0 < args.gpu_memory < float("inf"):
         raise ConfigError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 (GiB)")
+    if not 0 < args.keep <= 1:
+        raise ConfigError(f"--keep is {args.keep:g}; it must be above 0 and at most 1")
     check_json_folder(args.json)
 
     from t2ray.models.targets import adapted
     from t2ray.runs.memory import GIB, RESERVE, least_gpus, serving, shape_of, training
 
-    shape = shape_of(args.model, args.targets, args.layers)
+    shape = replace(shape_of(args.model, args.targets, args.layers), keep=args.keep)
     memory = int(args.gpu_memory * GIB)
     kinds: dict[str, Callable[[int], list[GpuMemory]]] = {
         "training": lambda gpus: training(
@@ -71,10 +80,9 @@ def run(args: argparse.Namespace) -> None:
             shape, gpus, kv_tokens=args.kv_tokens, rows=args.batch_rows, experts=args.experts
         ),
     }  # fmt: skip
-    factors = sum((t.m + t.n) * t.rank for t in shape.targets) * shape.size
     console.print(
         f"{shape.parameters:,} parameters in {shape.layers} layers; {len(shape.targets)} matrices with {shape.K:,} "
-        f"singular values; factors {factors / GIB:.1f} GiB on disk"
+        f"singular values; factors {shape.factors(shape.targets) / GIB:.1f} GiB on disk"
     )
     console.print(adapted(shape.selection.share, shape.selection.left_out))
     found = {}

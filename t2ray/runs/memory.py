@@ -66,6 +66,7 @@ class ModelShape:
     heads_width: int
     intermediate: int
     vocabulary: int
+    keep: float = 1.0
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -74,6 +75,10 @@ class ModelShape:
     @property
     def K(self) -> int:
         return sum(target.rank for target in self.targets)
+
+    def factors(self, targets: Sequence[Target]) -> int:
+        """Returns the bytes of the singular vectors of some targets: of sparse factors, of the share `keep`."""
+        return int(self.keep * sum((target.m + target.n) * target.rank for target in targets) * self.size)
 
 
 def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None = None) -> ModelShape:
@@ -181,7 +186,7 @@ def _layer(
     dense = sum(target.m * target.n for target in mine) * shape.size
     return GpuMemory(
         weights=shape.weight_bytes.get(layer, 0),
-        factors=sum((target.m + target.n) * target.rank for target in mine) * shape.size,
+        factors=shape.factors(mine),
         folded=dense if folded else 0,
         activations=activations,
         kv=kv,
