@@ -58,7 +58,10 @@ def _core() -> argparse.ArgumentParser:
     p = _parser("", "core", "core", "Compares the core with the plain model, PEFT and the reference's algorithm.")
     p.epilog = "Other commands: serve, soak, scaling, gpu; each has its own --help."
     p.add_argument(
-        "benches", nargs="*", metavar="BENCH", help="Of rows, sparse, folded, update, rollout, cem, dispatch (default: all)."
+        "benches",
+        nargs="*",
+        metavar="BENCH",
+        help="Of rows, sparse, folded, update, rollout, cem, dispatch (default: all).",
     )
     p.add_argument("--repeats", type=int, default=5, metavar="N", help="Interleaved repeats, at least 5 (default: 5).")
     p.add_argument("--threads", type=int, default=1, metavar="N", help="Threads of torch (default: 1).")

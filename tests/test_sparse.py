@@ -29,7 +29,7 @@ LEARNS = {"steps": 12, "eval_every": 6, "prompts": 8, "samples": 4, "lr": 0.2, "
 def pair(
     request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Model, Model]:
-    """The tiny Llama with whole factors and with those of a tenth of the components, none of them in the last matrix."""
+    """The tiny Llama with whole factors and those of a tenth of the components, none in the last matrix."""
     folder = tmp_path_factory.mktemp("sparse")
     whole = load_as(request.param, tiny_llama, folder)
     factors = Factors.open(folder / "factors")
@@ -88,7 +88,10 @@ def test_only_the_support_has_a_gradient_and_it_is_that_of_the_whole_factors(pai
     kept = support_of(Factors.open(_folder(few)))  # as it stands in the files
     assert kept is not None and torch.equal(kept, few.adapter.support_S)  # type: ignore[attr-defined]
     torch.testing.assert_close(
-        gradients[0][kept], gradients[1][kept], rtol=0, atol=5 * TOLERANCE[few.hf.dtype] * float(gradients[1].abs().max())
+        gradients[0][kept],
+        gradients[1][kept],
+        rtol=0,
+        atol=5 * TOLERANCE[few.hf.dtype] * float(gradients[1].abs().max()),
     )
     assert int(gradients[0].count_nonzero()) <= len(kept) < few.adapter.size / 9
     start_K = random_z(few.adapter.size, 3)  # of a dense run
@@ -146,7 +149,7 @@ def test_a_run_is_sparsified_trained_on_and_resumed_with_its_own_support_alone(
     assert support_S is not None and len(support_S) == factors.K // 10
     assert int((z_K != 1).sum()) == len(support_S)
     assert not torch.equal(z_K[support_S], start_K[support_S])  # it was trained on
-    with pytest.raises(RunError, match="was started with another configuration: factors: .*few, now .*of another support"):
+    with pytest.raises(RunError, match="another configuration: factors: .*few, now .*of another support"):
         prepare(sparse.model_copy(update={"factors": dense.factors}), resume=True)
     assert train(sparse, resume=True)["letters"].steps == 12
     # a sparse expert works with whole factors, and a dense one not with sparse factors: an endpoint names it

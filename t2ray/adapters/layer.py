@@ -30,7 +30,8 @@ class SVFLinear(nn.Module):
     """A linear layer that holds its dense weight and its singular vectors, and never a weight that is trained.
 
     With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
-    its own z; in half precision, and of a support (`additive`), on top of the dense weight. Folded, it uses one mixture's dense weight.
+    its own z; in half precision, and with the vectors of a support alone (`additive`), on top of the dense weight.
+    Folded, it uses one mixture's dense weight.
     """
 
     U_Mr: Tensor

@@ -225,7 +225,7 @@ def _sparsify(args: argparse.Namespace) -> None:
     vectors = [held(factors, registry.load(name, base_digest=digest, layout=layout).z) for name in names]
     made = sparsify(factors, shared_support(factors, vectors, args.keep), args.out)
     console.print(
-        f"{made.manifest.kept} of {made.K} singular values in {made.folder}, those that {', '.join(names)} change most; "
+        f"{made.manifest.kept} of {made.K} singular values, those that {', '.join(names)} change most; "
         f"train the experts on them: t2ray train JOB.yaml from=RUN factors={made.folder} run=NAME"
     )
 

@@ -1,4 +1,4 @@
-"""Rollouts: which prompts a step takes, their sampled completions, and the verifier's grades. No torch, no engine.
+"""Rollouts: which prompts a step takes, their sampled completions or right answers, and the grades. No torch, no engine.
 
 Everything random is a function of (seed, step), so that a resumed run and any number of workers draw the same.
 """
@@ -11,9 +11,14 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from t2ray.core import Example, Generate, Mixture, SamplingParams
-from t2ray.grades import Rollout, Verify
+from t2ray.core import Completion, DataError, Example, Generate, Mixture, SamplingParams, Token
+from t2ray.grades import Grade, Rollout, Verify
+
+if TYPE_CHECKING:
+    from t2ray.models.chat import Chat
+    from t2ray.tasks.task import Task
 
 
 def prompts_of_step(examples: Sequence[Example], prompts: int, step: int, seed: int) -> list[Example]:
@@ -63,3 +68,27 @@ async def roll_out(
         Rollout(example=example, completion=completion, grade=grade)
         for (example, _), completion, grade in zip(jobs, completions, grades, strict=True)
     ]
+
+
+def right_answers(chat: Chat, context: int, task: Task, examples: Sequence[Example]) -> list[Rollout]:
+    """Returns each example's right answer as a rollout of reward 1; next-token training raises its likelihood.
+
+    Raises:
+        DataError: an example with its answer is longer than the context.
+    """
+    assert task.gold is not None, task.name
+    rollouts = []
+    for example in examples:
+        text = task.gold(example.row)
+        prompt_ids, answer_ids = chat.ids(example.messages), chat.encode_answer(text)
+        if len(prompt_ids) + len(answer_ids) > context:
+            raise DataError(
+                f"{example.id} has {len(prompt_ids)} tokens and its right answer {len(answer_ids)}; the model's "
+                f"context has {context}: leave the row out"
+            )
+        tokens = tuple(Token(id=id, text=chat.token(id)[0], logprob=float("nan")) for id in answer_ids)
+        completion = Completion(
+            prompt_ids=prompt_ids, tokens=tokens, text=text, finish_reason="stop", mixture=Mixture.base()
+        )
+        rollouts.append(Rollout(example=example, completion=completion, grade=Grade(reward=1.0, right=True)))
+    return rollouts

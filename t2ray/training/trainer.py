@@ -27,12 +27,11 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.counts import Counts, as_counts, counted
-from t2ray.training.golds import right_answers
 from t2ray.training.loss import Update, advantages, backward
 from t2ray.training.metrics import StepMetrics, note
 from t2ray.training.peak import peak_gib
 from t2ray.training.records import Records
-from t2ray.training.rollout import prompts_of_step, roll_out, rollout_seed
+from t2ray.training.rollout import prompts_of_step, right_answers, roll_out, rollout_seed
 from t2ray.training.shares import Shares
 
 if TYPE_CHECKING:
