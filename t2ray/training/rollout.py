@@ -1,4 +1,4 @@
-"""Rollouts: which prompts a step takes, their sampled completions or right answers, and the grades. No torch, no engine.
+"""Rollouts: the prompts of a step, their sampled completions or right answers, and the grades. No torch, no engine.
 
 Everything random is a function of (seed, step), so that a resumed run and any number of workers draw the same.
 """
