@@ -9,8 +9,11 @@ from typing import Any
 from t2ray.config.tables import BASE
 from t2ray.evals.answers import baseline_cells
 
-SHAPES = {"numbers": 0, "seconds": 1, "peak_gib": 2, "kl": 3}
-"""What a training took -> the number of decimals that tables show."""
+TRAINED = (
+    ("validation", "validation", 100, 1), ("numbers", "numbers", 1, 0), ("seconds", "seconds", 1, 0),
+    ("peak_gib", "peak GiB", 1, 2), ("kl", "KL (nats)", 1, 3),
+)  # fmt: skip
+"""What tables show of trainings: the figure, its heading, what it is multiplied by, its decimals."""
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -34,10 +37,12 @@ def markdown(found: Mapping[str, Any]) -> str:
 
 
 def _rests_on(found: Mapping[str, Any]) -> str:
-    seeds = ", ".join(map(str, found["seeds"]))
+    seeds, hours = ", ".join(map(str, found["seeds"])), found["seconds"] / 3600
     return (
         f"Accuracy in %, mean over seeds, with its 95 % interval over examples and seeds. Seeds {seeds}; a smaller "
-        f"number of them is said in the cell. {found['seconds'] / 3600:.1f} hours on {' and '.join(found['machines'])}."
+        f"number of them is said in the cell. {hours:.1f} hours on {' and '.join(found['machines']) or 'no machine'}. "
+        "Of trainings: greedy validation at the best step in %, trained numbers, seconds of the steps, the most memory, "
+        "and the KL to the base per token at the best step."
     )
 
 
@@ -47,7 +52,7 @@ def table_text(table: Mapping[str, Any]) -> str:
     trained = any(row["training"] for row in table["rows"])
     most = max((cell["seeds"] for row in table["rows"] for cell in row["tasks"].values()), default=1)
     head = [*(["model"] if several else []), "method", "answers", *tasks]
-    head += ["numbers", "seconds", "peak GiB", "KL (nats)"] if trained else []
+    head += [heading for _, heading, _, _ in TRAINED] if trained else []
     lines = [head]
     for row in table["rows"]:
         line = [*([row["model"]] if several else []), row["method"], row["strategy"]]
@@ -55,7 +60,8 @@ def table_text(table: Mapping[str, Any]) -> str:
         if trained:
             figures = row["training"] or {}
             line += [
-                f"{figures[key]:,.{digits}f}" if figures.get(key) is not None else "" for key, digits in SHAPES.items()
+                "" if figures.get(key) is None else f"{scale * figures[key]:,.{digits}f}"
+                for key, _, scale, digits in TRAINED
             ]
         lines.append(line)
     for name, at in (("majority", 0), ("random", 1)):
