@@ -41,8 +41,8 @@ def _rests_on(found: Mapping[str, Any]) -> str:
     return (
         f"Accuracy in %, mean over seeds, with its 95 % interval over examples and seeds. Seeds {seeds}; a smaller "
         f"number of them is said in the cell. {hours:.1f} hours on {' and '.join(found['machines']) or 'no machine'}. "
-        "Of trainings: greedy validation at the best step in %, trained numbers, seconds of the steps, the most memory, "
-        "and the KL to the base per token at the best step."
+        "Of trainings: greedy validation at the best step in %, trained numbers, seconds of the steps, most memory, "
+        "and KL to the base per token at the best step."
     )
 
 
