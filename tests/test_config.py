@@ -53,6 +53,31 @@ def test_defaults_then_preset_then_file_then_command_line(tmp_path: Path) -> Non
     assert config.code == str(tmp_path)
 
 
+def test_an_algorithm_says_what_is_not_given() -> None:
+    assert (RLConfig().compared, RLConfig().summed) == ("mean", "sum")
+    grpo = made(rl={"algorithm": "grpo"}, domains={"math": {"task": "math", "rl": {"length": "limit"}}})
+    assert (grpo.rl.compared, grpo.rl.summed) == ("group", "mean")
+    assert (grpo.domain_rl("math").compared, grpo.domain_rl("math").summed) == ("group", "limit")
+    mixed = made(domains={"math": {"task": "math", "rl": {"algorithm": "rloo"}}})
+    assert (mixed.rl.compared, mixed.domain_rl("math").compared) == ("mean", "loo")
+
+
+def test_a_job_without_the_later_keys_has_the_fields_of_a_resume_that_it_had() -> None:
+    """Those of the version before there were algorithms: a run of then can be resumed."""
+    fields = made(rl={"lr": 0.02}).resume_fields()["rl"]
+    assert fields == {
+        "prompts": 24, "samples": 4, "baseline": "mean", "temperature": 1.0, "max_tokens": None, "lr": 0.02,
+        "schedule": "cosine", "kl": 0.02, "clip": 1.0, "init": "scale", "sigma": 0.0, "eval_prompts": 128,
+    }  # fmt: skip
+    assert made(rl={"algorithm": "rloo"}).digest != made().digest != made(rl={"updates": 2}).digest
+
+
+@pytest.mark.parametrize(("numbers", "rate"), [(3_584, 0.02), (1_920, 0.027), (97_920, 0.0038), (720_896, 0.0014)])
+def test_the_learning_rate_that_is_not_given_falls_with_the_numbers_that_are_trained(numbers: int, rate: float) -> None:
+    assert RLConfig().rate(numbers) == rate
+    assert RLConfig(lr=0.5).rate(numbers) == 0.5
+
+
 def test_the_papers_preset_is_table_six() -> None:
     rl = made(preset="paper").rl
     assert (rl.lr, rl.kl, rl.clip, rl.prompts, rl.samples) == (2e-3, 0.2, 1e-3, 256, 1)
@@ -89,7 +114,13 @@ def test_a_configuration_survives_its_own_json() -> None:
         ({"rl": {"lr": -1}}, "rl.lr: Input should be greater than 0, not -1"),
         ({"rl": {"steps": "many"}}, "rl.steps: Input should be a valid integer"),
         ({"rl": {"baseline": "loo", "samples": 1}}, "needs samples >= 2"),
-        ({"rl": {"baseline": "median"}}, "rl.baseline: Input should be 'none', 'mean' or 'loo', not 'median'"),
+        ({"rl": {"algorithm": "grpo", "samples": 1}}, "baseline: group needs samples >= 2"),
+        (
+            {"preset": "paper", "rl": {"algorithm": "rloo", "samples": 4}},
+            "compares a prompt's samples, and baseline: none",
+        ),
+        ({"rl": {"objective": "sft", "updates": 2}}, "use updates: 1"),
+        ({"rl": {"baseline": "median"}}, "'none', 'mean', 'loo' or 'group', not 'median'"),
         ({"rl": 3}, "rl: "),
         ({"rl": None}, "rl: "),
         ({"preset": "papper"}, "unknown preset 'papper'; did you mean 'paper'? (known: default, paper)"),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES, WITH_IMAGES, tokenized, write
 from safetensors.torch import load_file, save_file
-from small import rollout
+from small import rollout, together
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -26,6 +26,7 @@ from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.engine.serving import compare, sample, serving_engine
 from t2ray.experts.registry import Registry
+from t2ray.models import families as layouts
 from t2ray.models.chat import Chat
 from t2ray.models.families import Family
 from t2ray.models.skeleton import model_class, skeleton
@@ -110,6 +111,28 @@ def trained(model: Model) -> Tensor:
     return z_1K.detach()[0]
 
 
+def check_shared_prompts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a prompt which is read once, for the loss and for samples of it, is as one that every row reads."""
+    batch = [rollout(row[:n], row[4:]) for row in ids_of().tolist() for n in (4, 4, 2, 2)]
+
+    def computed() -> tuple[Tensor, Tensor]:
+        z_1K = random_z(model, 1)[:1].requires_grad_()
+        backward(model, z_1K, batch, [1.0, -0.5] * 4, lam=0.1, temperature=1.0, batch=8)
+        assert z_1K.grad is not None
+        sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+        engine = OfflineEngine(model)
+        answers = together(*(engine.generate(prompt, BASE, sampling) for prompt in PROMPTS for _ in range(2)))
+        return z_1K.grad, torch.tensor([answer.logprobs for answer in answers])
+
+    plain = computed()
+    with monkeypatch.context() as patch:
+        patch.setattr(layouts, "PASS", {"cpu": 0.0})
+        shared = computed()
+    scale = float(plain[0].abs().max())
+    close(shared[0] / scale, plain[0] / scale)
+    close(shared[1], plain[1])
+
+
 async def served(model: Model, z_K: Tensor) -> tuple[str, Any]:
     """How a model is served, and what an endpoint answers."""
     engine = await serving_engine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
@@ -125,7 +148,9 @@ ROWS: dict[str, str] = {}
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, *WITH_IMAGES])
-def test_a_family_works_from_end_to_end(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_family_works_from_end_to_end(
+    name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Plan, factors, probe, loss, training, registry, mixed batches and scores, served: against the model itself."""
     folder = write(name, tiny_llama, tmp_path / "model")
     planned = shape_of(str(folder))
@@ -147,6 +172,8 @@ def test_a_family_works_from_end_to_end(name: str, tiny_llama: Path, tmp_path: P
     z_K = trained(model)
     still = [target for target, z_r in model.adapter.split(z_K).items() if bool((z_r == 1).all())]
     assert not still, f"two steps do not move {still}"
+    if model.family.shares_prefixes:
+        check_shared_prompts(model, monkeypatch)
     registry = Registry(tmp_path / "experts")
     registry.save("math", model.adapter.split(z_K), base_digest=model.base_digest)
     loaded = registry.load("math", base_digest=model.base_digest, layout=model.adapter.layout)

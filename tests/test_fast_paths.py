@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from t2ray.adapters.layer import Bound, SVFLinear, linear, packed
 from t2ray.adapters.model import Model
-from t2ray.core import Mixture, user
+from t2ray.core import Completion, Mixture, SamplingParams, user
 from t2ray.engine import batches as static
-from t2ray.engine.batches import RoomyLayer, roomy_cache
+from t2ray.engine.cache import RoomyLayer, roomy_cache
 from t2ray.engine.offline import OfflineEngine
+from t2ray.models import families
 from t2ray.prompts import dispatch_prompt
 
 EPS = torch.finfo(torch.float32).eps
 SIZES = [(16, 16), (64, 24), (24, 64), (129, 77), (1, 5)]
+MIXTURE = Mixture.parse("math:0.6,dispatch:0.4")
 LABELS = ("math", "code", "pick", "others")
 
 
@@ -165,3 +167,52 @@ def test_equal_prompts_keep_a_token_of_their_own(model: Model) -> None:
     rows = together(*(runner.score(prompt, LABELS, Mixture.parse("math")) for _ in range(4)))
     alone = together(runner.score(prompt, LABELS, Mixture.parse("math")))
     torch.testing.assert_close(torch.tensor(rows), torch.tensor(alone).expand(4, -1), atol=1e-5, rtol=0)
+
+
+def test_the_head_gets_what_lies_in_one_piece_also_of_the_last_tokens_alone(model: Model) -> None:
+    """torch multiplies `hidden[:, -1:]` of a batch in bfloat16 hundreds of times more slowly."""
+    pieces: list[bool] = []
+    hook = model.family.head.register_forward_hook(lambda _, args, out: pieces.append(args[0].is_contiguous()))
+    try:
+        ids_BT = token_rows(model, 3, 5)
+        with torch.no_grad():
+            alone = model.hf(input_ids=ids_BT, logits_to_keep=1).logits
+            whole = model.hf(input_ids=ids_BT).logits
+    finally:
+        hook.remove()
+    assert pieces == [True, True]
+    torch.testing.assert_close(alone, whole[:, -1:])
+
+
+def test_a_prompt_is_read_once_and_rows_that_ended_leave_and_no_answer_changes(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = ["2+2", "2+2", "tell me something long about nothing", "a", "2+2", "tell me something long about nothing"]
+    weights = [MIXTURE, MIXTURE, MIXTURE, Mixture.base(), Mixture.base(), MIXTURE]
+    lengths = [2, 14, 1, 3, 9, 2]
+    sampling = [
+        SamplingParams(max_tokens=n, temperature=t, seed=i, ignore_eos=True, stop=("never",) if i == 4 else ())
+        for i, (n, t) in enumerate(zip(lengths, [1.0, 0.0, 1.0, 1.0, 0.7, 0.0], strict=True))
+    ]
+
+    def answers() -> tuple[list[Completion], list[int]]:
+        read: list[int] = []
+        hook = model.hf.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+        engine = OfflineEngine(model)
+        try:
+            asked = zip(prompts, weights, sampling, strict=True)
+            return together(*(engine.generate(user(prompt), *rest) for prompt, *rest in asked)), read
+        finally:
+            hook.remove()
+
+    plain, all_read = answers()
+    monkeypatch.setattr(families, "PASS", {"cpu": 0.0})
+    found, read = answers()
+    assert [one.token_ids for one in found] == [one.token_ids for one in plain]
+    for one, other in zip(found, plain, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-6) and one.finish_reason == other.finish_reason
+    ids = {
+        (prompt, mixture): len(model.chat.ids(user(prompt))) for prompt, mixture in zip(prompts, weights, strict=True)
+    }
+    assert all_read == [6 * max(ids.values())] + [6] * 13
+    assert sum(read) < sum(ids.values()) + 6 + sum(lengths) + 8 and read[-1] == 1

@@ -90,18 +90,21 @@ def test_what_changes_z_and_fewer_steps_are_refused(ended: Any, tiny_llama: Path
     prepare(changed(made(tiny_llama, tmp_path, "one"), **free), resume=True)
 
 
-def test_a_run_of_an_earlier_version_keeps_its_length_of_an_answer(
+def test_a_run_of_an_earlier_version_keeps_its_length_of_an_answer_and_its_learning_rate(
     ended: Any, tiny_llama: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "one" / "config.json"
     before = json.loads(path.read_text())
-    before["rl"]["max_tokens"] = 48  # the default of before
+    before["rl"] |= {"max_tokens": 48, "lr": 0.02, "baseline": "mean"}  # the defaults of before
+    for key in ("algorithm", "length", "updates", "ratio_clip", "micro_tokens"):
+        del before["rl"][key]
     for key in ("from",):
         del before[key]
     for key in ("success_above", "on_reward_error", "on_long_prompt", "publish"):
         del before["domains"]["letters"][key]
     path.write_text(json.dumps(before))
-    assert prepare(made(tiny_llama, tmp_path, "one"), resume=True).rl.max_tokens == 48
+    resumed = prepare(made(tiny_llama, tmp_path, "one", {"lr": None}), resume=True).rl
+    assert (resumed.max_tokens, resumed.lr) == (48, 0.02)
 
 
 def test_rows_that_changed_under_a_resume_are_noticed(ended: Any, tiny_llama: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from torch.func import functional_call
 
 from t2ray.adapters.model import Model
 from t2ray.grades import Rollout
+from t2ray.models import families
 from t2ray.training import loss
-from t2ray.training.loss import LossTerms, advantages, backward, importance, token_losses
+from t2ray.training.loss import LossTerms, advantages, backward, importance, shares_of_tokens, surrogate, token_losses
 
 A, B = (0.9, 0.1), (0.5, 0.5)
 KL_AB = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
@@ -48,12 +50,13 @@ def gradient(
     lam: float = 0.3,
     temperature: float = 1.0,
     truncate: float | None = None,
+    **more: Any,
 ) -> tuple[Tensor, LossTerms]:
     """The gradient of one micro-batch of a batch of 5 at z, (K,), and its sums."""
     leaf_1K = z_K.double()[None].requires_grad_()
     terms = backward(
         model, leaf_1K, rollouts, advantage_B,
-        lam=lam, temperature=temperature, batch=len(ROLLOUTS), truncate=truncate,
+        lam=lam, temperature=temperature, batch=len(ROLLOUTS), truncate=truncate, **more,
     )  # fmt: skip
     assert leaf_1K.grad is not None
     return leaf_1K.grad[0], terms
@@ -63,7 +66,7 @@ def gradient(
 
 
 def test_the_loss_of_a_token_by_hand() -> None:
-    loss_N, kl_N = token_losses(
+    loss_N, kl_N, _ = token_losses(
         torch.tensor([A, A, B]).log(), torch.tensor([B, B, A]).log(), torch.tensor([0, 1, 1]),
         torch.tensor([1.0, -2.0, 0.0]), 0.5, 1.0,
     )  # fmt: skip
@@ -74,13 +77,15 @@ def test_the_loss_of_a_token_by_hand() -> None:
 
 
 def test_the_divergence_is_the_policys_from_the_base_and_not_the_other_way_round() -> None:
-    _, kl_N = token_losses(torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 1, 1)
+    _, kl_N, _ = token_losses(
+        torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 1, 1
+    )
     assert float(kl_N) == pytest.approx(KL_AB, rel=1e-5)
     assert abs(KL_AB - (0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))) > 0.1  # the other way round differs
 
 
 def test_the_temperature_reaches_the_sampled_token_and_not_the_divergence() -> None:
-    loss_N, kl_N = token_losses(
+    loss_N, kl_N, _ = token_losses(
         torch.tensor([A]).log(), torch.tensor([B]).log(), torch.zeros(1).long(), torch.ones(1), 0.0, 2.0
     )
     assert float(loss_N) == pytest.approx(-math.log(3 / 4), rel=1e-5)  # sqrt(.9) : sqrt(.1) = 3 : 1
@@ -91,7 +96,7 @@ def test_the_temperature_reaches_the_sampled_token_and_not_the_divergence() -> N
 @given(st.lists(st.tuples(*[st.floats(-30, 30)] * 2), min_size=2, max_size=9))
 def test_the_divergence_is_never_negative(logits: list[tuple[float, float]]) -> None:
     both = torch.tensor(logits, dtype=torch.float64).T
-    _, kl_N = token_losses(both[:1], both[1:], torch.zeros(1).long(), torch.zeros(1), 1.0, 1.0)
+    _, kl_N, _ = token_losses(both[:1], both[1:], torch.zeros(1).long(), torch.zeros(1), 1.0, 1.0)
     assert float(kl_N) >= -1e-12
 
 
@@ -104,12 +109,40 @@ def test_advantages_by_hand() -> None:
     assert advantages(rewards, 3, "loo", mean).tolist() == pytest.approx([1.0, -2.0, 1.0, 1.5, -1.5, 0.0])
 
 
+def test_advantages_over_the_deviation_of_a_group_by_hand() -> None:
+    """TRL's: `(r - mean) / (std + 1e-4)`, with the standard deviation of a sample."""
+    nan = float("nan")
+    rewards = torch.tensor([1.0, -1.0, 1.0, 0.0, 4.0, nan, 7.0, nan, nan], dtype=torch.float64)
+    high, low = (2 / 3) / (math.sqrt(4 / 3) + 1e-4), (-4 / 3) / (math.sqrt(4 / 3) + 1e-4)
+    two = 2 / (math.sqrt(8) + 1e-4)
+    expected = [high, low, high, -two, two, 0.0, 0.0, 0.0, 0.0]
+    assert advantages(rewards, 3, "group", 0.0).tolist() == pytest.approx(expected)
+
+
+def test_the_share_of_a_rollout_by_hand() -> None:
+    assert shares_of_tokens([4, 1], "sum", 2.5, 8) == [1.0, 1.0]
+    assert shares_of_tokens([4, 1], "mean", 2.5, 8) == [0.25, 1.0]
+    assert shares_of_tokens([4, 1], "batch", 2.5, 8) == [0.4, 0.4]
+    assert shares_of_tokens([4, 1], "limit", 2.5, 8) == [0.125, 0.125]
+
+
+def test_the_surrogate_by_hand_stops_at_the_clip_on_the_side_that_it_is_pushed_to() -> None:
+    ratio, advantage = torch.tensor([1.0, 1.5, 1.5, 0.5, 0.5, 1.1]), torch.tensor([2.0, 1.0, -1.0, 1.0, -1.0, 3.0])
+    chosen_N = ratio.log().requires_grad_()
+    found_N = surrogate(chosen_N, torch.zeros(6), advantage, 0.2)
+    assert found_N.tolist() == pytest.approx([2.0, 1.2, -1.5, 0.5, -0.8, 3.3])
+    found_N.sum().backward()
+    assert chosen_N.grad is not None
+    assert chosen_N.grad.tolist() == pytest.approx([2.0, 0.0, -1.5, 0.5, 0.0, 3.3])  # r A, or nothing
+
+
 @pytest.mark.parametrize("reward", [-1.0, 0.1, 1 / 3])
 def test_a_group_without_variance_carries_nothing(reward: float) -> None:
     """0.1 twelve times, added up and divided by 12, is not 0.1: a difference that AdamW would make a whole step of."""
     alike = torch.full((12,), reward, dtype=torch.float64)
     mean = sum([reward] * 12) / 12
-    assert advantages(alike, 3, "mean", mean).tolist() == advantages(alike, 3, "loo", mean).tolist() == [0.0] * 12
+    for baseline in ("mean", "loo", "group"):
+        assert advantages(alike, 3, baseline, mean).tolist() == [0.0] * 12
     mixed = torch.tensor([reward, reward, reward, 1.0, -1.0, 1.0], dtype=torch.float64)
     assert advantages(mixed, 3, "loo", 0.0).tolist() == pytest.approx([0.0, 0.0, 0.0, 1.0, -2.0, 1.0])
 
@@ -124,7 +157,7 @@ def test_a_rollout_without_a_reward_has_no_advantage_and_is_in_no_baseline() -> 
     assert advantages(rewards, 3, "loo", 1 / 3).tolist() == [2.0, 0.0, -2.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
+@pytest.mark.parametrize("baseline", ["none", "mean", "loo", "group"])
 def test_a_worker_without_rollouts_has_no_advantages(baseline: str) -> None:
     assert advantages(torch.tensor([], dtype=torch.float64), 2, baseline, 0.5).tolist() == []
 
@@ -216,6 +249,62 @@ def test_a_rewarded_answer_becomes_likelier(model: Model) -> None:
     _, after = gradient(model, z_K - 1e-3 * grad_K / grad_K.norm(), ROLLOUTS[:1], [1.0], lam=0.0)
     assert after.loss < before.loss
     assert after.loss - before.loss == pytest.approx(-1e-3 * float(grad_K.norm()), rel=0.05)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3])
+def test_a_prompt_that_is_read_once_for_its_samples_changes_no_gradient(
+    model: Model, monkeypatch: pytest.MonkeyPatch, lam: float
+) -> None:
+    z_K = random_z(model.adapter.size, 3)
+    batch = [*ROLLOUTS, rollout([7], [3]), rollout([30, 31, 32, 33, 34, 35], [9, 9, 1, 4, 5, 6, 7])]
+    advantage_B = [*ADVANTAGES, 0.5, -0.3]
+    plain_K, terms = gradient(model, z_K, batch, advantage_B, lam=lam)
+    monkeypatch.setattr(families, "PASS", {"cpu": 0.0})
+    read: list[int] = []
+    hook = model.hf.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
+    try:
+        shared_K, shared = gradient(model, z_K, batch, advantage_B, lam=lam)
+    finally:
+        hook.remove()
+    assert read == [4 * 5, 7 * 7] * 2  # of the base and of the policy: the prompts but for one token, and the rest
+    torch.testing.assert_close(shared_K, plain_K, rtol=0, atol=1e-6 * float(plain_K.abs().max()))
+    torch.testing.assert_close(shared.chosen_N, terms.chosen_N)
+    assert (shared.loss, shared.kl, shared.tokens) == pytest.approx((terms.loss, terms.kl, terms.tokens))
+
+
+# -------------------------------------------------------------------------------------------------------------- its kin
+
+
+def test_from_where_a_step_began_the_surrogates_gradient_is_that_of_the_plain_loss(model: Model) -> None:
+    z_K = random_z(model.adapter.size, 3)
+    plain_K, terms = gradient(model, z_K)
+    before = terms.chosen_N.split([len(r.completion.tokens) for r in ROLLOUTS])
+    again_K, _ = gradient(model, z_K, before=before)
+    torch.testing.assert_close(again_K, plain_K, rtol=0, atol=1e-6 * float(plain_K.abs().max()))
+
+
+@pytest.mark.parametrize("how", ["sum", "mean", "batch", "limit"])
+def test_the_loss_is_the_published_one_of_padded_rows(model: Model, how: str) -> None:
+    """TRL's `grpo` (mean), `dapo` (batch) and `dr_grpo` (limit), whose losses are written over (B, T) with a mask."""
+    lengths = [len(r.completion.tokens) for r in ROLLOUTS]
+    longest, limit, clip = max(lengths), 7, 0.2
+    mask_BT = torch.tensor([[1.0] * n + [0.0] * (longest - n) for n in lengths])
+    _, terms = gradient(model, random_z(model.adapter.size, 4), lam=0.0)
+    before = [part + 0.3 * torch.randn(len(part)) for part in terms.chosen_N.split(lengths)]
+    now_BT, before_BT = (
+        torch.nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
+        for parts in (terms.chosen_N.split(lengths), before)
+    )
+    ratio_BT, advantage_B1 = (now_BT - before_BT).exp(), torch.tensor(ADVANTAGES)[:, None]
+    per_token_BT = -torch.min(ratio_BT * advantage_B1, ratio_BT.clamp(1 - clip, 1 + clip) * advantage_B1)
+    masked_BT = per_token_BT * mask_BT
+    expected = {
+        "sum": masked_BT.sum(-1).mean(), "mean": (masked_BT.sum(-1) / mask_BT.sum(-1)).mean(),
+        "batch": masked_BT.sum() / mask_BT.sum(), "limit": masked_BT.sum() / (len(lengths) * limit),
+    }  # fmt: skip
+    share_B = shares_of_tokens(lengths, how, sum(lengths) / len(lengths), limit)
+    _, found = gradient(model, random_z(model.adapter.size, 4), lam=0.0, before=before, clip=clip, share_B=share_B)
+    assert found.loss == pytest.approx(float(expected[how]), rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- importance weights

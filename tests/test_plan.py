@@ -14,7 +14,7 @@ from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import load_model
 from t2ray.cli.main import main
 from t2ray.core import ConfigError, ModelError, ResourceError
-from t2ray.engine.batches import roomy_cache
+from t2ray.engine.cache import roomy_cache
 from t2ray.models.weights import Weights
 from t2ray.runs.memory import GIB, GpuMemory, least_gpus, serving, shape_of, training
 from t2ray.training.loss import backward

@@ -23,6 +23,7 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import latest
 from t2ray.training.counts import as_counts, counted
+from t2ray.training.gradient import Part
 from t2ray.training.metrics import StepMetrics, notes, read_metrics
 
 
@@ -152,7 +153,8 @@ def test_rollouts_without_a_reward_leave_the_batch(model: Model, tmp_path: Path)
         from t2ray.training.loss import advantages
 
         advantage = advantages(rewards, 2, "mean", counts.reward / counts.graded).tolist()
-        done = trainer.update([rollouts], [advantage], int(counts.graded), 1)
+        part = Part(rollouts=rollouts, advantage_B=advantage, share_B=[1.0] * len(rollouts))
+        done = trainer.update([part], int(counts.graded), 1)
         assert trainer.p_K.grad is not None
         ends.append((trainer.p_K.grad.clone(), done.loss, done.kl, done.tokens))
     torch.testing.assert_close(ends[0][0], ends[1][0], rtol=0, atol=1e-6 * float(ends[1][0].abs().max()))

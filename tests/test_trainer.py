@@ -37,7 +37,8 @@ from t2ray.runs.status import read_status
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
 from t2ray.training.domain import EXPERT, RESULT, Result, domain_store, finished, train_domain
-from t2ray.training.loss import Update
+from t2ray.training.gradient import _micro_batches
+from t2ray.training.loss import LossTerms, Update, advantages, backward
 from t2ray.training.metrics import METRICS, StepMetrics, as_lines, notes, read_metrics
 from t2ray.training.records import Records
 from t2ray.training.trainer import Trained, Trainer
@@ -90,6 +91,37 @@ def stop_after(step: int) -> Callable[[StepMetrics], None]:
 
 
 # ------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_further_updates_of_a_step_are_clipped_against_its_first(model: Model, tmp_path: Path) -> None:
+    """The second update is one from the first's z, on the same rollouts, with the probabilities that they had."""
+    rl = settings(updates=2, ratio_clip=0.01, kl=0.0, algorithm="rloo", samples=4)
+    trainer = trainer_of(model, tmp_path / "a", rl)
+    start_K = trainer.p_K.detach().clone()
+    row, rollouts = asyncio.run(trainer.step(1))
+    assert trainer.optimiser.state[trainer.p_K]["step"] == 2
+    once = trainer_of(model, tmp_path / "b", rl.model_copy(update={"updates": 1}))
+    first, _ = asyncio.run(once.step(1))
+    assert (first.kl, first.loss, first.grad_norm) == (row.kl, row.loss, row.grad_norm)
+
+    def backwards(z_K: torch.Tensor, **more: Any) -> tuple[torch.Tensor, LossTerms]:
+        leaf_1K = z_K.detach()[None].clone().requires_grad_()
+        rewards = torch.tensor([one.reward for one in rollouts], dtype=torch.float64)
+        terms = backward(
+            model, leaf_1K, rollouts, advantages(rewards, 4, "loo", 0.0).tolist(),
+            lam=0.0, temperature=1.0, batch=len(rollouts), clip=0.01, **more,
+        )  # fmt: skip
+        assert leaf_1K.grad is not None
+        return leaf_1K.grad[0], terms
+
+    _, before = backwards(start_K)
+    parts = before.chosen_N.split([len(one.completion.tokens) for one in rollouts])
+    clipped_K, _ = backwards(once.p_K, before=parts)
+    unclipped_K, _ = backwards(once.p_K)
+    assert trainer.p_K.grad is not None
+    norm = float(clipped_K.norm())
+    torch.testing.assert_close(trainer.p_K.grad, clipped_K * min(1.0, 1 / norm), rtol=1e-3, atol=1e-4)
+    assert float((clipped_K - unclipped_K).norm()) > 0.1 * float(unclipped_K.norm())
 
 
 def test_reinforce_raises_the_reward(model: Model, tmp_path: Path) -> None:
@@ -151,6 +183,20 @@ def test_the_gradient_is_clipped(model: Model, tmp_path: Path) -> None:
     assert float(trainer.p_K.grad.norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_micro_batches_are_within_rows_and_tokens_and_a_longer_sequence_is_alone() -> None:
+    lengths = [2, 3, 3, 9, 4, 2]
+    assert _micro_batches([0, 5, 1, 2, 4, 3], lengths, settings(micro_batch=3, micro_tokens=None)) == [
+        [0, 5, 1],
+        [2, 4, 3],
+    ]
+    assert _micro_batches([0, 5, 1, 2, 4, 3], lengths, settings(micro_batch=3, micro_tokens=8)) == [
+        [0, 5],
+        [1, 2],
+        [4],
+        [3],
+    ]
+
+
 def test_micro_batches_change_no_step(model: Model, tmp_path: Path) -> None:
     ends = []
     for size in (1, 3, 32):
@@ -209,10 +255,15 @@ def test_one_seed_gives_one_z_bit_for_bit(model: Model, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5, 7])
-@pytest.mark.parametrize("init", ["scale", "sigmoid"])
-def test_a_run_that_was_stopped_ends_with_the_same_z(model: Model, tmp_path: Path, step: int, init: str) -> None:
-    rl = settings(init=init, sigma=0.01, patience=9)
+@pytest.mark.parametrize(
+    ("step", "changes"),
+    [(step, {"init": init}) for step in (1, 2, 3, 5, 7) for init in ("scale", "sigmoid")]
+    + [(3, {"algorithm": "grpo", "updates": 2, "lr": None})],
+)
+def test_a_run_that_was_stopped_ends_with_the_same_z(
+    model: Model, tmp_path: Path, step: int, changes: dict[str, Any]
+) -> None:
+    rl = settings(sigma=0.01, patience=9, **changes)
     whole = trainer_of(model, tmp_path / "whole", rl)
     expected = run(whole)
     with pytest.raises(Stopped):

@@ -70,7 +70,7 @@ class Reference:
             with torch.no_grad():
                 base_NV = self.base(input_ids=ids_1T).logits[0, at]
             logits_NV = self.hf(input_ids=ids_1T).logits[0, at]
-            loss_N, _ = token_losses(logits_NV, base_NV, token_N, torch.full((len(answer),), value), lam, 1.0)
+            loss_N, *_ = token_losses(logits_NV, base_NV, token_N, torch.full((len(answer),), value), lam, 1.0)
             (loss_N.sum() / len(rows)).backward()
         torch.autograd.backward(composed, [weight.grad for weight in self.weights])
         for weight in self.weights:

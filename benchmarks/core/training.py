@@ -24,6 +24,7 @@ from t2ray.core import Completion, Example, Mixture, Token
 from t2ray.grades import Grade, Rollout
 from t2ray.store import Store
 from t2ray.tasks.task import Task
+from t2ray.training.gradient import Part
 from t2ray.training.trainer import Trainer
 
 LAMBDA = 0.1
@@ -33,6 +34,7 @@ def update(subject: Subject, repeats: int) -> Figures:
     """Measures one update of all rollouts at once, and the peak memory of one in four micro-batches."""
     rollouts = random_rollouts(subject)
     advantage_B = [1.0 if i % 2 else -1.0 for i in range(len(rollouts))]
+    part = Part(rollouts=rollouts, advantage_B=advantage_B, share_B=[1.0] * len(rollouts))
     reference = Reference(subject.plain, subject.factors)
     rows = [(r.completion.prompt_ids, r.completion.token_ids) for r in rollouts]
     with tempfile.TemporaryDirectory() as folder:
@@ -41,14 +43,14 @@ def update(subject: Subject, repeats: int) -> Figures:
         z_K = subject.model.adapter.bank["bench"]
         times = interleaved(
             {
-                "ours": lambda: whole.update([rollouts], [advantage_B], len(rollouts), 1),
+                "ours": lambda: whole.update([part], len(rollouts), 1),
                 "reference": lambda: reference.gradient(z_K, rows, advantage_B, LAMBDA),
             },
             repeats,
         )
         made = Allocations()
         with made:
-            quarter.update([rollouts], [advantage_B], len(rollouts), 1)
+            quarter.update([part], len(rollouts), 1)
     held = sum(tensor.nbytes for tensor in (*subject.model.hf.parameters(), *subject.model.hf.buffers()))
     bound = held + activation_bytes(subject, rollouts[: max(1, len(rollouts) // 4)])
     return {

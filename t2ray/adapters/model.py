@@ -57,6 +57,12 @@ class Model:
         """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
         return self.family.hidden(ids_BT, mask_BT).to(self.device)
 
+    def hidden_behind(
+        self, prefix_UP: Tensor, real_UP: Tensor, prefix_of_B: Tensor, ids_BT: Tensor, mask_BT: Tensor
+    ) -> Tensor:
+        """The last hidden states, (B, T, D), of sequences that go on from shared prefixes; see `Family`."""
+        return self.family.hidden_behind(prefix_UP, real_UP, prefix_of_B, ids_BT, mask_BT).to(self.device)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """The model's float32 logits, (..., V), of hidden states."""
         return self.family.logits(hidden).to(self.device).float()

@@ -14,7 +14,7 @@ FREE = frozenset(
      "preset", "unsafe_code", "verify_timeout_s", "date"}
 )  # fmt: skip
 FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
-FREE_RL = frozenset({"steps", "micro_batch", "eval_every", "patience"})
+FREE_RL = frozenset({"steps", "micro_batch", "micro_tokens", "eval_every", "patience"})
 
 
 def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,6 +33,14 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
             del settings["rl"]["engine"], settings["rl"]["truncate"]
         if settings["rl"].get("objective") == "reinforce":
             del settings["rl"]["objective"]
+    rl = fields["rl"]
+    if rl.get("algorithm") == "reinforce":
+        del rl["algorithm"]
+        rl["baseline"] = rl["baseline"] or "mean"
+    if rl.get("length") is None:
+        rl.pop("length", None)
+    if rl.get("updates") == 1:
+        del rl["updates"], rl["ratio_clip"]
     if fields["adapter"] == AdapterConfig().model_dump(mode="json"):
         del fields["adapter"]
     if not fields["chat_template_kwargs"]:

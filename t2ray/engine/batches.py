@@ -8,13 +8,13 @@ Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singul
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from os.path import commonprefix
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, SamplingParams, Token
+from t2ray.engine.cache import RoomyLayer, like_lengths, roomy_cache
 from t2ray.engine.requests import Request
 from t2ray.engine.sampling import RowEnds, RowSampler, likeliest
 
@@ -31,6 +32,10 @@ READ_TOKENS = 256
 
 SHARED_TOKENS = 64
 """Prompt tokens that a pass over a shared prefix must save to be worth its own time."""
+
+
+RESTART = 4
+"""Passes that a batch's decoding is worth at least before it goes on with fewer rows."""
 
 
 class StaticBatches:
@@ -74,15 +79,20 @@ class StaticBatches:
             batch.append(request)
         yield batch
 
-    def _bind(self, batch: Sequence[Request], repeat: int = 1) -> AbstractContextManager[None]:
-        """The cheapest exact way to give every row its z: the base for free, a fold that pays, else rows."""
+    def _bind(
+        self, batch: Sequence[Request], repeat: int = 1, tokens: int | None = None
+    ) -> AbstractContextManager[None]:
+        """The cheapest exact way to give every row its z: the base for free, a fold that pays, else rows.
+
+        A fold pays from some number of `tokens` on, by default those of the batch.
+        """
         adapter = self.model.adapter
         distinct = {id(request.z_K): request.z_K for request in batch}
         only = next(iter(distinct.values()))
         if len(distinct) == 1:
             if only is None:
                 return nullcontext()
-            tokens = sum(request.tokens for request in batch)
+            tokens = tokens or sum(request.tokens for request in batch)
             if adapter.is_folded(only) or tokens >= adapter.tokens_to_fold():
                 return adapter.folded(only)
             return adapter.rows(only[None])
@@ -98,31 +108,76 @@ class StaticBatches:
         return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
 
     def _generate(self, batch: list[Request]) -> list[Completion]:
-        chat, device = self.model.chat, self.model.device
+        """Rows that ended leave the batch when half of it has, where that pays."""
+        chat, device, family = self.model.chat, self.model.device, self.model.family
         params = [request.sampling for request in batch if request.sampling]
         ids_BT, mask_BT = self._left_padded(batch)
+        prompt, whole = ids_BT.shape[1], sum(request.tokens for request in batch)
         longest = max(p.max_tokens for p in params)
         sampler = RowSampler(params, device, [request.guide for request in batch])
         decode = [partial(chat.decode, continues=request.continues) for request in batch]
-        ends = RowEnds(params, ids_BT.shape[1], chat.eos_ids, decode, device)
-        with self._bind(batch):
-            out_BT = self.model.hf.generate(
-                ids_BT,
-                attention_mask=mask_BT,
-                past_key_values=roomy_cache(self.model.family.config, ids_BT.shape[1] + longest),
-                do_sample=False,
-                max_new_tokens=longest,
-                pad_token_id=chat.pad_id,
-                logits_processor=LogitsProcessorList([sampler]),
-                stopping_criteria=StoppingCriteriaList([ends]),
-            )
-        tokens_BT = out_BT[:, ids_BT.shape[1] :].tolist()
-        logprobs_BT = torch.stack(sampler.logprobs, dim=1).tolist()
-        rows = zip(batch, params, tokens_BT, logprobs_BT, ends.length_B.tolist(), strict=True)
-        return [
-            self._completion(request, p, tokens[:length], logprobs[:length])
-            for request, p, tokens, logprobs, length in rows
-        ]
+        pays = partial(family.pays, passes=RESTART) if family.shares_prefixes else None
+        ends = RowEnds(params, prompt, chat.eos_ids, decode, device, pays)
+        cache = self._prefilled(batch, prompt, prompt + longest)
+        found: list[Completion | None] = [None] * len(batch)
+        under_way = list(range(len(batch)))
+        while under_way:
+            with self._bind([batch[i] for i in under_way], tokens=whole):
+                ids_BT = self.model.hf.generate(
+                    ids_BT,
+                    attention_mask=mask_BT,
+                    past_key_values=cache,
+                    do_sample=False,
+                    max_new_tokens=prompt + longest - ids_BT.shape[1],
+                    pad_token_id=chat.pad_id,
+                    logits_processor=LogitsProcessorList([sampler]),
+                    stopping_criteria=StoppingCriteriaList([ends]),
+                )
+            tokens_BT, logprobs_BT = ids_BT[:, prompt:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
+            rows = zip(under_way, tokens_BT, logprobs_BT, ends.length_B.tolist(), strict=True)
+            for i, tokens, logprobs, length in rows:
+                if length:
+                    found[i] = self._completion(batch[i], params[i], tokens[:length], logprobs[:length])
+            kept_B = (ends.length_B == 0).nonzero()[:, 0]
+            under_way = [under_way[i] for i in kept_B.tolist()]
+            if under_way:
+                cache.reorder_cache(kept_B)
+                ids_BT, mask_BT = ids_BT[kept_B], mask_BT[kept_B]
+                mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), ids_BT.shape[1] - mask_BT.shape[1])], 1)
+                sampler.keep(kept_B)
+                ends.keep(kept_B)
+        return [completion for completion in found if completion is not None]
+
+    def _prefilled(self, batch: list[Request], prompt: int, capacity: int) -> DynamicCache:
+        """The keys and values of all but the last of `prompt` tokens, where it pays to read them apart: else none.
+
+        Each prompt of a mixture is read once, whatever the number of its samples, beside prompts of like length.
+        """
+        family = self.model.family
+        cache = roomy_cache(family.config, capacity)
+        rows: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
+        for i, request in enumerate(batch):
+            rows[request.prompt_ids, id(request.z_K)].append(i)
+        groups = [own for (ids, _), own in rows.items() if len(ids) > 1]
+        pieces = like_lengths(groups, [len(batch[own[0]].prompt_ids) - 1 for own in groups], family.pays)
+        read = sum(len(piece) * (len(batch[piece[-1][0]].prompt_ids) - 1) for piece in pieces)
+        if not family.shares_prefixes or not pieces or not family.pays(len(batch) * (prompt - 1) - read, len(pieces)):
+            return cache
+        for piece in pieces:
+            firsts = [replace(batch[own[0]], prompt_ids=batch[own[0]].prompt_ids[:-1]) for own in piece]
+            ids_UT, mask_UT = self._left_padded(firsts)
+            part = DynamicCache(config=family.config)
+            with self._bind(firsts, tokens=sum(request.tokens for request in batch)):
+                self.model.hf(
+                    input_ids=ids_UT, attention_mask=mask_UT, position_ids=(mask_UT.cumsum(-1) - 1).clamp_min(0),
+                    past_key_values=part, logits_to_keep=1,
+                )  # fmt: skip
+            source_B = torch.tensor([u for u, own in enumerate(piece) for _ in own], device=ids_UT.device)
+            row_B = torch.tensor([i for own in piece for i in own], device=ids_UT.device)
+            for layer, read_layer in zip(cache.layers, part.layers, strict=True):
+                assert isinstance(layer, RoomyLayer) and isinstance(read_layer, DynamicLayer)
+                layer.place(read_layer, source_B, row_B, len(batch), prompt - 1)
+        return cache
 
     def _completion(
         self, request: Request, sampling: SamplingParams, tokens: list[int], logprobs: list[float]
@@ -239,43 +294,3 @@ def _shared_prefix(batch: Sequence[Request]) -> int:
     prompts = [request.prompt_ids for request in batch]
     shared = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     return shared if shared * (len(batch) - 1) >= SHARED_TOKENS else 0
-
-
-# ------------------------------------------------------------------------------------------------ keys and values
-
-
-class RoomyLayer(DynamicLayer):
-    """A layer whose keys and values, (B, heads, T, D), are the filled part of buffers for `capacity` tokens.
-
-    A step writes its own token. transformers' own cache grows by concatenation, which copies all tokens at every step.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.capacity = capacity
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocates the buffers when the first keys show their sizes."""
-        super().lazy_initialization(key_states, value_states)
-        self.rooms = tuple(
-            states.new_empty(*states.shape[:2], self.capacity, states.shape[-1])
-            for states in (key_states, value_states)
-        )
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds new tokens; the keys and values of all tokens so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.get_seq_length()
-        end = start + key_states.shape[-2]
-        for room, states in zip(self.rooms, (key_states, value_states), strict=True):
-            room[:, :, start:end] = states
-        self.keys, self.values = (room[:, :, :end] for room in self.rooms)
-        return self.keys, self.values
-
-
-def roomy_cache(config: Any, capacity: int) -> DynamicCache:
-    """The cache that `config`'s model asks for, its plain layers with room for `capacity` tokens."""
-    cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache

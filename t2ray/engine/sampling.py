@@ -36,9 +36,20 @@ class RowSampler(LogitsProcessor):
         self.greedy = all(s.temperature == 0 for s in sampling)
         self.cuts_B3 = cuts(sampling, device)
         self.logprobs: list[Tensor] = []
+        self.uniform_BT = torch.zeros(len(sampling), 0, device=device)
         if not self.greedy:
             longest = max(s.max_tokens for s in sampling)
             self.uniform_BT = torch.stack([uniforms(s.seed, longest) for s in sampling]).to(device)
+
+    def keep(self, row_B: Tensor) -> None:
+        """Goes on with these rows alone."""
+        rows = row_B.tolist()
+        self.sampling, self.guides = [self.sampling[i] for i in rows], [self.guides[i] for i in rows]
+        self.temperature_B1 = self.temperature_B1[row_B]
+        self.greedy = all(s.temperature == 0 for s in self.sampling)
+        self.cuts_B3 = None if self.cuts_B3 is None else self.cuts_B3[row_B]
+        self.uniform_BT = self.uniform_BT[row_B]
+        self.logprobs = [logprob_B[row_B] for logprob_B in self.logprobs]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logprob_BV, length = scores.log_softmax(-1), len(self.logprobs)
@@ -135,7 +146,8 @@ class RowEnds(StoppingCriteria):
     """Ends each row at an end token, a text of its own `stop` or its own `max_tokens`, and records where.
 
     `length_B` holds each row's number of tokens, the end token included: padding cannot tell, where the padding token
-    is the end token or one that the model may choose.
+    is the end token or one that the model may choose. With `pays`, which says whether so many tokens less are worth a
+    restart, all rows stop when half of them have ended and the others' rest pays; those that go on have length 0.
     """
 
     def __init__(
@@ -145,8 +157,9 @@ class RowEnds(StoppingCriteria):
         eos_ids: Sequence[int],
         decode: Sequence[Callable[[Sequence[int]], str]],
         device: torch.device,
+        pays: Callable[[int], bool] | None = None,
     ) -> None:
-        self.prompt = prompt
+        self.prompt, self.pays = prompt, pays
         self.limit_B = torch.tensor([s.max_tokens for s in sampling], device=device)
         self.eos = torch.tensor(eos_ids, device=device)
         self.ignores_eos_B = torch.tensor([s.ignore_eos for s in sampling], device=device)
@@ -162,4 +175,17 @@ class RowEnds(StoppingCriteria):
                 text = decode(answer_BT[row].tolist())
                 ends_B[row] |= any(stop in text for stop in stops)
         self.length_B[ends_B & (self.length_B == 0)] = answer_BT.shape[1]
-        return self.length_B > 0
+        ended_B = self.length_B > 0
+        if self.pays is not None and ended_B.any():
+            ended = int(ended_B.sum())
+            left = int(self.limit_B.masked_fill(ended_B, 0).max()) - answer_BT.shape[1]
+            if 2 * ended >= len(ended_B) and self.pays(ended * left):
+                return torch.ones_like(ended_B)
+        return ended_B
+
+    def keep(self, row_B: Tensor) -> None:
+        """Goes on with these rows alone."""
+        place = {row: i for i, row in enumerate(row_B.tolist())}
+        self.limit_B, self.ignores_eos_B = self.limit_B[row_B], self.ignores_eos_B[row_B]
+        self.length_B = self.length_B[row_B]
+        self.stops = [(place[row], stops, decode) for row, stops, decode in self.stops if row in place]

@@ -28,6 +28,7 @@ from t2ray.training.domain import CONFIG, domain_store
 from t2ray.training.trackers import check_trackers
 
 _FORMER_LONGEST = 48
+_FORMER_LR = 0.02
 
 
 def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
@@ -93,6 +94,8 @@ def _as_begun(config: TrainConfig) -> TrainConfig:
     rl = config.rl
     if rl.max_tokens is None and first is not None and first.rl.max_tokens == _FORMER_LONGEST:
         rl = rl.model_copy(update={"max_tokens": _FORMER_LONGEST})
+    if rl.lr is None and first is not None and first.rl.lr == _FORMER_LR:
+        rl = rl.model_copy(update={"lr": _FORMER_LR})
     return config.model_copy(update={"date": day, "rl": rl})
 
 

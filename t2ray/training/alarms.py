@@ -70,5 +70,5 @@ class Alarms:
             return None
         return (
             f"the KL to the base leapt from {self.kl:.3f} to {row.kl:.3f} nats per token within one step; lower rl.lr, "
-            f"which is {self.rl.lr:g}"
+            f"which is {self.rl.rate(row.numbers or 1):g}"
         )

@@ -27,7 +27,8 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.counts import Counts, as_counts, counted
-from t2ray.training.loss import Update, advantages, backward
+from t2ray.training.gradient import Part, gradient
+from t2ray.training.loss import Update, advantages, shares_of_tokens
 from t2ray.training.metrics import StepMetrics, note
 from t2ray.training.peak import peak_gib
 from t2ray.training.records import Records
@@ -101,7 +102,8 @@ class Trainer:
         self.parts = () if isinstance(task.reward, str) else tuple(task.reward)
         noise_K = rl.sigma * torch.randn(model.adapter.size, generator=torch.Generator().manual_seed(seed))
         self.p_K = model.adapter.initial(rl.init, noise_K, start_K).requires_grad_()
-        self.optimiser = torch.optim.AdamW([self.p_K], lr=rl.lr, weight_decay=0.0)
+        self.lr = rl.rate(model.adapter.size)
+        self.optimiser = torch.optim.AdamW([self.p_K], lr=self.lr, weight_decay=0.0)
         self.progress = Progress()
         self.forked = start_K is not None
         self.faults = Counts()  # of the validations since the last step
@@ -156,17 +158,18 @@ class Trainer:
             report(metrics)
 
     async def step(self, step: int) -> tuple[StepMetrics, list[Rollout]]:
-        """Rolls out, rewards, and moves z along the gradient once, unless no rollout has an advantage.
+        """Rolls out, rewards, and moves z along the gradient `rl.updates` times, unless no rollout has an advantage.
+
+        Figures of the loss are those of the first update, whose z is the one that sampled.
 
         Raises:
             RunError: z, the loss or the gradient is not finite; nothing of the step is kept.
         """
         start = time.perf_counter()
-        parts = [await self._roll_out(step, share) for share in self.shares.own]
-        counts = self._counts(parts, self.rl.samples)
-        mean = counts.reward / max(counts.graded, 1.0)
-        advantage = [advantages(_rewards(part), self.rl.samples, self.rl.baseline, mean).tolist() for part in parts]
-        done = self.update(parts, advantage, max(int(counts.graded), 1), step)
+        rollouts = [await self._roll_out(step, share) for share in self.shares.own]
+        counts = self._counts(rollouts, self.rl.samples)
+        parts = [self._part(share, counts) for share in rollouts]
+        done, *_ = [self.update(parts, max(int(counts.graded), 1), step) for _ in range(self.rl.updates)]
         z_K = self._z().detach().clone()
         faults, self.faults = self.faults, Counts()
         metrics = StepMetrics(
@@ -181,15 +184,15 @@ class Trainer:
         self.publish(self.task.name, z_K)
         skipped = self.progress.skipped + int(not done.moved)
         self.progress = self._ended(replace(self.progress, step=step, skipped=skipped))
-        return metrics, [rollout for part in parts for rollout in part]
+        return metrics, [rollout for share in rollouts for rollout in share]
 
-    def update(self, parts: list[list[Rollout]], advantage: list[list[float]], batch: int, step: int) -> Update:
-        """Makes one AdamW step on z from a whole batch, of which these are this worker's shares with their advantages.
+    def update(self, parts: list[Part], batch: int, step: int) -> Update:
+        """Makes one AdamW step on z from a whole batch, of which these are this worker's shares.
 
         Where no rollout of the batch has an advantage, z and AdamW's moments stay as they are.
         """
         z_K = self._z()
-        own = [self._gradient(z_K, *share, batch) for share in zip(parts, advantage, strict=True)]
+        own = [gradient(self.model, z_K, part, self.rl, batch=batch, truncate=self.truncate) for part in parts]
         gradient_K = self.shares.sum([share_K for share_K, _ in own])
         loss, kl, tokens, signals, ratio, cut = self.shares.sum([sums for _, sums in own]).tolist()
         self.optimiser.zero_grad()
@@ -215,25 +218,16 @@ class Trainer:
         seeds = [[seed] for _, seed in jobs]
         return await roll_out(self.generate, self.verify, examples, self.policy, self.sampling, seeds)
 
-    def _gradient(
-        self, z_K: Tensor, rollouts: list[Rollout], advantage_B: list[float], batch: int
-    ) -> tuple[Tensor, Tensor]:
-        """Returns the gradient of a share, (K,), and its sums: loss, KL, tokens, advantages that are not 0, weights."""
-        leaf_1K = z_K.detach()[None].requires_grad_()
-        leaf_1K.grad = torch.zeros_like(leaf_1K)
-        graded = [i for i, rollout in enumerate(rollouts) if rollout.reward is not None]
-        made = [rollout.completion for rollout in rollouts]
-        order = sorted(graded, key=lambda i: len(made[i].prompt_ids) + len(made[i].tokens))  # like lengths pad little
-        sums = torch.tensor([0.0, 0.0, 0.0, sum(map(bool, advantage_B)), 0.0, 0.0], dtype=torch.float64)
-        for start in range(0, len(order), self.rl.micro_batch):
-            part = order[start : start + self.rl.micro_batch]
-            terms = backward(
-                self.model, leaf_1K, [rollouts[i] for i in part], [advantage_B[i] for i in part],
-                lam=self.rl.kl, temperature=self.rl.temperature, batch=batch, truncate=self.truncate,
-            )  # fmt: skip
-            own = [terms.loss, terms.kl, terms.tokens, 0.0, terms.ratio, terms.cut]
-            sums += torch.tensor(own, dtype=torch.float64)
-        return leaf_1K.grad[0], sums
+    def _part(self, rollouts: list[Rollout], counts: Counts) -> Part:
+        """Returns a share as the loss takes it; `counts` are those of the whole batch."""
+        mean = counts.reward / max(counts.graded, 1.0)
+        lengths = [len(rollout.completion.tokens) for rollout in rollouts]
+        typical = counts.tokens / max(counts.answers, 1.0)
+        return Part(
+            rollouts=rollouts,
+            advantage_B=advantages(_rewards(rollouts), self.rl.samples, self.rl.compared, mean).tolist(),
+            share_B=shares_of_tokens(lengths, self.rl.summed, typical, self.task.max_tokens),
+        )
 
     async def _begin(self) -> None:
         """Validates what a run starts from: the base, and the z that it goes on from, if that is another."""
@@ -277,8 +271,8 @@ class Trainer:
 
     def _lr(self, step: int) -> float:
         if self.rl.schedule == "constant":
-            return self.rl.lr
-        return self.rl.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / self.rl.steps)))
+            return self.lr
+        return self.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * (step - 1) / self.rl.steps)))
 
     def _save(self) -> None:
         if self.shares.rank == 0:
@@ -290,7 +284,7 @@ class Trainer:
         with torch.no_grad():
             self.p_K.copy_(checkpoint.tensors["p_K"])
         self.best_z_K = checkpoint.tensors["best_z_K"].to(self.model.device)
-        made = self.progress.step - self.progress.skipped
+        made = (self.progress.step - self.progress.skipped) * self.rl.updates
         restore_moments(self.optimiser, self.p_K, checkpoint.tensors, made)
 
 
