@@ -25,7 +25,7 @@ from t2ray.core import ConfigError, DataError, ExpertError, Mixture, SamplingPar
 from t2ray.engine.offline import OfflineEngine
 from t2ray.experts.registry import Registry
 from t2ray.store import Store
-from t2ray.training.gradient import Part
+from t2ray.training.loss import Part
 from t2ray.training.metrics import StepMetrics, read_metrics
 from t2ray.training.rollout import right_answers
 from t2ray.training.trainer import Trainer

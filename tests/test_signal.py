@@ -23,7 +23,7 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import latest
 from t2ray.training.counts import as_counts, counted
-from t2ray.training.gradient import Part
+from t2ray.training.loss import Part
 from t2ray.training.metrics import StepMetrics, notes, read_metrics
 
 

@@ -37,8 +37,7 @@ from t2ray.runs.status import read_status
 from t2ray.store import Store
 from t2ray.training.checkpoint import FOLDER, latest
 from t2ray.training.domain import EXPERT, RESULT, Result, domain_store, finished, train_domain
-from t2ray.training.gradient import _micro_batches
-from t2ray.training.loss import LossTerms, Update, advantages, backward
+from t2ray.training.loss import LossTerms, Update, _micro_batches, advantages, backward
 from t2ray.training.metrics import METRICS, StepMetrics, as_lines, notes, read_metrics
 from t2ray.training.records import Records
 from t2ray.training.trainer import Trained, Trainer

@@ -24,7 +24,7 @@ from t2ray.core import Completion, Example, Mixture, Token
 from t2ray.grades import Grade, Rollout
 from t2ray.store import Store
 from t2ray.tasks.task import Task
-from t2ray.training.gradient import Part
+from t2ray.training.loss import Part
 from t2ray.training.trainer import Trainer
 
 LAMBDA = 0.1

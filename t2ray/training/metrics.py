@@ -6,6 +6,8 @@ The figures of each step are a line of `metrics.jsonl`. Notes are lines for peop
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -138,3 +140,13 @@ def note(store: Store, text: str) -> None:
     before = notes(store)
     if text not in before and not store.is_folder(NOTES):
         store.write_text(NOTES, "".join(seal({"note": line}) + "\n" for line in [*before, text]))
+
+
+def peak_gib() -> float:
+    """Returns the most memory that this process has had so far, in GiB: of its GPUs, where it has any, else its own."""
+    import torch  # who reads figures needs none
+
+    if torch.cuda.is_available():
+        return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())) / 2**30
+    # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)

@@ -27,10 +27,8 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.counts import Counts, as_counts, counted
-from t2ray.training.gradient import Part, gradient
-from t2ray.training.loss import Update, advantages, shares_of_tokens
-from t2ray.training.metrics import StepMetrics, note
-from t2ray.training.peak import peak_gib
+from t2ray.training.loss import Part, Update, advantages, gradient, shares_of_tokens
+from t2ray.training.metrics import StepMetrics, note, peak_gib
 from t2ray.training.records import Records
 from t2ray.training.rollout import prompts_of_step, right_answers, roll_out, rollout_seed
 from t2ray.training.shares import Shares
