@@ -25,7 +25,7 @@ from t2ray.core import ConfigError, DataError, ExpertError, Mixture, SamplingPar
 from t2ray.engine.offline import OfflineEngine
 from t2ray.experts.registry import Registry
 from t2ray.store import Store
-from t2ray.training.loss import Share
+from t2ray.training.loss import Weighed
 from t2ray.training.metrics import StepMetrics, read_metrics
 from t2ray.training.rollout import right_answers
 from t2ray.training.trainer import Trainer
@@ -139,7 +139,7 @@ def test_one_training_step_is_that_of_a_loop_of_ones_own_around_peft(
     rollouts = [rollout(row[:4], row[4:]) for row in rows_BT]
     advantage = [1.0, -0.4]
     start_P = trainer.p_K.detach().clone()
-    trainer.update([Share(rollouts=rollouts, advantage_B=advantage, share_B=[1.0, 1.0])], 2, 1)
+    trainer.update([Weighed(rollouts=rollouts, advantage_B=advantage, share_B=[1.0, 1.0])], 2, 1)
 
     peft, parameters = theirs(model, start_P)
     optimiser = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.0)

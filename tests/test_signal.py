@@ -23,7 +23,7 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import latest
 from t2ray.training.counts import as_counts, counted
-from t2ray.training.loss import Share
+from t2ray.training.loss import Weighed
 from t2ray.training.metrics import StepMetrics, notes, read_metrics
 
 
@@ -153,7 +153,7 @@ def test_rollouts_without_a_reward_leave_the_batch(model: Model, tmp_path: Path)
         from t2ray.training.loss import advantages
 
         advantage = advantages(rewards, 2, "mean", counts.reward / counts.graded).tolist()
-        part = Share(rollouts=rollouts, advantage_B=advantage, share_B=[1.0] * len(rollouts))
+        part = Weighed(rollouts=rollouts, advantage_B=advantage, share_B=[1.0] * len(rollouts))
         done = trainer.update([part], int(counts.graded), 1)
         assert trainer.p_K.grad is not None
         ends.append((trainer.p_K.grad.clone(), done.loss, done.kl, done.tokens))

@@ -24,7 +24,7 @@ from t2ray.core import Completion, Example, Mixture, Token
 from t2ray.grades import Grade, Rollout
 from t2ray.store import Store
 from t2ray.tasks.task import Task
-from t2ray.training.loss import Share
+from t2ray.training.loss import Weighed
 from t2ray.training.trainer import Trainer
 
 LAMBDA = 0.1
@@ -34,7 +34,7 @@ def update(subject: Subject, repeats: int) -> Figures:
     """Measures one update of all rollouts at once, and the peak memory of one in four micro-batches."""
     rollouts = random_rollouts(subject)
     advantage_B = [1.0 if i % 2 else -1.0 for i in range(len(rollouts))]
-    part = Share(rollouts=rollouts, advantage_B=advantage_B, share_B=[1.0] * len(rollouts))
+    part = Weighed(rollouts=rollouts, advantage_B=advantage_B, share_B=[1.0] * len(rollouts))
     reference = Reference(subject.plain, subject.factors)
     rows = [(r.completion.prompt_ids, r.completion.token_ids) for r in rollouts]
     with tempfile.TemporaryDirectory() as folder:

@@ -237,7 +237,7 @@ def _reader(model: Model, rollouts: Sequence[Rollout]) -> tuple[Callable[[], Ten
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Share:
+class Weighed:
     """A share of a batch as the loss takes it: rollouts, their advantages, and what their losses are multiplied by.
 
     `before` has, after the first update of a step, the log-probabilities of a rollout's tokens before it.
@@ -250,7 +250,7 @@ class Share:
 
 
 def gradient(
-    model: Model, z_K: Tensor, part: Share, rl: RLConfig, *, batch: int, truncate: float | None
+    model: Model, z_K: Tensor, part: Weighed, rl: RLConfig, *, batch: int, truncate: float | None
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradient of a share, (K,), and its sums: loss, KL, tokens, advantages that are not 0, weights.
 

@@ -27,7 +27,7 @@ from t2ray.tasks.task import Task
 from t2ray.training.alarms import Alarms
 from t2ray.training.checkpoint import Checkpoint, Progress, latest, moments, restore_moments
 from t2ray.training.counts import Counts, as_counts, counted
-from t2ray.training.loss import Share, Update, advantages, gradient, shares_of_tokens
+from t2ray.training.loss import Update, Weighed, advantages, gradient, shares_of_tokens
 from t2ray.training.metrics import StepMetrics, note, peak_gib
 from t2ray.training.records import Records
 from t2ray.training.rollout import prompts_of_step, right_answers, roll_out, rollout_seed
@@ -184,7 +184,7 @@ class Trainer:
         self.progress = self._ended(replace(self.progress, step=step, skipped=skipped))
         return metrics, [rollout for share in rollouts for rollout in share]
 
-    def update(self, parts: list[Share], batch: int, step: int) -> Update:
+    def update(self, parts: list[Weighed], batch: int, step: int) -> Update:
         """Makes one AdamW step on z from a whole batch, of which these are this worker's shares.
 
         Where no rollout of the batch has an advantage, z and AdamW's moments stay as they are.
@@ -216,12 +216,12 @@ class Trainer:
         seeds = [[seed] for _, seed in jobs]
         return await roll_out(self.generate, self.verify, examples, self.policy, self.sampling, seeds)
 
-    def _part(self, rollouts: list[Rollout], counts: Counts) -> Share:
+    def _part(self, rollouts: list[Rollout], counts: Counts) -> Weighed:
         """Returns a share as the loss takes it; `counts` are those of the whole batch."""
         mean = counts.reward / max(counts.graded, 1.0)
         lengths = [len(rollout.completion.tokens) for rollout in rollouts]
         typical = counts.tokens / max(counts.answers, 1.0)
-        return Share(
+        return Weighed(
             rollouts=rollouts,
             advantage_B=advantages(_rewards(rollouts), self.rl.samples, self.rl.compared, mean).tolist(),
             share_B=shares_of_tokens(lengths, self.rl.summed, typical, self.task.max_tokens),
