@@ -152,7 +152,7 @@ class Store:
 
         data = self.read_bytes(path)
         try:
-            tensors = dict(safetensors.load(data))
+            tensors = dict(sorted(safetensors.load(data).items()))  # whose own order is any
         except SafetensorError as error:
             raise Damaged(str(error)) from error
         length = int.from_bytes(data[:8], "little")  # of the header, which is JSON
