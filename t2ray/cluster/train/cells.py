@@ -12,8 +12,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from datetime import date
 from statistics import fmean
@@ -68,11 +66,16 @@ def make_cells(config: TablesConfig, tick: GridTick = lambda cell: None) -> list
 
 def _one_by_one(config: TablesConfig, waiting: list[GridCell], tick: GridTick) -> None:
     for new in waiting:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            try:
-                pool.submit(make_cell, config.model_dump(mode="json"), new).result()
-            except BrokenProcessPool:
-                _note_loss(config, new, "its process died; was the machine out of memory?")
+        process = multiprocessing.get_context("spawn").Process(
+            target=make_cell, args=(config.model_dump(mode="json"), new)
+        )
+        process.start()
+        try:
+            process.join()
+        finally:  # an interrupt ends the cell, too
+            process.terminate()
+        if process.exitcode:
+            _note_loss(config, new, f"its process ended with code {process.exitcode}; was the machine out of memory?")
         tick(load_cell(config, new))
 
 
