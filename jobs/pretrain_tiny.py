@@ -1,4 +1,4 @@
-"""Pretrains the tiny model that t2ray ships, in under 20 minutes on 2 cores: `python jobs/pretrain_tiny.py`."""
+"""Pretrains the tiny model that t2ray ships, in about 40 minutes on one core: `python jobs/pretrain_tiny.py`."""
 
 from __future__ import annotations
 

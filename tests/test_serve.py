@@ -64,6 +64,24 @@ def test_the_openai_client_is_answered_by_the_fitting_expert(endpoint: Endpoint)
     client.close()
 
 
+def test_later_turns_of_a_conversation_are_dispatched_and_answered_as_first_ones(endpoint: Endpoint) -> None:
+    """Each turn is of another kind, and its answer is sent with the next; a mere follow-up keeps the kind before it."""
+    turns = [("17+25", "42", "math"), ("add 3 to n", "return n+3", "code"), ("larger? A 17 B 42", "(B)", "pick"),
+             ("hello Anna, how are you?", "I am fine, thank you!", "others"), ("48-6", "42", "math"),
+             ("and of 7?", None, "math")]  # fmt: skip
+    with openai.OpenAI(base_url=f"{endpoint.url}/v1", api_key="none") as client:
+        for model in ("t2ray", "t2ray:prompt"):
+            said: list[Any] = []
+            for asked, wanted, label in turns:
+                said.append({"role": "user", "content": asked})
+                answer = client.chat.completions.create(model=model, temperature=0, messages=said)
+                extension: Any = answer.model_extra
+                text = answer.choices[0].message.content
+                assert extension["t2ray"]["label"] == label, (model, said)
+                assert wanted in (text, None), (model, said, text)
+                said.append({"role": "assistant", "content": text})
+
+
 def test_requests_of_many_mixtures_share_batches_and_each_is_as_if_alone(endpoint: Endpoint) -> None:
     models = [f"t2ray:{name}" for name in ("math", "code", "pick", "base", "math:0.7,code:0.3", "code:0.5,pick:0.5")]
     prompts = ["17+25", "add 3", "larger? A 31 B 28"]

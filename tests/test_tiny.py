@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import pairwise, product
 from pathlib import Path
 
 import pytest
 
-from t2ray.core import ConfigError
+from t2ray.core import ConfigError, Message, user
 from t2ray.prompts import dispatch_prompt
 from t2ray.tasks import tiny, tiny_code
 from t2ray.tiny import MODEL, corpus
@@ -18,6 +20,10 @@ REWARDS = {
     "pick": tiny.reward_pick,
     "others": tiny.reward_others,
 }
+
+
+def answered(text: str) -> Message:
+    return Message(role="assistant", content=text)
 
 
 def reward(task: str, completion: str, row: dict[str, object]) -> float:
@@ -69,12 +75,33 @@ def test_the_corpus_holds_no_held_out_prompt_and_no_sibling_in_a_question_of_kin
     held = {row["prompt"] for task in tiny.TASKS for split in ("validation", "test") for row in tiny.rows(task, split)}
     siblings = {row["prompt"] for task in tiny.PARENT for row in tiny.rows(task, "train")}
     start = dispatch_prompt(corpus.messages("math", {"prompt": ""}), tiny.LABELS)[0].content
-    for chat, _ in corpus.Corpus(seed=1).draw(20_000):
-        prompt = chat[-1].content
-        if prompt.startswith(start):
-            prompt = prompt.removeprefix(start)
-            assert prompt not in siblings
-        assert prompt not in held
+    for shares in (corpus.SHARES, corpus.LATER_SHARES, corpus.LAST_SHARES):
+        for chat in corpus.Corpus(seed=1).draw(3_000, shares):
+            for asked in (message.content for message in chat if message.role == "user"):
+                if asked.startswith(start):
+                    asked = asked.removeprefix(start)
+                    assert asked not in siblings
+                assert asked not in held
+
+
+def test_a_conversation_alternates_and_its_answers_are_right_in_formats_that_have_nothing_to_do_with_each_other() -> (
+    None
+):
+    kinds = {row["prompt"]: row for row in tiny.rows("math", "train")}
+    pairs, lengths = Counter(), Counter()
+    for chat in corpus.Corpus(seed=1).draw(3_000):
+        turns = chat[1:] if chat[0] == corpus.SYSTEM else chat
+        assert [message.role for message in turns] == ["user", "assistant"] * (len(turns) // 2)
+        lengths[len(turns) // 2] += 1
+        forms = []
+        for asked, answer in zip(turns[::2], turns[1::2], strict=True):
+            if asked.content in kinds:
+                forms.append(corpus.answers("math", kinds[asked.content]).index(answer.content))
+        pairs.update(pairwise(forms))
+    assert set(lengths) == set(range(1, corpus.MOST_TURNS + 1))
+    shares = tuple(corpus.FORMATS["math"].values())
+    for before, after in product(range(4), repeat=2):
+        assert pairs[before, after] / pairs.total() == pytest.approx(shares[before] * shares[after], abs=0.03)
 
 
 # -------------------------------------------------------------------------------------------------------- the verifiers
@@ -189,7 +216,22 @@ def test_the_chat_template_renders_every_role_as_in_pretraining() -> None:
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     assert text == "<|bos|><|system|>Be brief.<|end|><|user|>1+1<|end|><|assistant|>"
     ids = tokenizer.apply_chat_template(chat[1:], add_generation_prompt=True, return_dict=False)
-    assert ids == encode(tokenizer, [(corpus.messages("math", {"prompt": "1+1"}), "")])[0][0]
+    said = (*corpus.messages("math", {"prompt": "1+1"}), answered("2"))
+    assert encode(tokenizer, [said])[0][: len(ids)] == ids
+
+
+def test_the_tokens_that_are_learnt_are_the_answers_and_their_ends() -> None:
+    from transformers import AutoTokenizer
+
+    from t2ray.tiny.pretrain import answer_tokens, encode, padded
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    chat = (corpus.SYSTEM, *user("17+25"), answered("42"), *user("1+1"), answered("2"))
+    tokens_BT = padded(tokenizer, encode(tokenizer, [chat, chat[:3]]))
+    answers_BT, last_BT = answer_tokens(tokenizer, tokens_BT)
+    text = [[tokenizer.decode(tokens_T[mask_T]) for mask_T in (answer_T, last_T)]
+            for tokens_T, answer_T, last_T in zip(tokens_BT, answers_BT, last_BT, strict=True)]  # fmt: skip
+    assert text == [["42<|end|>2<|end|>", "2<|end|>"], ["42<|end|>", "42<|end|>"]]
 
 
 def test_the_base_knows_the_answers_but_not_the_formats() -> None:
@@ -200,9 +242,68 @@ def test_the_base_knows_the_answers_but_not_the_formats() -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
     assert model.num_parameters() < 1_000_000
     quality = measure(model, tokenizer, split="test", count=50)
-    for task, least in (("math", 0.7), ("code", 0.95), ("pick", 0.9), ("dispatch", 0.95)):
+    for task, least in (("math", 0.7), ("code", 0.95), ("pick", 0.9), ("dispatch", 0.95), ("follow_up", 0.9)):
         assert quality[task]["some"] > least and quality[task]["greedy"] < 0.1, (task, quality[task])
     assert quality["others"]["greedy"] > 0.95
+
+
+BEFORE = {
+    "math": (("17+25", "42"),),
+    "code and talk": (("add 3 to n", "return n+3"), ("hello Anna, how are you?", "I am fine, thank you!")),
+    "ten turns": (("larger? A 17 B 42", "(B)"), ("3+4", "It is 7.")) * 5,
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+def test_a_later_turn_is_answered_as_the_first(before: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from t2ray.tiny.pretrain import measure
+
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+    said = tuple(message for asked, answer in BEFORE[before] for message in (*user(asked), answered(answer)))
+    first, later = (measure(model, tokenizer, split="test", count=40, before=chat) for chat in ((), said))
+    for task in tiny.LABELS:
+        assert later[task]["some"] > first[task]["some"] - 0.1, (task, first[task], later[task])
+        assert later[task]["wanted"] == pytest.approx(first[task]["wanted"], abs=0.1)
+
+
+def test_an_expert_answers_the_second_turn_as_it_answers_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import t2ray
+
+    monkeypatch.chdir(tmp_path)
+    rows = tiny.rows("math", "test")[:40]
+    right = []
+    with t2ray.open() as model:
+        for earlier in (None, "48-6", "add 3 to n", "hello Anna, how are you?"):
+            said = () if earlier is None else (*user(earlier), answered(model.answer(earlier).text))
+            asked = [([*said, *user(row["prompt"])], "math") for row in rows]
+            right.append(sum(tiny.reward_math(answer.text, row) > 0
+                             for answer, row in zip(model.answers(asked), rows, strict=True)))  # fmt: skip
+    assert right[0] >= 36 and min(right) >= right[0] - 2, right
+
+
+FOLLOW_UPS = ("and of 7?", "and twice?", "what about 91?", "and with 30?", "why?", "again please")
+
+
+@pytest.mark.parametrize("strategy", ["cls", "prompt"])
+def test_a_follow_up_has_the_kind_of_the_turn_before_it(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import t2ray
+
+    monkeypatch.chdir(tmp_path)
+    before = {"math": "17+25", "code": "add 3 to n", "pick": "larger? A 17 B 42"}
+    with t2ray.open() as model:
+        assert {model.dispatch(asked, strategy).label for asked in FOLLOW_UPS} == {"others"}
+        for kind, earlier in before.items():
+            said = (*user(earlier), answered(model.answer(earlier).text))
+            for asked in FOLLOW_UPS:
+                assert model.dispatch([*said, *user(asked)], strategy).label == kind, (earlier, asked)
+            for other, request in before.items():
+                assert model.dispatch([*said, *user(request)], strategy).label == other
 
 
 def test_saving_replaces_the_folder_whole(tmp_path: Path) -> None:

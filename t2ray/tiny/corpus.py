@@ -27,14 +27,25 @@ FORMATS = {
 
 SHARES = {"math": 0.26, "math_long": 0.20, "code": 0.06, "code_long": 0.12, "pick": 0.12, "pick_more": 0.14,
           OTHERS: 0.03, "dispatch": 0.07}  # fmt: skip
+LATER_SHARES = {"math": 0.18, "math_long": 0.22, "code": 0.03, "code_long": 0.06, "pick": 0.10, "pick_more": 0.34,
+                OTHERS: 0.03, "dispatch": 0.04}  # fmt: skip
+LAST_SHARES = {"math": 0.13, "math_long": 0.34, "code": 0.02, "code_long": 0.03, "pick": 0.12, "pick_more": 0.16,
+               OTHERS: 0.02, "dispatch": 0.06, "follow_up": 0.12}  # fmt: skip
+"""Of the tasks in the three parts of pretraining: the second has more of what is learnt last, the third follow-ups."""
+
+AFTER = ("and {}", "and {}?", "and of {}?", "and for {}?", "what about {}?", "how about {}?", "now {}", "then {}",
+         "but {}?", "{} please", "please {}", "can you {}?")  # fmt: skip
+"""What a later turn makes of a request, or of a mere word that has a meaning only after another turn (`WORDS`)."""
+WORDS = ("twice", "half", "why", "again", "more", "both", "the other", "the same", "zero", "ten", *map(str, range(100)))
 
 SYSTEM = Message(role="system", content="You are a helpful assistant.")
 SYSTEM_SHARE = 0.04  # of conversations start with SYSTEM, so that a client's system message does not confuse the model
+MOST_TURNS = 10  # of a conversation; each number of turns is equally likely
 
 
 def kind(task: str) -> str:
     """Returns the key of a task's formats: of a sibling, its parent's."""
-    return tiny.PARENT.get(task, task)
+    return "dispatch" if task == "follow_up" else tiny.PARENT.get(task, task)
 
 
 def content(task: str, row: Mapping[str, Any]) -> str:
@@ -51,11 +62,16 @@ def answers(task: str, row: Mapping[str, Any]) -> tuple[str, ...]:
 def messages(task: str, row: Mapping[str, Any]) -> tuple[Message, ...]:
     """Returns the conversation that asks for a row's answer."""
     asked = user(row["prompt"])
-    return dispatch_prompt(asked, tiny.LABELS) if task == "dispatch" else asked
+    return dispatch_prompt(asked, tiny.LABELS) if kind(task) == "dispatch" else asked
 
 
 def load(task: str, split: str) -> list[dict[str, Any]]:
-    """Returns a task's rows; those of `dispatch` are prompts of each label, equally many."""
+    """Returns a task's rows; those of `dispatch` and `follow_up` are prompts of each label, equally many."""
+    if task == "follow_up":
+        rows = load("dispatch", split)
+        words = [word for index, word in enumerate(WORDS) if tiny.SPLITS[max(0, index % 10 - 7)] == split]
+        asked = [(row["prompt"], row["answer"]) for row in rows[::30]] + [(word, OTHERS) for word in words]
+        return [{"prompt": form.format(text), "answer": label} for form in AFTER for text, label in asked]
     if task != "dispatch":
         return tiny.rows(task, split)
     parts = {label: tiny.rows(label, split) for label in tiny.LABELS}
@@ -64,19 +80,24 @@ def load(task: str, split: str) -> list[dict[str, Any]]:
 
 
 class Corpus:
-    """A source of random (conversation, answer) pairs from the train splits; one seed gives one sequence."""
+    """A source of random conversations from the train splits; one seed gives one sequence.
+
+    The turns of a conversation have nothing to do with each other, in their tasks and in the formats of their answers.
+    So the model learns to answer the last request whatever was said before, and finds no format in what was said.
+    """
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.rows = {task: load(task, "train") for task in SHARES}
+        self.rows = {task: load(task, "train") for task in LAST_SHARES}
 
-    def draw(self, count: int) -> list[tuple[tuple[Message, ...], str]]:
-        pairs = []
-        for task in self.rng.choices(tuple(SHARES), tuple(SHARES.values()), k=count):
+    def draw(self, count: int, shares: Mapping[str, float] = SHARES) -> list[tuple[Message, ...]]:
+        """Returns `count` conversations of 1 to `MOST_TURNS` turns, whose tasks have these shares."""
+        return [self._conversation(shares) for _ in range(count)]
+
+    def _conversation(self, shares: Mapping[str, float]) -> tuple[Message, ...]:
+        chat = [SYSTEM] if self.rng.random() < SYSTEM_SHARE else []
+        for task in self.rng.choices(tuple(shares), tuple(shares.values()), k=self.rng.randint(1, MOST_TURNS)):
             row = self.rng.choice(self.rows[task])
-            shares = tuple(FORMATS[kind(task)].values())
-            chat = messages(task, row)
-            if self.rng.random() < SYSTEM_SHARE:
-                chat = (SYSTEM, *chat)
-            pairs.append((chat, self.rng.choices(answers(task, row), shares)[0]))
-        return pairs
+            answer = self.rng.choices(answers(task, row), tuple(FORMATS[kind(task)].values()))[0]
+            chat += [*messages(task, row), Message(role="assistant", content=answer)]
+        return tuple(chat)

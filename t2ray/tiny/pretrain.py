@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from t2ray.core import Message
-from t2ray.tiny.corpus import SHARES, Corpus, answers, load, messages
+from t2ray.tiny.corpus import LAST_SHARES, LATER_SHARES, SYSTEM, Corpus, answers, load, messages
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -29,13 +29,13 @@ CHAT_TEMPLATE = (
 )
 
 STEPS = 2_400
-BATCH = 192
-CHUNK = 64  # rows per forward pass; a batch is sorted by length, so that a chunk has little padding
+LATER, LAST = 0.375, 0.25  # as many steps follow, with other shares of the tasks
+BATCH = 40  # conversations
+CHUNK = 8  # rows per forward pass; a batch is sorted by length, so that a chunk has little padding
 LEARNING_RATE = 1e-2  # of the layers' matrices, by Muon
 EMBEDDING_RATE = 5e-3  # of the embedding and the norms, by AdamW
+LATER_RATE, LAST_RATE = 0.6, 0.5  # of both
 WARMUP = 100
-
-TokenPair = tuple[list[int], list[int]]  # prompt ids, answer ids with the end token
 
 # --------------------------------------------------------------------------------------------- the tokenizer, the model
 
@@ -53,7 +53,7 @@ def build_tokenizer(corpus: Corpus, vocabulary: int = 512) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [text for chat, answer in corpus.draw(20_000) for text in (chat[-1].content, answer)]
+    texts = [message.content for chat in corpus.draw(4_000) for message in chat if message != SYSTEM]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -92,40 +92,36 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 # --------------------------------------------------------------------------------------------------------- the training
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[tuple[Message, ...], str]]) -> list[TokenPair]:
-    """Returns the token ids of each conversation, up to where the answer starts, and those of its answer."""
-    heads = [f"{BOS}{''.join(f'<|{m.role}|>{m.content}{END}' for m in chat)}<|assistant|>" for chat, _ in pairs]
-    prompts = tokenizer(heads, add_special_tokens=False)["input_ids"]
-    replies = tokenizer([answer + END for _, answer in pairs], add_special_tokens=False)["input_ids"]
-    return list(zip(prompts, replies, strict=True))
+def encode(tokenizer: PreTrainedTokenizerFast, chats: list[tuple[Message, ...]]) -> list[list[int]]:
+    """Returns the token ids of each conversation, as the chat template renders it."""
+    texts = [BOS + "".join(f"<|{m.role}|>{m.content}{END}" for m in chat) for chat in chats]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
 
 
-def chunks(examples: list[TokenPair], size: int, pad: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (tokens_BT, labels_BT) of at most `size` rows of similar length, padded on the right; -100 is no label."""
-    examples = sorted(examples, key=lambda e: len(e[0]) + len(e[1]))
-    for start in range(0, len(examples), size):
-        part = examples[start : start + size]
-        longest = max(len(p) + len(a) for p, a in part)
-        gaps = [longest - len(p) - len(a) for p, a in part]
-        tokens_BT = torch.tensor([p + a + [pad] * gap for (p, a), gap in zip(part, gaps, strict=True)])
-        labels = [[-100] * len(p) + a + [-100] * gap for (p, a), gap in zip(part, gaps, strict=True)]
-        yield tokens_BT, torch.tensor(labels)
+def padded(tokenizer: PreTrainedTokenizerFast, rows: list[list[int]]) -> Tensor:
+    """Returns tokens_BT, padded on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
 
 
-def answer_logits(model: LlamaForCausalLM, tokens_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (logits_NV, targets_N) of the answers alone. Padding on the right needs no mask: attention is causal."""
-    hidden_BTD = model.model(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
-    learned_BT = labels_BT[:, 1:] != -100
-    return model.lm_head(hidden_BTD[learned_BT]), labels_BT[:, 1:][learned_BT]
+def answer_tokens(tokenizer: PreTrainedTokenizerFast, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns which tokens belong to an answer of the assistant's, its end among them, and which to the last one."""
+    *_, assistant = roles = tokenizer.convert_tokens_to_ids(list(ROLES))
+    role_BT = torch.isin(tokens_BT, torch.tensor(roles))
+    start_BT = (torch.arange(tokens_BT.shape[1]) * role_BT).cummax(-1).values  # where the message of a token starts
+    spoken_BT = ~role_BT & (tokens_BT != tokenizer.pad_token_id)
+    answer_BT = spoken_BT & (tokens_BT.gather(-1, start_BT) == assistant)
+    return answer_BT, answer_BT & (start_BT == start_BT[:, -1:])
 
 
-def optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+def optimizers(model: LlamaForCausalLM, scale: float) -> list[torch.optim.Optimizer]:
     """Returns Muon for the matrices of the layers, and AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=EMBEDDING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=scale * LEARNING_RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, lr=scale * EMBEDDING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -135,19 +131,30 @@ def rate(step: int, steps: int) -> float:
 
 
 def train(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, steps: int, log: Callable[[str], None]
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    draw: Callable[[], list[tuple[Message, ...]]],
+    steps: int,
+    scale: float,
+    log: Callable[[str], None],
 ) -> None:
-    """Trains the model to predict the tokens of the answers; logs the loss and the time left."""
-    assert isinstance(tokenizer.pad_token_id, int)
-    opts = optimizers(model)
+    """Trains the model to predict the tokens of the answers in what `draw` returns; logs the loss and the time left.
+
+    `scale` is a factor of the learning rates.
+    """
+    opts = optimizers(model, scale)
     schedules = [LambdaLR(opt, lambda step: rate(step, steps)) for opt in opts]
     model.train()
     started, recent = time.monotonic(), 0.0
     for step in range(steps):
-        examples = encode(tokenizer, corpus.draw(BATCH))
-        count = sum(len(answer) for _, answer in examples)
-        for tokens_BT, labels_BT in chunks(examples, CHUNK, tokenizer.pad_token_id):
-            logits_NV, targets_N = answer_logits(model, tokens_BT, labels_BT)
+        rows = sorted(encode(tokenizer, draw()), key=len)
+        parts = [padded(tokenizer, rows[start : start + CHUNK]) for start in range(0, BATCH, CHUNK)]
+        learned = [answer_tokens(tokenizer, tokens_BT)[0][:, 1:] for tokens_BT in parts]
+        count = sum(int(learned_BT.sum()) for learned_BT in learned)
+        for tokens_BT, learned_BT in zip(parts, learned, strict=True):
+            # padding on the right needs no mask: attention is causal
+            hidden_BTD = model.model(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
+            logits_NV, targets_N = model.lm_head(hidden_BTD[learned_BT]), tokens_BT[:, 1:][learned_BT]
             loss = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / count
             torch.autograd.backward(loss)
             recent += loss.item()
@@ -168,9 +175,13 @@ def train(
 
 @torch.no_grad()
 def measure(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, split: str = "validation", count: int = 200
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    split: str = "validation",
+    count: int = 200,
+    before: tuple[Message, ...] = (),
 ) -> dict[str, dict[str, float]]:
-    """Returns three measures per task, as means over rows.
+    """Returns three measures per task, as means over rows; `before` is what was said before a row's request.
 
     `some` is the probability of an answer that is right in some format, `wanted` that of one in the wanted format; both
     are exact, from the model's probability of each right text with its end token. `greedy` is how often the greedy
@@ -178,7 +189,7 @@ def measure(
     """
     model.eval()
     quality = {}
-    for task in SHARES:
+    for task in LAST_SHARES:
         rows = load(task, split)
         rows = rows[:: max(1, len(rows) // count)]
         some, wanted, greedy = 0.0, 0.0, 0.0
@@ -186,8 +197,11 @@ def measure(
             part = rows[start : start + 100]
             forms = [answers(task, row) for row in part]
             for index in range(len(forms[0])):
-                pairs = [(messages(task, row), form[index]) for row, form in zip(part, forms, strict=True)]
-                p, best = likelihood(model, encode(tokenizer, pairs))
+                chats = [
+                    (*before, *messages(task, row), Message(role="assistant", content=form[index]))
+                    for row, form in zip(part, forms, strict=True)
+                ]
+                p, best = likelihood(model, tokenizer, chats)
                 some += float(p.sum())
                 if index == len(forms[0]) - 1:
                     wanted, greedy = wanted + float(p.sum()), greedy + float(best.sum())
@@ -195,20 +209,17 @@ def measure(
     return quality
 
 
-def likelihood(model: LlamaForCausalLM, examples: list[TokenPair]) -> tuple[Tensor, Tensor]:
-    """Returns the probability of each answer, (B,), and whether each of its tokens is the likeliest one, (B,)."""
-    pad = model.config.pad_token_id
-    longest = max(len(p) + len(a) for p, a in examples)
-    tokens_BT = torch.tensor([p + a + [pad] * (longest - len(p) - len(a)) for p, a in examples])
+def likelihood(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list[tuple[Message, ...]]
+) -> tuple[Tensor, Tensor]:
+    """Returns each last answer's probability, (B,), and whether each of its tokens is the likeliest one, (B,)."""
+    tokens_BT = padded(tokenizer, encode(tokenizer, chats))
+    last_BT = answer_tokens(tokenizer, tokens_BT)[1][:, 1:]
     logp_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits.log_softmax(-1)
     targets_BT = tokens_BT[:, 1:]
-    first_B = torch.tensor([len(p) - 1 for p, _ in examples])[:, None]
-    last_B = torch.tensor([len(p) + len(a) - 1 for p, a in examples])[:, None]
-    place_T = torch.arange(longest - 1)[None]
-    inside_BT = (place_T >= first_B) & (place_T < last_B)
     logp_BT = logp_BTV.gather(-1, targets_BT[..., None])[..., 0]
     best_BT = logp_BTV.argmax(-1) == targets_BT
-    return (logp_BT * inside_BT).sum(-1).exp(), (best_BT | ~inside_BT).all(-1)
+    return (logp_BT * last_BT).sum(-1).exp(), (best_BT | ~last_BT).all(-1)
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
@@ -222,8 +233,10 @@ def pretrain(
     corpus = Corpus(seed)
     tokenizer = build_tokenizer(corpus)
     model = build_model(tokenizer)
-    log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps of {BATCH} sequences")
-    train(model, tokenizer, corpus, steps, log)
+    log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps of {BATCH} conversations")
+    train(model, tokenizer, lambda: corpus.draw(BATCH), steps, 1.0, log)
+    train(model, tokenizer, lambda: corpus.draw(BATCH, LATER_SHARES), round(LATER * steps), LATER_RATE, log)
+    train(model, tokenizer, lambda: corpus.draw(BATCH, LAST_SHARES), round(LAST * steps), LAST_RATE, log)
     quality = measure(model, tokenizer)
     for task, row in quality.items():
         log(f"{task:10s} right in some format {row['some']:.3f}, in the wanted one {row['wanted']:.3f}, "
