@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from small import load_as, random_z
 from torch import Tensor
 from waiting import GUARD_S
@@ -25,6 +27,7 @@ from t2ray.core import (
     Delta,
     ExpertError,
     GenerationError,
+    Message,
     Mixture,
     SamplingParams,
     UnknownExpert,
@@ -33,6 +36,7 @@ from t2ray.core import (
 from t2ray.engine import loop
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.online import OnlineEngine
+from t2ray.engine.transformers import salted
 
 T = TypeVar("T")
 MIXTURES = [Mixture.parse(text) for text in ("math", "code", "math:0.5,code:0.5", "base", "math:-0.3,code:1.2")]
@@ -417,3 +421,78 @@ def test_mixtures_that_nobody_asks_for_any_more_are_let_go(model: Model, monkeyp
         gc.collect()
         assert len(made) == 21  # the one that is asked for again and again was made once
         assert sum(z() is not None for z in made) <= 4 + 1  # and one that the loop was bound to last
+
+
+# ------------------------------------------------------------------------------------------------------------- prefixes
+
+LONG = " ".join(f"{i} plus {i}" for i in range(12))  # of many pages
+
+
+def counting(engine: OnlineEngine) -> list[int]:
+    """The tokens of every step from now on."""
+    bound, steps = engine._loop.bound, list[int]()
+
+    def counted(requests: list[tuple[str, int]]) -> Any:
+        steps.append(sum(length for _, length in requests))
+        return bound(requests)
+
+    engine._loop.bound = counted  # type: ignore[method-assign]
+    return steps
+
+
+def test_a_conversation_goes_on_from_what_was_read_and_answers_as_if_read_anew(engine: OnlineEngine) -> None:
+    steps, sampling, mixture = counting(engine), SamplingParams(max_tokens=20, ignore_eos=True), MIXTURES[2]
+    static = OfflineEngine(engine.model)
+    turns, known = list(user(LONG)), 0
+    for turn in range(4):
+        before = sum(steps)
+        done = run(lambda: engine.generate(tuple(turns), mixture, sampling))
+        expected = run(lambda: static.generate(tuple(turns), mixture, sampling))
+        assert done.token_ids == expected.token_ids
+        torch.testing.assert_close(torch.tensor(done.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
+        read = sum(steps) - before - (sampling.max_tokens - 1)
+        new = len(done.prompt_ids) - known
+        assert read == new if turn == 0 else read < new + 16, (turn, read, new)  # but for a page that was not whole
+        known = len(done.prompt_ids)
+        turns += [Message(role="assistant", content=done.text), Message(role="user", content=f"and {turn}?")]
+
+
+def test_another_mixture_or_another_version_of_an_expert_shares_no_prefix(engine: OnlineEngine) -> None:
+    steps, sampling = counting(engine), SamplingParams(max_tokens=8, ignore_eos=True)
+
+    def read(mixture: Mixture) -> int:
+        before = sum(steps)
+        done = run(lambda: engine.generate(user(LONG), mixture, sampling))
+        expected = run(lambda: OfflineEngine(engine.model).generate(user(LONG), mixture, sampling))
+        assert done.token_ids == expected.token_ids
+        return sum(steps) - before - 7
+
+    whole = [read(mixture) for mixture in MIXTURES]
+    assert len(set(whole)) == 1 and whole[0] > 60
+    assert all(read(mixture) <= 16 for mixture in MIXTURES)  # what is not a whole page
+    engine.set_experts({"math": random_z(engine.model.adapter.size, 9)})
+    assert read(MIXTURES[0]) == whole[0] and read(MIXTURES[0]) <= 16
+    assert read(Mixture.base()) <= 16  # which no expert changes
+
+
+def test_a_prefix_whose_keys_overflowed_is_shared_with_nobody(engine: OnlineEngine) -> None:
+    engine.set_experts({"huge": torch.full((engine.model.adapter.size,), 1e30)})
+    (allocator,) = engine._manager.batch_processor.cache.cache_allocators.values()
+    for prompt in LONG, LONG[:40]:  # read in several steps, and in one
+        with pytest.raises(ExpertError, match="overflow"):
+            run(lambda prompt=prompt: engine.generate(user(prompt), Mixture.of({"huge": 1.0}), SamplingParams()))
+        run(lambda: idle(engine))
+        assert not allocator.ledger.hash_to_block and not engine._manager.overflowed
+
+
+@given(
+    st.tuples(st.integers(0, 2**44 - 1), st.lists(st.integers(0, 2**20 - 1), min_size=16, max_size=20)),
+    st.tuples(st.integers(0, 2**44 - 1), st.lists(st.integers(0, 2**20 - 1), min_size=16, max_size=20)),
+)
+def test_salted_tokens_are_equal_for_equal_salts_and_tokens_alone(
+    one: tuple[int, list[int]], other: tuple[int, list[int]]
+) -> None:
+    (salt, ids), (other_salt, other_ids) = one, other
+    assert (salted(f"{salt}-1", ids) == salted(f"{other_salt}-2", other_ids)) == (one == other)
+    assert salted(f"{salt}-1", ids) == salted(f"{salt}-9", ids)
+    assert salted("0-1", ids) == ids and all(0 <= id < 2**31 for id in salted(f"{salt}-1", ids))

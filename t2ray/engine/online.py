@@ -48,8 +48,8 @@ class OnlineEngine:
         self.config = config or EngineConfig()
         self._loop = Loop(model)
         self._guides = Guides(model.chat, model.vocabulary)
-        self._z: dict[Mixture, Tensor | None] = {}
-        self._numbers = itertools.count()
+        self._z: dict[Mixture, tuple[int, Tensor | None]] = {}
+        self._numbers, self._salts = itertools.count(), itertools.count(1)
         self._manager = Manager(model.hf, self.config, self._loop)
         self._loop.cancel = self._manager.cancel_request
         self._loop.plain_attention = self._manager.plain_attention
@@ -101,7 +101,7 @@ class OnlineEngine:
         return tokens
 
     async def _between_steps(self, request: Request) -> Any:
-        request.z_K = self._mixed(request.mixture)
+        _, request.z_K = self._mixed(request.mixture)
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.check()
         self._loop.scorings.put((request, done))
@@ -140,10 +140,11 @@ class OnlineEngine:
             )  # fmt: skip
         guide = await asyncio.to_thread(self._guides.guide, sampling.grammar) if sampling.grammar else None
         self.check()
+        salt, z_K = self._mixed(mixture)
         row = Row(
-            id=f"{next(self._numbers)}",
+            id=f"{salt}-{next(self._numbers)}",
             prompt_ids=ids,
-            z_K=self._mixed(mixture),
+            z_K=z_K,
             sampling=sampling,
             guide=guide,
             uniforms=uniforms(sampling.seed, sampling.max_tokens).tolist() if sampling.temperature else [],
@@ -186,11 +187,16 @@ class OnlineEngine:
         if not self._manager.is_running():
             raise GenerationError("the engine has stopped") from self._manager.background_thread_status.fatal_error
 
-    def _mixed(self, mixture: Mixture) -> Tensor | None:
-        """One tensor for all requests of a mixture, until the experts change; as many as a batch has rows are kept."""
+    def _mixed(self, mixture: Mixture) -> tuple[int, Tensor | None]:
+        """One tensor for all requests of a mixture, until the experts change; as many as a batch has rows are kept.
+
+        With the tensor's number: requests of one number may share what was computed of a prefix. The base's is 0.
+        """
+        if not mixture.weights:
+            return 0, None
         z = self._z
-        z_K = z.pop(mixture) if mixture in z else self.model.adapter.mix(mixture) if mixture.weights else None
+        salt, z_K = z.pop(mixture) if mixture in z else (next(self._salts), self.model.adapter.mix(mixture))
         if len(z) >= self.config.batch_rows:
             del z[next(iter(z))]  # the one that was asked for longest ago
-        z[mixture] = z_K
-        return z_K
+        z[mixture] = salt, z_K
+        return salt, z_K

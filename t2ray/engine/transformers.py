@@ -22,6 +22,9 @@ from t2ray.config.serve import EngineConfig
 PAGE_TOKENS = {"cpu": 16, "cuda": 256}
 """Tokens of a page of the cache: small ones waste little, flash attention on a GPU reads large ones."""
 
+ID_BITS, SALT_BITS, SALTED = 20, 11, 4
+"""Of a token's 31 bits those of its id, and those of the salt; and the number of tokens that have some of it."""
+
 OVERFLOW = 1e15
 """Keys and values from here on are no model's, and add up to more than a mask takes away."""
 
@@ -63,13 +66,14 @@ class Manager(ContinuousBatchingManager):
                 num_blocks=-(-config.kv_tokens // page),
                 max_batch_tokens=config.batch_tokens,
                 max_requests_per_batch=config.batch_rows,
-                allow_block_sharing=False,  # keys and values depend on z: decision 0011
+                allow_block_sharing=True,  # within a mixture alone: see `salted`
                 use_async_batching=False,
                 use_cuda_graph=False,  # a replayed graph would keep the first step's mixtures
             ),
         )
         self.steps = steps
         self.overflowed: set[str] = set()
+        self.refused: set[str] = set()
         self.logit_processor = _Chooser(self)
         self.output_router = _Router(steps)
 
@@ -80,10 +84,24 @@ class Manager(ContinuousBatchingManager):
             MemoryError: the cache does not fit.
         """
         self.warmup()
+        cache = self.batch_processor.cache
         if self.model.device.type == "cpu":
-            cache = self.batch_processor.cache
             cache.update = self._guarded(cache.update)
+        search = cache.search_prefix_match
+        cache.search_prefix_match = lambda request, ids: search(request, salted(request, ids))
+        for allocator in cache.cache_allocators.values():
+            allocator.mark_complete_blocks = self._shared(allocator.mark_complete_blocks)
         self.start()
+
+    def _shared(self, mark: Any) -> Any:
+        """`mark_complete_blocks` of an allocator, by mixture, and not of a request that has overflowed: it has zeros
+        where another would overflow too, and be refused."""
+
+        def shared(request: str, ids: list[int], blocks: int) -> None:
+            if request not in self.overflowed:
+                mark(request, salted(request, ids), blocks)
+
+        return shared
 
     @contextmanager
     def plain_attention(self) -> Iterator[None]:
@@ -103,9 +121,10 @@ class Manager(ContinuousBatchingManager):
 
     @property
     def pages(self) -> tuple[int, int]:
-        """Bytes of the cache that are free, and all of them."""
+        """Bytes of the cache that are free, and all of them. What is kept for other requests is free when needed."""
         cache = self.batch_processor.cache
-        return int(cache.compute_free_capacity(relative=False)), int(cache.num_sectors * cache.bytes_per_sector)
+        kept = sum(len(one.ledger.cached_blocks) * one.bytes_per_block for one in cache.cache_allocators.values())
+        return int(cache.compute_free_capacity(relative=False)) + kept, int(cache.num_sectors * cache.bytes_per_sector)
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -117,6 +136,8 @@ class Manager(ContinuousBatchingManager):
         if self.steps.before_step():
             self._wake_up_loop.set()
         goes_on: bool = super()._generation_loop_body(batch_processor, bootstrapping)
+        self.overflowed -= self.refused
+        self.refused.clear()
         self.steps.after_step()
         return goes_on
 
@@ -151,6 +172,18 @@ class Manager(ContinuousBatchingManager):
         self.steps.fail(None, error)
 
 
+def salted(request: str, ids: list[int]) -> list[int]:
+    """The tokens that stand for a request's prefix where prefixes are compared: with its salt in their spare bits.
+
+    Keys and values depend on z, and transformers shares the pages of equal tokens. A request's name begins with its
+    salt, a number that is another for each z (`salt-number`); it takes the upper 11 bits of the first four tokens, of
+    which a vocabulary leaves them free. Pages are longer than that, and each page's hash follows from the one before.
+    """
+    salt = int(request.partition("-")[0])
+    first = [id | (salt >> SALT_BITS * i & (1 << SALT_BITS) - 1) << ID_BITS for i, id in enumerate(ids[:SALTED])]
+    return first + ids[SALTED:]
+
+
 class _Chooser(ContinuousBatchingLogitsProcessorList):
     """Stands where logits processors do: leaves one finite score a row, the chosen token's, for the argmax after it."""
 
@@ -165,7 +198,7 @@ class _Chooser(ContinuousBatchingLogitsProcessorList):
         lost = [i for i, row in enumerate(rows) if row in self._manager.overflowed]
         if lost:
             scores = scores.index_fill(0, torch.tensor(lost), torch.nan)
-            self._manager.overflowed -= {rows[i] for i in lost}
+            self._manager.refused |= {rows[i] for i in lost}
         token_B = self._manager.steps.choose(rows, scores[: len(rows)])
         return torch.full_like(scores, -torch.inf).index_put_((torch.arange(len(rows)), token_B), scores.new_zeros(()))
 
