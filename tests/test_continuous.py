@@ -446,8 +446,9 @@ def test_a_conversation_goes_on_from_what_was_read_and_answers_as_if_read_anew(e
     turns, known = list(user(LONG)), 0
     for turn in range(4):
         before = sum(steps)
-        done = run(lambda: engine.generate(tuple(turns), mixture, sampling))
-        expected = run(lambda: static.generate(tuple(turns), mixture, sampling))
+        prompt = tuple(turns)
+        done = run(lambda prompt=prompt: engine.generate(prompt, mixture, sampling))
+        expected = run(lambda prompt=prompt: static.generate(prompt, mixture, sampling))
         assert done.token_ids == expected.token_ids
         torch.testing.assert_close(torch.tensor(done.logprobs), torch.tensor(expected.logprobs), atol=1e-4, rtol=0)
         read = sum(steps) - before - (sampling.max_tokens - 1)

@@ -125,8 +125,9 @@ def test_the_support_is_what_some_expert_moves_most(pair: tuple[Model, Model]) -
     factors = Factors.open(_folder(few).parent / "factors")
     s_K = torch.cat([factors.load(target.name)[1].float() for target in factors.layout])
     one, other = torch.ones(2, len(s_K)).unbind()
-    one[7], other[3], other[5] = 1 + 3 / s_K[7], 1 - 2 / s_K[3], 1 + 1 / s_K[5]  # |s (z - 1)| of 3, 2 and 1
-    assert shared_support(factors, [one, other], 2.5 / len(s_K)).tolist() == [3, 7]
+    one[7], one[8] = 1 + 30 / s_K[7], 1 + 40 / s_K[8]  # |c| / ||c|| of 0.6 and 0.8
+    other[3], other[5], other[6] = 1 - 2 / s_K[3], 1 + 1 / s_K[5], 1 + 2 / s_K[6]  # of 2/3, 1/3 and 2/3
+    assert shared_support(factors, [one, other], 3.5 / len(s_K)).tolist() == [3, 6, 8]
     with pytest.raises(ConfigError, match="holds sparse factors; choose a support of the whole ones"):
         sparsify(Factors.open(_folder(few)), torch.tensor([1]), _folder(few).parent / "new")
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):

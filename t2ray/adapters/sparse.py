@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from t2ray.adapters.factors import MANIFEST, PLAN, Factors, Plan, Target
 from t2ray.core import ConfigError, ExpertError
@@ -23,9 +24,10 @@ from t2ray.store import Store
 
 
 def shared_support(factors: Factors, experts: Sequence[Tensor], keep: float) -> Tensor:
-    """The components, (S,), that some expert moves most: the share `keep` with the largest `max_k |s (z_k - 1)|`.
+    """The components, (S,), that some expert moves most: the share `keep` with the largest `max_k |c_k| / ||c_k||`.
 
-    They are fewer where the experts move fewer.
+    `c_k = s (z_k - 1)` are the singular values of what expert k adds to the weights; its norm is taken out, so that an
+    expert of small changes has its part of the support. They are fewer where the experts move fewer.
 
     Args:
         experts: the vectors, each (K,).
@@ -34,7 +36,7 @@ def shared_support(factors: Factors, experts: Sequence[Tensor], keep: float) -> 
         ConfigError: no expert moves any.
     """
     s_K = torch.cat([factors.load(target.name)[1].float() for target in factors.layout])
-    moved_K = torch.stack([(s_K * (z_K - 1)).abs() for z_K in experts]).amax(0)
+    moved_K = torch.stack([normalize(s_K * (z_K - 1), dim=0).abs() for z_K in experts]).amax(0)
     most = min(int(keep * len(s_K)), int(moved_K.count_nonzero()))
     if not most:
         raise ConfigError(f"{len(experts)} experts and a share of {keep:g} leave no singular value that they change")
