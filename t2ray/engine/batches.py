@@ -172,8 +172,9 @@ class StaticBatches:
                     input_ids=ids_UT, attention_mask=mask_UT, position_ids=(mask_UT.cumsum(-1) - 1).clamp_min(0),
                     past_key_values=part, logits_to_keep=1,
                 )  # fmt: skip
-            source_B = torch.tensor([u for u, own in enumerate(piece) for _ in own], device=ids_UT.device)
-            row_B = torch.tensor([i for own in piece for i in own], device=ids_UT.device)
+            # On the CPU, which any device is indexed by: layers may lie on several GPUs.
+            source_B = torch.tensor([u for u, own in enumerate(piece) for _ in own])
+            row_B = torch.tensor([i for own in piece for i in own])
             for layer, read_layer in zip(cache.layers, part.layers, strict=True):
                 assert isinstance(layer, RoomyLayer) and isinstance(read_layer, DynamicLayer)
                 layer.place(read_layer, source_B, row_B, len(batch), prompt - 1)
