@@ -387,3 +387,8 @@ def test_another_sampler_is_another_run_and_the_first_is_as_before_there_were_tw
     vllm = made({"rl": {"engine": "vllm"}})
     assert vllm.digest != made().digest == made({"rl": {"truncate": 0.0}}).digest
     assert made({"rl": {"engine": "vllm", "truncate": 0.0}}).digest != vllm.digest
+
+
+def test_a_domain_that_names_the_default_engine_is_the_job_that_names_none() -> None:
+    named = resolve({"domains": {"math": {"task": "math", "rl": {"engine": "transformers"}}}}, where="job")
+    assert named.digest == resolve({"domains": {"math": {"task": "math"}}}, where="job").digest
