@@ -72,17 +72,22 @@ class Message:
     """One turn of a chat: `Message(role="user", content="17+25")`; or the `tools` on offer, as a JSON list, or what the
     chat `template` gets besides, as a JSON object.
 
-    `calls` is the JSON list of the functions that it calls, `call_id` the call whose result a `tool` turn has.
+    `calls` is the JSON list of the functions that it calls, `call_id` the call whose result a `tool` turn has,
+    `reasoning` what an assistant's turn has thought before its content.
     """
 
     role: Literal["system", "user", "assistant", "tool", "tools", "template"]
     content: str
     calls: str = ""
     call_id: str = ""
+    reasoning: str = ""
 
 
 Prompt = tuple[Message, ...] | str | tuple[int, ...]
 """A conversation that the model's chat template formats, or a text to continue as it stands, also as token ids."""
+
+THINK = "<think>"
+"""What opens the reasoning of a thinking model."""
 
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at an end token or a stop string, or at `max_tokens`."""
@@ -229,13 +234,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One generated answer. `tokens` are the sampled ones, a sampled end token included; the loss uses their ids."""
+    """One generated answer. `tokens` are the sampled ones, a sampled end token included; the loss uses their ids. With
+    `thinking` the prompt ends with `THINK`, so that the text begins with reasoning."""
 
     prompt_ids: tuple[int, ...]
     tokens: tuple[Token, ...]
     text: str
     finish_reason: FinishReason
     mixture: Mixture
+    thinking: bool = False
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -249,12 +256,14 @@ class Completion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What a stream adds to an answer; a possible beginning of a stop string is held back from `text`."""
+    """What a stream adds to an answer; a possible beginning of a stop string is held back from `text`. `thinking` is
+    said of the first piece."""
 
     text: str
     tokens: tuple[Token, ...] = ()
     prompt_tokens: int = 0
     finish_reason: FinishReason | None = None
+    thinking: bool = False
 
 
 def joined(deltas: Sequence[Delta]) -> Delta:
@@ -264,6 +273,7 @@ def joined(deltas: Sequence[Delta]) -> Delta:
         tokens=tuple(token for delta in deltas for token in delta.tokens),
         prompt_tokens=deltas[-1].prompt_tokens,
         finish_reason=deltas[-1].finish_reason,
+        thinking=deltas[0].thinking,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from t2ray.core import Completion, Example
+from t2ray.core import THINK, Completion, Example
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +41,11 @@ class Rollout:
     def reward(self) -> float | None:
         """The reward in [-1, 1]; None where the verifier abstained."""
         return self.grade.reward
+
+
+def graded(completions: Sequence[Completion]) -> list[str]:
+    """Returns what a verifier reads: the texts, with the tag of reasoning where the prompt has opened it."""
+    return [THINK + completion.text if completion.thinking else completion.text for completion in completions]
 
 
 Verify = Callable[[Sequence[str], Sequence[Mapping[str, Any]]], Awaitable[list[Grade]]]

@@ -53,9 +53,10 @@ class FakeBackend:
     """Satisfies `Backend`.
 
     `running` holds the numbers of generations that run, `aborted` those that were cut off, `calls` every
-    generation in order, `observed` every metric. `says` are the pieces of every answer, if there are any, and `tools`
-    is how its chat template has calls written. `failures` maps a method's name to what it raises; `break_after` makes
-    every generation raise `failures["stream"]` after so many tokens.
+    generation in order, `observed` every metric. `says` are the pieces of every answer, if there are any. Of its chat
+    template, `tools` says how calls are written, `thinks` that it knows reasoning, `opens` that it opens that itself.
+    `failures` maps a method's name to what it raises; `break_after` makes every generation raise `failures["stream"]`
+    after so many tokens.
     """
 
     def __init__(self, *, pace: float = 0.0) -> None:
@@ -74,6 +75,7 @@ class FakeBackend:
         self.problems: dict[str, str] = {}
         self.adaptations: dict[str, Adaptation] = {}
         self.tools: str | None = None
+        self.thinks = self.opens = False
         self.says: tuple[str, ...] = ()
         self.pace = pace
         self.go = asyncio.Event()
@@ -103,6 +105,7 @@ class FakeBackend:
             verifiers=("math", "exact"),
             context=CONTEXT,
             tools=self.tools,
+            thinks=self.thinks,
             problems=dict(self.problems),
         )
 
@@ -127,7 +130,7 @@ class FakeBackend:
         assert answer.finish_reason is not None
         return Completion(
             prompt_ids=tuple(range(answer.prompt_tokens)), tokens=answer.tokens, text=answer.text,
-            finish_reason=answer.finish_reason, mixture=mixture,
+            finish_reason=answer.finish_reason, mixture=mixture, thinking=answer.thinking,
         )  # fmt: skip
 
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
@@ -186,7 +189,7 @@ class FakeBackend:
             finish: Literal["stop", "length"] | None = "stop" if last else None
             if not last and i + 1 == sampling.max_tokens:
                 finish = "length"
-            yield Delta(text=text, tokens=(token,), finish_reason=finish)
+            yield Delta(text=text, tokens=(token,), finish_reason=finish, thinking=self.opens and i == 0)
             if finish:
                 return
 

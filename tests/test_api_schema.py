@@ -91,7 +91,7 @@ def steer(case: Any, model: str) -> None:
         for form in ("response_format", "tools", "tool_choice", "text"):
             case.body.pop(form, None)
         for message in case.body.get("messages", ()):  # what goes with which role, the schema cannot say
-            for part in ("tool_calls", "tool_call_id"):
+            for part in ("tool_calls", "tool_call_id", "reasoning_content"):
                 message.pop(part, None)
             message |= {"content": message.get("content") or "2+2"}
             if message["role"] == "tool":

@@ -30,6 +30,10 @@ TOOLS: Any = [
     },
     {"type": "function", "function": {"name": "now"}},
 ]
+SAY: Any = {
+    "type": "function",
+    "function": {"name": "say", "parameters": {"type": "object", "properties": {"text": {"type": "string"}}}},
+}
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2}}\n</tool_call>'
 
 
@@ -73,15 +77,51 @@ SUM = ("add", {"a": 1, "b": 2})
         ("llama", '{"name": "delete", "parameters": {}}', '{"name": "delete", "parameters": {}}', []),
         ("llama", '{"sum": 3}', '{"sum": 3}', []),
         ("llama", 'It is {"name": "add", "parameters": {}}', 'It is {"name": "add", "parameters": {}}', []),
+        ("python", "[add(a=1, b=2)]", "", [SUM]),
+        ("python", "\n[add(a=1, b=2), now()]\n", "", [SUM, ("now", {})]),
+        ("python", "[add(a=[1, -2.5, true], b={'x': (None, 'é\\n')})]", "",
+         [("add", {"a": [1, -2.5, True], "b": {"x": [None, "é\n"]}})]),
+        ("python", "[1] says so", "[1] says so", []),
+        ("python", "[]", "[]", []),
+        ("python", "[delete(a=1)]", "[delete(a=1)]", []),
+        ("python", "[add(1, 2)]", "[add(1, 2)]", []),
+        ("python", "[add(**{'a': 1})]", "[add(**{'a': 1})]", []),
+        ("python", "[add(a=open('/etc/passwd'))]", "[add(a=open('/etc/passwd'))]", []),
+        ("python", "[add(a=1e999)]", "[add(a=1e999)]", []),
+        ("python", "[" * 999, "[" * 999, []),
+        ("python", "I would [add(a=1)]", "I would [add(a=1)]", []),
+        ("mistral", '[TOOL_CALLS] [{"name": "add", "arguments": {"a": 1, "b": 2}}, {"name": "now"}]', "",
+         [SUM, ("now", {})]),
+        ("mistral", 'Yes.[TOOL_CALLS]add[ARGS]{"a": 1, "b": 2}[TOOL_CALLS]now[CALL_ID]a1B2c3D4e[ARGS]{}', "Yes.",
+         [SUM, ("now", {})]),
+        ("mistral", '[TOOL_CALLS]add{"a": 1, "b": 2}', "", [SUM]),
+        ("mistral", '[TOOL_CALLS]add[ARGS]{"a": ', '[TOOL_CALLS]add[ARGS]{"a": ', []),
+        ("mistral", "a [TOOL] is [TOOL_CAL", "a [TOOL] is [TOOL_CAL", []),
+        ("mistral", '[{"name": "add", "arguments": {}}]', '[{"name": "add", "arguments": {}}]', []),
+        ("xml", "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n2\n</parameter>\n"
+         "</function>\n</tool_call>", "", [SUM]),
+        ("xml", "Well: <tool_call><function=now></function><function=add><parameter=a>1<parameter=b>2</tool_call>",
+         "Well: ", [("now", {}), SUM]),
+        ("xml", '<tool_call><function=say><parameter=text>\n\n1 < 2\n\n</parameter><parameter=loud>True</parameter>'
+         '<parameter=to>["a"]</parameter></function></tool_call>', "",
+         [("say", {"text": "\n1 < 2\n", "loud": True, "to": ["a"]})]),
+        ("xml", "<tool_call>add 1 2</tool_call>", "<tool_call>add 1 2</tool_call>", []),
+        ("xml", "<tool_call><function=add>1, 2</function></tool_call>",
+         "<tool_call><function=add>1, 2</function></tool_call>", []),
     ],
 )  # fmt: skip
 def test_calls_are_found_however_the_text_comes_and_nothing_else_is_lost(
     style: str, text: str, shown: str, calls: list[Any], size: int
 ) -> None:
-    assert read(text, tools(style), size) == (shown, calls)
+    assert read(text, tools(style, tools=[*TOOLS, SAY]), size) == (shown, calls)
 
 
-@pytest.mark.parametrize("style", ["hermes", "llama", None])
+def test_mistral_gets_ids_that_its_templates_take() -> None:
+    _, (call,) = CallReader(tools("mistral")).push('[TOOL_CALLS]add[ARGS]{"a": 1}', last=True)
+    assert len(call.id) == 9 and call.id.isalnum()
+
+
+@pytest.mark.parametrize("style", ["hermes", "llama", "python", "mistral", "xml", None])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_the_grammar_of_a_demanded_call_takes_calls_that_are_then_found_and_no_other_text(
     style: str | None, choice: Any

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from t2ray.core import ConfigError, Message, user
+from t2ray.engine.text import TextStream
 from t2ray.models.chat import Chat
 
 
@@ -87,7 +88,9 @@ def test_a_template_is_told_of_tools_of_calls_and_of_their_results(chat: Chat) -
         ('{% if tools %}Answer {"name": name, "parameters": arguments}{% endif %}', "llama"),
         ("{% for m in messages %}the <tool_call> of nothing{% endfor %}", None),
         ("{% if tools %}in a way of its own{% endif %}", None),
-        ("{% if tools %}<tool_call><function=add></function></tool_call>{% endif %}", None),
+        ("{% if tools %}<tool_call>\n<function=add></function></tool_call>{% endif %}", "xml"),
+        ("{% if tools %}[TOOL_CALLS]{{ calls }}{% endif %}", "mistral"),
+        ("{% if tools %}Answer [func_name1(params_name1=params_value1, ...), func_name2(params)]{% endif %}", "python"),
         ({"default": "{{ messages }}", "tool_use": HERMES}, "hermes"),
         (None, None),
     ],
@@ -95,6 +98,26 @@ def test_a_template_is_told_of_tools_of_calls_and_of_their_results(chat: Chat) -
 def test_a_template_shows_how_calls_are_written(chat: Chat, template: Any, style: str | None) -> None:
     chat.tokenizer.chat_template = template
     assert chat.tools == style
+
+
+def test_the_signs_of_mistrals_calls_are_a_part_of_the_text_though_they_are_special(chat: Chat) -> None:
+    chat.tokenizer.add_tokens([AddedToken(sign, special=True) for sign in ("[TOOL_CALLS]", "[ARGS]", "[INST]")])
+    told = Chat(chat.tokenizer, chat.eos_ids)
+    text = "Yes. [TOOL_CALLS]add[ARGS]{}"
+    ids = told.encode_answer(text.replace("add", "[INST]add"))
+    stream = TextStream(told, ())
+    assert told.decode(ids) == "".join([*map(stream.push, ids), stream.finish()]) == text
+
+
+THINKS = "{% for m in messages %}{{ m.reasoning_content or '' }}{{ m.content }}</think>{% endfor %}{{ '<think>\n' }}"
+
+
+def test_a_template_that_opens_reasoning_is_noticed_and_is_told_of_earlier_reasoning(chat: Chat) -> None:
+    assert not chat.thinks and not chat.opens(chat.encode_text("<think>\n"))
+    chat.tokenizer.chat_template = THINKS
+    ids = chat.encode((Message(role="assistant", content="x", reasoning="hm"), *user("y")))
+    assert chat.decode(ids) == "hmx</think>y</think><think>\n"
+    assert chat.thinks and chat.opens(ids) and not chat.opens(chat.encode_text("a <think> b"))
 
 
 def test_text_survives_byte_for_byte(chat: Chat) -> None:

@@ -190,6 +190,15 @@ def test_an_answer_grows_while_it_is_made_and_shows_who_makes_it(page: Page, sit
     expect(page.locator("#announce")).to_have_text("The answer is complete.")
 
 
+def test_reasoning_is_folded_above_its_answer_and_is_text(page: Page, site: Site) -> None:
+    assert not ask(page, "1+2").locator(".reasoning").is_visible()
+    site.backend.thinks, site.backend.says = True, ("<think>", "Hm <b>.", "</think>", "3")
+    answer = ask(page, "1+2")
+    assert said(answer) == "3"
+    answer.get_by_text("Reasoning").click()
+    assert answer.locator(".reasoning p").inner_text() == "Hm <b>."
+
+
 def test_beside_an_answer_stand_alphas_probabilities_times_and_tokens(page: Page) -> None:
     answer = ask(page, "17+25")
     assert bars(answer, "alphas") == [["math v3", "1.00"]]

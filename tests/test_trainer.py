@@ -513,6 +513,21 @@ def started(config: Any, *, resume: bool = False) -> Any:
     return config
 
 
+def test_every_prompt_of_a_run_is_made_with_what_the_job_says_to_the_chat_template(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    demands = "{% if not loud %}{{ raise_exception('be loud') }}{% endif %}"
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text(demands + template.read_text())
+    rl = settings(steps=1, prompts=1, eval_every=1, eval_prompts=1).model_dump()
+    with pytest.raises(ConfigError, match="be loud"):
+        started(job(tmp_path / "model", tmp_path, "plain", rl=rl))
+    told = started(job(tmp_path / "model", tmp_path, "told", rl=rl, chat_template_kwargs={"loud": True}))
+    train_domain(told, "letters", lambda row: None)
+    assert [row.step for row in read_metrics(domain_store(told, "letters"))] == [1]
+
+
 @pytest.mark.slow
 def test_a_run_whose_process_was_killed_ends_with_the_same_z(tiny_llama: Path, tmp_path: Path) -> None:
     rl = settings(steps=60, prompts=2, eval_every=5).model_dump()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 
 from pydantic_core import to_json
 from starlette.requests import Request
@@ -19,7 +18,7 @@ from t2ray.api.job import AnswerJob, prepare
 from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.api.shapes import AnswerShape, Usage, event
 from t2ray.api.stream import EventStream, unless_gone
-from t2ray.api.tools import CallReader
+from t2ray.api.tools import AnswerReader
 from t2ray.core import Prompt, T2RayError
 
 
@@ -35,9 +34,9 @@ async def answer(
     choices = []
     for i, (row, answer) in enumerate(zip(job.rows, answers, strict=True)):
         text, tokens = job.shown(row, answer.text, answer.tokens)
-        text, calls = CallReader(job.tools).push(text, last=True)
+        said = AnswerReader(job.thinks, job.tools).push(text, thinking=answer.thinking, last=True)
         own = job.extension(row, seconds) if several else None
-        choices.append(shape.choice(i, replace(answer, text=text, tokens=tokens), calls, job.logprobs, own))
+        choices.append(shape.choice(i, said, tokens if job.logprobs else None, answer.finish_reason, own))
     usage = job.usage([len(answer.prompt_ids) for answer in answers], sum(len(answer.tokens) for answer in answers))
     extension = job.extension(job.rows[0], seconds)
     reply = job.head(shape.whole) | {"choices": choices, "usage": usage, "t2ray": extension}
@@ -87,8 +86,8 @@ async def _chunks(job: AnswerJob, shape: AnswerShape) -> AsyncGenerator[bytes]:
         async for pieces in turns:
             events = []
             for piece in pieces:
-                sent, choice = piece.sent, shape.piece(piece.index, piece.delta, piece.calls, job.logprobs, piece.sent)
-                chunk = head | {"choices": [choice]}
+                sent = piece.sent
+                chunk = head | {"choices": [shape.piece(piece.index, piece.delta, piece.said, job.logprobs, sent)]}
                 prompt_tokens[piece.index] = sent.prompt_tokens
                 if options and options.continuous_usage_stats:
                     chunk["usage"] = Usage(

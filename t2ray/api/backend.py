@@ -42,8 +42,8 @@ class Catalog:
     `base` is the base model's name, `default` the strategy behind the model name `t2ray`. `strategies` are those that
     work with the present experts. `mixtures` holds the saved mixtures by name, `verifiers` the names that an adaptation
     may use. `context` is the most tokens that a prompt and its answer may have together. `tools` is how the chat
-    template has calls of functions written (`Chat.tools`). `problems` says what is wrong in the registry, by the names
-    of experts that cannot be used and the paths of other entries; "." is all of it.
+    template has calls of functions written (`Chat.tools`), `thinks` whether it knows of reasoning. `problems` says what
+    is wrong in the registry, by the names of experts that cannot be used and the paths of other entries; "." is all.
     """
 
     base: str
@@ -54,6 +54,7 @@ class Catalog:
     verifiers: tuple[str, ...]
     context: int
     tools: str | None = None
+    thinks: bool = False
     problems: Mapping[str, str] = field(default_factory=dict)
 
 

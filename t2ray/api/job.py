@@ -23,7 +23,7 @@ from t2ray.api.names import Route, resolve, usable
 from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.api.shapes import Extension, Sent, Usage, weights
 from t2ray.api.stream import merged, together, unless_gone
-from t2ray.api.tools import CallReader, ToolCall, Tools, tools_of
+from t2ray.api.tools import AnswerReader, Said, Tools, tools_of
 from t2ray.config.serve import ApiConfig
 from t2ray.core import (
     Completion,
@@ -55,25 +55,26 @@ class AnswerRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What has come of one row: text and tokens to show, whole calls, and what was `sent` before.
+    """What has come of one row: what it `said`, tokens to show, and what was `sent` before.
 
     `sent` counts the tokens of this piece already. The first piece of all and each row's last have an `extension`.
     """
 
     index: int
     delta: Delta
-    calls: Sequence[ToolCall]
+    said: Said
     sent: Sent
     extension: Extension | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerJob:
-    """A request after pass 1: all its answers to make, and the functions that they may call."""
+    """A request after pass 1: all its answers to make, the functions that they may call, and whether they may think."""
 
     body: ChatRequest | CompletionRequest
     rows: Sequence[AnswerRow]
     tools: Tools | None
+    thinks: bool
     catalog: Catalog
     backend: Backend
     trace: Trace
@@ -130,7 +131,7 @@ class AnswerJob:
     async def turns(self) -> AsyncGenerator[list[Piece]]:
         """Yields what has come of the answers since the last turn, and keeps the trace's times."""
         trace = self.trace
-        sent, readers = [Sent() for _ in self.rows], [CallReader(self.tools) for _ in self.rows]
+        sent, readers = [Sent() for _ in self.rows], [AnswerReader(self.thinks, self.tools) for _ in self.rows]
         streams = [self.backend.stream(row.prompt, row.dispatch.mixture, row.sampling) for row in self.rows]
         start = first = last = waiting = time.perf_counter()
         async with aclosing(merged(streams)) as turns:
@@ -147,16 +148,16 @@ class AnswerJob:
                     text, tokens = delta.text, delta.tokens
                     if not own.begun:
                         text, tokens = self.shown(row, text, tokens)
-                    text, calls = readers[index].push(text, last=ended)
+                    said = readers[index].push(text, thinking=delta.thinking, last=ended)
                     extension = None
                     if ended or not (pieces or any(other.begun for other in sent)):
                         extension = self.extension(row, last - start if ended else None)
-                    shown = replace(delta, text=text, tokens=tokens)
-                    pieces.append(Piece(index=index, delta=shown, calls=calls, sent=own, extension=extension))
+                    shown = replace(delta, tokens=tokens)
+                    pieces.append(Piece(index=index, delta=shown, said=said, sent=own, extension=extension))
                 trace.completion_tokens = sum(own.tokens for own in sent)
                 yield pieces
                 for piece in pieces:
-                    piece.sent.add(piece.delta, piece.calls)
+                    piece.sent.add(piece.delta, piece.said)
                 waiting = time.perf_counter()
         self.usage([own.prompt_tokens for own in sent], trace.completion_tokens)
         if last > first:
@@ -215,6 +216,7 @@ async def prepare(
         body=body,
         rows=_rows(n, params, offered, dispatches, echoes),
         tools=tools,
+        thinks=catalog.thinks and isinstance(body, ChatRequest) and params.grammar is None,
         catalog=catalog,
         backend=backend,
         trace=trace,

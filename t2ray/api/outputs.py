@@ -16,11 +16,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from t2ray.api.answers import streamed
+from t2ray.api.calls import ToolCall
 from t2ray.api.errors import Refusal
 from t2ray.api.job import AnswerJob, prepare
 from t2ray.api.responses import ResponsesRequest, renamed
 from t2ray.api.shapes import Extension, Usage
-from t2ray.api.tools import CallReader, ToolCall
+from t2ray.api.tools import AnswerReader
+
+Kind = Literal["message", "reasoning"]
+"""What of an output grows with its text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +36,7 @@ class InputDetails:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDetails:
-    """How many of the output's tokens were reasoning: none is told apart."""
+    """How many of the output's tokens were reasoning; they are not counted."""
 
     reasoning_tokens: int = 0
 
@@ -56,7 +60,7 @@ class ResponseUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseReply:
-    """The answer of `POST /v1/responses`: `output` has a message, calls of functions, or both."""
+    """The answer of `POST /v1/responses`: `output` has a message, calls of functions, or both, behind reasoning."""
 
     id: str
     created_at: int
@@ -96,11 +100,13 @@ async def respond(request: Request, body: ResponsesRequest) -> Response:
         writer = EventWriter()
         return await streamed(request, job, _events(job, reply, writer), writer.broken)
     (answer,), seconds = await job.whole(request)
-    text, calls = CallReader(job.tools).push(answer.text, last=True)
-    output = ([_message(text)] if text or not calls else []) + [_call(call) for call in calls]
+    said = AnswerReader(job.thinks, job.tools).push(answer.text, thinking=answer.thinking, last=True)
+    output = [_grown("reasoning", said.reasoning)] if said.reasoning else []
+    output += [_grown("message", said.text)] if said.text or not said.calls else []
+    output += [_call(call) for call in said.calls]
     usage = job.usage([len(answer.prompt_ids)], len(answer.tokens))
     extension = job.extension(job.rows[0], seconds)
-    reply = _ended(reply, output, usage, extension, cut=answer.finish_reason == "length" and not calls)
+    reply = _ended(reply, output, usage, extension, cut=answer.finish_reason == "length" and not said.calls)
     return Response(to_json(asdict(reply)), media_type="application/json")
 
 
@@ -135,18 +141,21 @@ def _ended(
     )
 
 
-def _part(text: str) -> dict[str, Any]:
+def _part(kind: Kind, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _message(text: str | None, id: str = "") -> dict[str, Any]:
-    """A message of one text, or with None one that has just begun."""
+def _grown(kind: Kind, text: str | None, id: str = "") -> dict[str, Any]:
+    """A message, or reasoning, of one text, or with None one that has just begun."""
+    own: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
     return {
-        "id": id or f"msg_{uuid.uuid4().hex}",
-        "type": "message",
-        "role": "assistant",
+        "id": id or f"{'msg' if kind == 'message' else 'rs'}_{uuid.uuid4().hex}",
+        "type": kind,
+        **own,
         "status": "in_progress" if text is None else "completed",
-        "content": [] if text is None else [_part(text)],
+        "content": [] if text is None else [_part(kind, text)],
     }
 
 
@@ -167,7 +176,8 @@ class EventWriter:
     def __init__(self) -> None:
         self.output: list[dict[str, Any]] = []
         self._number = 0
-        self._text: str | None = None  # of the message that grows, the last of the output
+        self._grows: Kind | None = None  # the last of the output, if that is not whole
+        self._text = ""
 
     def write(self, type: str, **fields: Any) -> bytes:
         """An event of a type."""
@@ -181,34 +191,48 @@ class EventWriter:
         return self.write("error", code=error.code, message=error.message, param=error.param, error=asdict(error))
 
     @property
+    def answered(self) -> bool:
+        """Whether there is anything but reasoning."""
+        return any(item["type"] != "reasoning" for item in self.output)
+
+    @property
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
 
-    def text(self, more: str) -> bytes:
-        """A message begins, or grows."""
+    def grow(self, kind: Kind, more: str) -> bytes:
+        """A message, or reasoning, begins or grows."""
         events = b""
-        if self._text is None:
-            self._text = ""
-            self.output.append(_message(None))
-            events = self.write(
+        if self._grows != kind:
+            events = self.close()
+            self._grows, self._text = kind, ""
+            self.output.append(_grown(kind, None))
+            events += self.write(
                 "response.output_item.added", output_index=len(self.output) - 1, item=self.output[-1]
-            ) + self.write("response.content_part.added", **self._place, content_index=0, part=_part(""))
+            ) + self.write("response.content_part.added", **self._place, content_index=0, part=_part(kind, ""))
         self._text += more
-        return events + self.write(
-            "response.output_text.delta", **self._place, content_index=0, delta=more, logprobs=[]
-        )
+        return events + self.write(f"response.{self._named}.delta", **self._place, **self._about, delta=more)
 
     def close(self) -> bytes:
-        """The message that grows is whole, if one does."""
-        if self._text is None:
+        """What grows is whole, if anything does."""
+        if self._grows is None:
             return b""
-        place, text, self._text = self._place, self._text, None
-        self.output[-1] = item = _message(text, place["item_id"])
-        return (
-            self.write("response.output_text.done", **place, content_index=0, text=text, logprobs=[])
-            + self.write("response.content_part.done", **place, content_index=0, part=_part(text))
+        place, kind, text = self._place, self._grows, self._text
+        self.output[-1] = item = _grown(kind, text, place["item_id"])
+        events = (
+            self.write(f"response.{self._named}.done", **place, **self._about, text=text)
+            + self.write("response.content_part.done", **place, content_index=0, part=_part(kind, text))
             + self.write("response.output_item.done", output_index=place["output_index"], item=item)
         )
+        self._grows = None
+        return events
+
+    @property
+    def _named(self) -> str:
+        return "reasoning_text" if self._grows == "reasoning" else "output_text"
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        return {"content_index": 0} if self._grows == "reasoning" else {"content_index": 0, "logprobs": []}
 
     def call(self, call: ToolCall) -> bytes:
         """A call, which comes as a whole."""
@@ -233,11 +257,14 @@ async def _events(job: AnswerJob, reply: ResponseReply, writer: EventWriter) -> 
     async with aclosing(job.turns()) as turns:
         async for (piece,) in turns:
             ended, events = piece.delta.finish_reason is not None, [head]
-            if piece.delta.text or (ended and not piece.calls and not writer.output):
-                events.append(writer.text(piece.delta.text))
-            if ended or piece.calls:
+            said = piece.said
+            if said.reasoning:
+                events.append(writer.grow("reasoning", said.reasoning))
+            if said.text or (ended and not said.calls and not writer.answered):
+                events.append(writer.grow("message", said.text))
+            if ended or said.calls:
                 events.append(writer.close())
-            events += [writer.call(call) for call in piece.calls]
+            events += [writer.call(call) for call in said.calls]
             yield b"".join(events)
             head, prompt_tokens, extension = b"", piece.sent.prompt_tokens, piece.extension or extension
             cut = piece.delta.finish_reason == "length"

@@ -16,7 +16,7 @@ from t2ray.api.formats import Name, Schema
 from t2ray.api.limits import explained
 from t2ray.api.schema import ChatRequest
 
-KINDS = ("input_text", "output_text", "text")
+KINDS = ("input_text", "output_text", "text", "reasoning_text")
 TAKEN = {"max_completion_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format"}
 """The chat request's parameters, and those of this body that they are made of."""
 
@@ -44,10 +44,10 @@ Parts = Annotated[
 
 
 class InputItem(Body):
-    """A turn, a call of a function that the model has asked for, or the result of one."""
+    """A turn, what was thought before one, a call of a function that the model has asked for, or the result of one."""
 
-    ignored = ("id", "status", "phase", "name_space")
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    ignored = ("id", "status", "phase", "name_space", "summary", "encrypted_content")
+    type: Literal["message", "reasoning", "function_call", "function_call_output"] = "message"
     role: Literal["user", "assistant", "system", "developer"] | None = None
     content: Parts | None = None
     call_id: str | None = None
@@ -59,6 +59,7 @@ class InputItem(Body):
     def _is_whole(self) -> Self:
         needed = {
             "message": ("role", "content"),
+            "reasoning": (),
             "function_call": ("call_id", "name", "arguments"),
             "function_call_output": ("call_id", "output"),
         }[self.type]
@@ -72,6 +73,8 @@ class InputItem(Body):
         """The message that means the same."""
         if self.type == "message":
             return {"role": self.role, "content": self.content}
+        if self.type == "reasoning":
+            return {"role": "assistant", "reasoning_content": self.content}
         if self.type == "function_call_output":
             return {"role": "tool", "content": self.output, "tool_call_id": self.call_id}
         call = {"id": self.call_id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
@@ -209,15 +212,17 @@ class ResponsesRequest(Body):
 
 
 def _joined(turns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The turns, with the calls that follow one another, or the model's text, in one turn: as they were made."""
+    """The turns, with the calls that follow one another, or the model's text or reasoning, in one turn: as made."""
     joined: list[dict[str, Any]] = []
     for turn in turns:
-        if joined and "tool_calls" in turn and joined[-1]["role"] == "assistant":
-            last = joined[-1]
+        last = joined[-1] if joined and joined[-1]["role"] == turn["role"] == "assistant" else None
+        if last is not None and "tool_calls" in turn:
             joined[-1] = {**last, "tool_calls": [*last.get("tool_calls", ()), *turn["tool_calls"]]}
+        elif last is not None and last.keys() == {"role", "reasoning_content"}:
+            joined[-1] = last | turn
         else:
             joined.append(turn)
-    return joined
+    return [turn for turn in joined if turn.keys() != {"role", "reasoning_content"}]
 
 
 def renamed(refusal: Refusal) -> Refusal:

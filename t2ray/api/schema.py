@@ -21,7 +21,7 @@ class MessageBody(Body):
     """One turn. It may hold, empty, the fields of OpenAI's answers that t2ray never fills."""
 
     neutral = {
-        **dict.fromkeys(("refusal", "audio", "function_call", "reasoning", "reasoning_content"), NULL),
+        **dict.fromkeys(("refusal", "audio", "function_call", "reasoning"), NULL),
         "annotations": EMPTY,
     }
     ignored = ("id", "name", "cache_control")
@@ -29,12 +29,14 @@ class MessageBody(Body):
     content: Text | None = Field(None, description="needed, but beside tool_calls")
     tool_calls: list[ToolCallBody] | None = Field(None, description="of an assistant's turn")
     tool_call_id: str | None = Field(None, description="of a tool's turn: the call whose result it has")
+    reasoning_content: str | None = Field(None, description="of an assistant's turn: what it thought before")
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
         for name, given, role in (
             ("tool_calls", self.tool_calls, "assistant"),
             ("tool_call_id", self.tool_call_id, "tool"),
+            ("reasoning_content", self.reasoning_content, "assistant"),
         ):
             if given and self.role != role:
                 message = f"{name!r} is for the role {role!r}"
@@ -53,6 +55,7 @@ class MessageBody(Body):
             content=self.content or "",
             calls=json.dumps([call.model_dump() for call in self.tool_calls]) if self.tool_calls else "",
             call_id=self.tool_call_id or "",
+            reasoning=self.reasoning_content or "",
         )
 
 

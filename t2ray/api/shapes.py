@@ -11,9 +11,10 @@ from typing import Any, Literal, Protocol
 
 from pydantic_core import to_json
 
+from t2ray.api.calls import ToolCall
 from t2ray.api.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
-from t2ray.api.tools import ToolCall
-from t2ray.core import Completion, Delta, Mixture
+from t2ray.api.tools import Said
+from t2ray.core import Delta, FinishReason, Mixture, Token
 
 MixtureWeights = Mapping[str, float | tuple[float, ...]]
 Finish = Literal["stop", "length", "tool_calls"] | None
@@ -65,9 +66,10 @@ class ToolCallReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatMessage:
-    """The turn that answers a conversation: a text, calls of functions, or both."""
+    """The turn that answers a conversation: a text, calls of functions, or both, and what was thought before."""
 
     content: str | None
+    reasoning_content: str | None
     tool_calls: list[ToolCallReply] | None
     role: Literal["assistant"] = "assistant"
     refusal: None = None
@@ -131,12 +133,12 @@ class Sent:
     offset: int = 0
     calls: int = 0
 
-    def add(self, delta: Delta, calls: Sequence[ToolCall]) -> None:
+    def add(self, delta: Delta, said: Said) -> None:
         """Counts a piece that was sent, but its tokens, which are counted when they come."""
         self.begun = True
-        self.text += delta.text
+        self.text += said.text
         self.offset += sum(len(token.text) for token in delta.tokens)
-        self.calls += len(calls)
+        self.calls += len(said.calls)
 
 
 class AnswerShape(Protocol):
@@ -151,10 +153,12 @@ class AnswerShape(Protocol):
     chunk: str
 
     def choice(
-        self, index: int, answer: Completion, calls: Sequence[ToolCall], logprobs: bool, own: Extension | None
-    ) -> Any: ...
+        self, index: int, said: Said, tokens: Sequence[Token] | None, reason: FinishReason, own: Extension | None
+    ) -> Any:
+        """A whole answer, with the log-probabilities of `tokens` if there are any."""
+        ...
 
-    def piece(self, index: int, delta: Delta, calls: Sequence[ToolCall], logprobs: bool, sent: Sent) -> dict[str, Any]:
+    def piece(self, index: int, delta: Delta, said: Said, logprobs: bool, sent: Sent) -> dict[str, Any]:
         """A choice of a stream's chunk, after what was `sent`."""
         ...
 
@@ -166,31 +170,35 @@ class ChatShape:
     prefix, whole, chunk = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def choice(
-        self, index: int, answer: Completion, calls: Sequence[ToolCall], logprobs: bool, own: Extension | None
+        self, index: int, said: Said, tokens: Sequence[Token] | None, reason: FinishReason, own: Extension | None
     ) -> ChatChoice:
         return ChatChoice(
             index=index,
             message=ChatMessage(
-                content=None if calls and not answer.text else answer.text,
-                tool_calls=[ToolCallReply.of(call) for call in calls] or None,
+                content=None if said.calls and not said.text else said.text,
+                reasoning_content=said.reasoning or None,
+                tool_calls=[ToolCallReply.of(call) for call in said.calls] or None,
             ),
-            logprobs=chat_logprobs(answer.tokens) if logprobs else None,
-            finish_reason="tool_calls" if calls else answer.finish_reason,
+            logprobs=None if tokens is None else chat_logprobs(tokens),
+            finish_reason="tool_calls" if said.calls else reason,
         )
 
-    def piece(self, index: int, delta: Delta, calls: Sequence[ToolCall], logprobs: bool, sent: Sent) -> dict[str, Any]:
-        said: dict[str, Any] = {} if sent.begun else {"role": "assistant"}
-        if delta.text or not (sent.begun or calls):
-            said["content"] = delta.text
-        if calls:
-            said["tool_calls"] = [
-                {"index": i} | asdict(ToolCallReply.of(call)) for i, call in enumerate(calls, sent.calls)
+    def piece(self, index: int, delta: Delta, said: Said, logprobs: bool, sent: Sent) -> dict[str, Any]:
+        ended: FinishReason | None = delta.finish_reason
+        more: dict[str, Any] = {} if sent.begun else {"role": "assistant"}
+        if said.reasoning:
+            more["reasoning_content"] = said.reasoning
+        if said.text or not (sent.begun or said.calls or said.reasoning):
+            more["content"] = said.text
+        if said.calls:
+            more["tool_calls"] = [
+                {"index": i} | asdict(ToolCallReply.of(call)) for i, call in enumerate(said.calls, sent.calls)
             ]
         return {
             "index": index,
-            "delta": said,
+            "delta": more,
             "logprobs": chat_logprobs(delta.tokens) if logprobs else None,
-            "finish_reason": "tool_calls" if delta.finish_reason and (calls or sent.calls) else delta.finish_reason,
+            "finish_reason": "tool_calls" if ended and (said.calls or sent.calls) else ended,
         }
 
 
@@ -201,20 +209,20 @@ class TextShape:
     prefix, whole, chunk = "cmpl-", "text_completion", "text_completion"
 
     def choice(
-        self, index: int, answer: Completion, calls: Sequence[ToolCall], logprobs: bool, own: Extension | None
+        self, index: int, said: Said, tokens: Sequence[Token] | None, reason: FinishReason, own: Extension | None
     ) -> TextChoice:
         return TextChoice(
             index=index,
-            text=answer.text,
-            logprobs=text_logprobs(answer.tokens, 0) if logprobs else None,
-            finish_reason=answer.finish_reason,
+            text=said.text,
+            logprobs=None if tokens is None else text_logprobs(tokens, 0),
+            finish_reason=reason,
             t2ray=own,
         )
 
-    def piece(self, index: int, delta: Delta, calls: Sequence[ToolCall], logprobs: bool, sent: Sent) -> dict[str, Any]:
+    def piece(self, index: int, delta: Delta, said: Said, logprobs: bool, sent: Sent) -> dict[str, Any]:
         return {
             "index": index,
-            "text": delta.text,
+            "text": said.text,
             "logprobs": text_logprobs(delta.tokens, sent.offset) if logprobs else None,
             "finish_reason": delta.finish_reason,
         }

@@ -195,6 +195,7 @@ class StaticBatches:
             text=text[: min(cuts)] if cuts else text,
             finish_reason="stop" if ended else "length",
             mixture=request.mixture,
+            thinking=self.model.chat.opens(request.prompt_ids),
         )
 
     def _read(self, request: Request) -> tuple[Token, ...]:

@@ -173,6 +173,7 @@ class Loop:
                 tokens=(Token(id=token, text=row.text.added, logprob=logprob, raw=raw, top=top),),
                 prompt_tokens=len(row.prompt_ids),
                 finish_reason=reason,
+                thinking=row.length == 1 and chat.opens(row.prompt_ids),
             )
         )
         self.count["tokens"] += 1

@@ -120,6 +120,7 @@ class OfflineEngine:
             tokens=answer.tokens,
             prompt_tokens=len(answer.prompt_ids),
             finish_reason=answer.finish_reason,
+            thinking=answer.thinking,
         )
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:

@@ -79,6 +79,7 @@ class OnlineEngine:
             text=answer.text,
             finish_reason=answer.finish_reason,
             mixture=mixture,
+            thinking=answer.thinking,
         )
 
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:

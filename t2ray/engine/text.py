@@ -33,7 +33,9 @@ class TextStream:
     def push(self, token_id: int) -> str:
         """What can be shown after one more token; sets `stopped` when the text now holds a stop string."""
         self.ids.append(token_id)
-        self.added = self._decoder.step(self._chat.tokenizer.backend_tokenizer, token_id) or ""
+        self.added = self._chat.signs.get(token_id) or (
+            self._decoder.step(self._chat.tokenizer.backend_tokenizer, token_id) or ""
+        )
         if self.added and not self._begun:  # what the tokenizer strips where a text begins
             decode = self._chat.decode
             self.added = self.added[len(decode(self.ids, continues=True)) - len(decode(self.ids)) :]

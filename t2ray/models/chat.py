@@ -11,12 +11,27 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from t2ray.core import ConfigError, Message, Prompt
+from t2ray.core import THINK, ConfigError, Message, Prompt
 
 SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
 BYTES = {chr(byte): byte for byte in SHOWN} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
 """The characters that stand for bytes in a byte-level vocabulary, as GPT-2 introduced them."""
+
+SIGNS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
+"""Special tokens that are a part of the text: by them alone Mistral's calls of functions are told from it."""
+
+OPENING = 16
+"""Tokens at a prompt's end in which its template may have opened the answer's reasoning."""
+
+WRITTEN = {
+    "xml": r"<tool_call>(?s:.*)<function=|<function=(?s:.*)<tool_call>",
+    "hermes": "<tool_call>",
+    "mistral": re.escape("[TOOL_CALLS]"),
+    "python": r"\[\w+\(\w+=\w+",
+    "llama": r'"name":[^{}]*"parameters":',
+}
+"""Styles in which templates have calls of functions written, and how a template that writes one looks."""
 
 _ANSWER = "an answer that no template writes"
 
@@ -36,6 +51,8 @@ class Chat:
         self.end_id = self._end_of_turn()
         if self.end_id not in self.eos_ids:
             self.eos_ids += (self.end_id,)
+        added = tokenizer.get_added_vocab()
+        self.signs: dict[int, str] = {added[sign]: sign for sign in SIGNS if sign in added}
         self._tokens: dict[int, tuple[str, bytes]] = {}
         # Some tokenizers strip the space that a text begins with: a text that goes on is decoded behind this one.
         self.before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -84,14 +101,25 @@ class Chat:
 
     @property
     def tools(self) -> str | None:
-        """How the chat template has calls of functions written: "hermes", "llama", or None in no way known here."""
-        given = self.tokenizer.chat_template or ""
-        template = given if isinstance(given, str) else " ".join(given.values())
+        """How the chat template has calls of functions written, by a name of `WRITTEN`; None in no way known here."""
+        template = self._template
         if not re.search(r"\btools\b", template):
             return None
-        if "<tool_call>" in template:
-            return None if "<function=" in template else "hermes"
-        return "llama" if re.search(r'"name":[^{}]*"parameters":', template) else None
+        return next((style for style, sign in WRITTEN.items() if re.search(sign, template)), None)
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the chat template knows of reasoning between tags."""
+        return "</think>" in self._template
+
+    def opens(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt ends with the tag that opens the answer's reasoning."""
+        return self.thinks and self.decode(ids[-OPENING:]).rstrip().endswith(THINK)
+
+    @property
+    def _template(self) -> str:
+        given = self.tokenizer.chat_template or ""
+        return given if isinstance(given, str) else " ".join(given.values())
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Returns the ids of a text to continue as it stands, with the tokens that the tokenizer begins texts with.
@@ -149,6 +177,10 @@ class Chat:
 
     def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
         """Returns the text of ids, without special tokens; with the space that it begins with if it `continues` one."""
+        for i, id in enumerate(ids) if self.signs else ():
+            if id in self.signs:
+                after = self.decode(ids[i + 1 :], continues=True)
+                return self.decode(ids[:i], continues=continues) + self.signs[id] + after
         before, cut = (self.before, self._cut) if continues else ([], 0)
         return str(self.tokenizer.decode([*before, *ids], skip_special_tokens=True))[cut:]
 
@@ -175,6 +207,8 @@ def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
             names |= {call["id"]: call["function"]["name"] for call in calls}
             for call in calls:
                 call["function"]["arguments"] = _arguments(call["function"]["arguments"])
+        if message.reasoning:
+            turn["reasoning_content"] = message.reasoning
         if message.call_id:
             turn |= {"tool_call_id": message.call_id, "name": names.get(message.call_id, "")}
         turns.append(turn)

@@ -10,6 +10,7 @@ const asking = (asked) => ({
   asked,
   state: "running",
   text: "",
+  reasoning: "",
   plain: false,
   reason: null,
   t2ray: null,
@@ -22,11 +23,13 @@ const asking = (asked) => ({
 /**
  * `asked`: `{ model, seed, temperature, maxTokens }`; `again`: called for the button that asks the question again;
  * `saved`: the record of an answer from before a reload. The record's `state` is "running", then "done", "stopped" or
- * "failed"; `text` is what has come so far.
+ * "failed"; `text` is what has come so far, behind the model's `reasoning`.
  */
 export function createAnswer(asked, again, saved = null) {
   const record = saved ?? asking(asked);
   const body = el("div", { class: "answer-text" });
+  const thought = el("p", {});
+  const reasoning = el("details", { class: "reasoning" }, el("summary", {}, "Reasoning"), thought);
   const stripe = el("div", { class: "stripe", "aria-hidden": "true" });
   const made = el("div", { class: "made", role: "group", "aria-label": "How this answer was made" });
   const numbers = el("dl", { class: "numbers" });
@@ -39,7 +42,7 @@ export function createAnswer(asked, again, saved = null) {
     "article",
     { class: "answer", "aria-label": "Answer" },
     stripe,
-    el("div", { class: "answer-main" }, body, notes),
+    el("div", { class: "answer-main" }, reasoning, body, notes),
     made,
     el("footer", { class: "answer-footer" }, numbers, actions),
   );
@@ -51,6 +54,8 @@ export function createAnswer(asked, again, saved = null) {
   return { node, record, take, finish, stop, fail };
 
   function write() {
+    reasoning.hidden = !record.reasoning;
+    thought.textContent = record.reasoning;
     body.toggleAttribute("data-plain", record.plain);
     if (record.plain) body.textContent = record.text;
     else showMarkdown(body, record.text);
@@ -65,10 +70,11 @@ export function createAnswer(asked, again, saved = null) {
 
   function take(chunk) {
     const choice = chunk.choices?.[0];
-    const piece = choice?.delta?.content ?? "";
-    if (piece) {
+    const { content, reasoning_content: more } = choice?.delta ?? {};
+    if (content || more) {
       record.firstMs ??= performance.now() - started;
-      record.text += piece;
+      record.text += content ?? "";
+      record.reasoning = (record.reasoning ?? "") + (more ?? "");
       write();
     }
     record.reason = choice?.finish_reason ?? record.reason;
@@ -106,7 +112,7 @@ export function createAnswer(asked, again, saved = null) {
     if (state === "stopped") {
       return [note(text ? "Stopped." : "Stopped before the first word; this turn is not sent along later.")];
     }
-    if (!text) return [note("The model ended its answer at once, without a word.")];
+    if (!text && !record.reasoning) return [note("The model ended its answer at once, without a word.")];
     return reason === "length" ? [note(`Cut at ${limit}. Raise “Max tokens” for a longer answer.`)] : [];
   }
 

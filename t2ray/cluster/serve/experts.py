@@ -126,6 +126,7 @@ class Experts:
             verifiers=tuple(VERIFIERS),
             context=self._engine.context,
             tools=self._engine.chat.tools,
+            thinks=self._engine.chat.thinks,
             problems=({".": unlisted} if unlisted else {}) | problems,
         )
 

@@ -67,7 +67,15 @@ class Answer:
             self.ended = True
         top = likeliest(self.chat, places, self.sampling.top_logprobs)
         token = Token(id=id, text=self.text.added, logprob=logprob, raw=self.chat.token(id)[1], top=top)
-        self.pieces.append(Delta(text=piece, tokens=(token,), prompt_tokens=len(self.prompt_ids), finish_reason=reason))
+        self.pieces.append(
+            Delta(
+                text=piece,
+                tokens=(token,),
+                prompt_tokens=len(self.prompt_ids),
+                finish_reason=reason,
+                thinking=self.length == 1 and self.chat.opens(self.prompt_ids),
+            )
+        )
 
     def is_due(self, streams: int) -> bool:
         """Whether its caller is to be woken now, beside so many `streams`: at its end, and in a stream at its pace."""

@@ -152,7 +152,7 @@ class VLLMEngine:
         assert whole.finish_reason is not None
         return Completion(
             prompt_ids=answer[1].prompt_ids, tokens=whole.tokens, text=whole.text, finish_reason=whole.finish_reason,
-            mixture=mixture,
+            mixture=mixture, thinking=whole.thinking,
         )  # fmt: skip
 
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
