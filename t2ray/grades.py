@@ -43,7 +43,7 @@ class Rollout:
         return self.grade.reward
 
 
-def graded(completions: Sequence[Completion]) -> list[str]:
+def for_verifier(completions: Sequence[Completion]) -> list[str]:
     """Returns what a verifier reads: the texts, with the tag of reasoning where the prompt has opened it."""
     return [THINK + completion.text if completion.thinking else completion.text for completion in completions]
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from t2ray.adapt.cem import Array, Fitness, Round, cem
 from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError, Example, Generate, Mixture, RewardError, SamplingParams, Score
-from t2ray.grades import Verify, graded
+from t2ray.grades import Verify, for_verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,5 +119,5 @@ async def _answer(
         golds = asyncio.gather(*(score(example.messages, (gold(example.row),), mixture) for mixture, example in rows))
         completions, scores = await asyncio.gather(answers, golds)
         likelihood = [nats for (nats,) in scores]
-    grades = await verify(graded(completions), [example.row for _, example in rows])
+    grades = await verify(for_verifier(completions), [example.row for _, example in rows])
     return np.array([grade.right for grade in grades]), np.array(likelihood)

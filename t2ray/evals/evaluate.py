@@ -19,7 +19,7 @@ from t2ray.core import Completion, ConfigError, DataError, Example, Generate, Me
 from t2ray.evals.answers import Answers, Baseline, lopsided, shares
 from t2ray.evals.intervals import wilson
 from t2ray.evals.targets import METHODS, targets
-from t2ray.grades import Verify, graded
+from t2ray.grades import Verify, for_verifier
 
 _MOST_ROWS = 256
 _CHARS_PER_TOKEN = 3  # of English or code they are about 4, of some languages fewer
@@ -107,7 +107,7 @@ async def evaluate(
     for rows in _chunks(examples, batch_tokens, sampling.max_tokens):
         fitting = [example for example in rows if fits is None or _fits(fits, example)]
         dispatches, completions, seconds = await _both_passes(fitting, strategy, generate, sampling)
-        grades = await verify(graded(completions), [x.row for x in fitting])
+        grades = await verify(for_verifier(completions), [x.row for x in fitting])
         right |= {x.id: None if grade.reward is None else grade.right for x, grade in zip(fitting, grades, strict=True)}
         if answers is not None:
             answers.add(fitting, completions, grades)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from t2ray.core import Completion, DataError, Example, Generate, Mixture, SamplingParams, Token
-from t2ray.grades import Grade, Rollout, Verify, graded
+from t2ray.grades import Grade, Rollout, Verify, for_verifier
 
 if TYPE_CHECKING:
     from t2ray.models.chat import Chat
@@ -63,7 +63,7 @@ async def roll_out(
     completions = await asyncio.gather(
         *(generate(example.messages, mixture, replace(sampling, seed=seed)) for example, seed in jobs)
     )
-    grades = await verify(graded(completions), [example.row for example, _ in jobs])
+    grades = await verify(for_verifier(completions), [example.row for example, _ in jobs])
     return [
         Rollout(example=example, completion=completion, grade=grade)
         for (example, _), completion, grade in zip(jobs, completions, grades, strict=True)
