@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.api.shapes import ChatShape, TextShape
+from t2ray.api.tools import Said
 from t2ray.config.serve import EngineConfig
 from t2ray.core import Completion, Mixture, SamplingParams, Token, user
 from t2ray.engine.offline import OfflineEngine
@@ -74,11 +75,11 @@ def test_tokens_add_up_to_the_text_and_their_bytes_to_its_bytes(tiny_llama: Path
         answer = Completion(
             prompt_ids=(), tokens=tuple(tokens), text=whole, finish_reason="length", mixture=Mixture.base()
         )
-        columns = TextShape().choice(0, answer, (), True, None).logprobs
+        columns = TextShape().choice(0, Said(text=answer.text), answer.tokens, "length", None).logprobs
         assert columns is not None and "".join(columns.tokens) == whole
         for offset, token in zip(columns.text_offset, columns.tokens, strict=True):
             assert whole[offset : offset + len(token)] == token
-        logprobs = ChatShape().choice(0, answer, (), True, None).logprobs
+        logprobs = ChatShape().choice(0, Said(text=answer.text), answer.tokens, "length", None).logprobs
         assert logprobs is not None
         assert bytes(byte for row in logprobs.content for byte in row.bytes).decode() == whole
 
@@ -91,7 +92,7 @@ def test_there_are_as_many_alternatives_as_were_asked_for(engine: OnlineEngine) 
         prompt_ids=(), tokens=(Token(id=0, text="", logprob=-1.0, top=tokens),), text="", finish_reason="length",
         mixture=Mixture.base(),
     )  # fmt: skip
-    columns = TextShape().choice(0, answer, (), True, None).logprobs
+    columns = TextShape().choice(0, Said(text=answer.text), answer.tokens, "length", None).logprobs
     assert columns is not None and len(columns.top_logprobs[0]) == 512
     assert {"bytes:\\xe6", " time", "</s>"} <= columns.top_logprobs[0].keys()
     answer = answered(engine, SamplingParams(max_tokens=3, top_logprobs=5))

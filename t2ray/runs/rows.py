@@ -25,6 +25,7 @@ def check_lengths(config: TrainConfig, tasks: Mapping[str, Task]) -> None:
         DataError: prompts are too long, and `on_long_prompt` is refuse; the first ones by file and line.
     """
     chat, context = load_chat(resolve(config.model))
+    chat.template = config.chat_template_kwargs
     for domain, task in tasks.items():
         long = long_prompts(task, lambda messages: len(chat.encode(messages)), context)
         if long is not None and config.domains[domain].on_long_prompt == "refuse":
