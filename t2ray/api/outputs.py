@@ -23,7 +23,7 @@ from t2ray.api.responses import ResponsesRequest, renamed
 from t2ray.api.shapes import Extension, Usage
 from t2ray.api.tools import AnswerReader
 
-Kind = Literal["message", "reasoning"]
+Growing = Literal["message", "reasoning"]
 """What of an output grows with its text."""
 
 
@@ -141,13 +141,13 @@ def _ended(
     )
 
 
-def _part(kind: Kind, text: str) -> dict[str, Any]:
+def _part(kind: Growing, text: str) -> dict[str, Any]:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def _grown(kind: Kind, text: str | None, id: str = "") -> dict[str, Any]:
+def _grown(kind: Growing, text: str | None, id: str = "") -> dict[str, Any]:
     """A message, or reasoning, of one text, or with None one that has just begun."""
     own: dict[str, Any] = {"role": "assistant"} if kind == "message" else {"summary": []}
     return {
@@ -176,7 +176,7 @@ class EventWriter:
     def __init__(self) -> None:
         self.output: list[dict[str, Any]] = []
         self._number = 0
-        self._grows: Kind | None = None  # the last of the output, if that is not whole
+        self._grows: Growing | None = None  # the last of the output, if that is not whole
         self._text = ""
 
     def write(self, type: str, **fields: Any) -> bytes:
@@ -199,7 +199,7 @@ class EventWriter:
     def _place(self) -> dict[str, Any]:
         return {"item_id": self.output[-1]["id"], "output_index": len(self.output) - 1}
 
-    def grow(self, kind: Kind, more: str) -> bytes:
+    def grow(self, kind: Growing, more: str) -> bytes:
         """A message, or reasoning, begins or grows."""
         events = b""
         if self._grows != kind:
