@@ -86,8 +86,8 @@ def _on_ray(config: TablesConfig, waiting: list[GridCell], needs: dict[str, floa
     with session() as have:
         slots(needs, have, f"a cell of {config.run!r}")
         threads = {"OMP_NUM_THREADS": str(max(1, int(needs["CPU"]))), "TOKENIZERS_PARALLELISM": "false"}
-        run = ray.remote(make_cell).options(
-            num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_calls=1, max_retries=_RESTARTS,
+        run = ray.remote(max_calls=1)(make_cell).options(
+            num_cpus=needs["CPU"], num_gpus=needs.get("GPU", 0), max_retries=_RESTARTS,
             runtime_env={"env_vars": threads},
         )  # fmt: skip
         running = {run.remote(config.model_dump(mode="json"), new): new for new in waiting}
