@@ -14,6 +14,7 @@ from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import load_model
 from t2ray.cli.main import main
 from t2ray.core import ConfigError, ModelError, ResourceError
+from t2ray.engine.batches import MAX_ROWS
 from t2ray.engine.cache import roomy_cache
 from t2ray.models.weights import Weights
 from t2ray.runs.memory import GIB, GpuMemory, least_gpus, serving, shape_of, training
@@ -136,3 +137,15 @@ def test_a_configuration_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     with pytest.raises(ModelError, match="no-such-model"):
         shape_of(str(tmp_path))
+
+
+def test_domains_on_one_model_add_their_z_and_the_rows_that_one_batch_takes() -> None:
+    shape = shape_of(LLAMA_8B)
+    (one,), (two,), (many,) = (
+        training(shape, 1, micro_batch=2, tokens=200, rows=200, domains=domains) for domains in (1, 2, 9)
+    )
+    assert (two.weights, two.factors, two.activations) == (one.weights, one.factors, one.activations)
+    assert two.kv == 2 * one.kv and many.kv == one.kv * MAX_ROWS // 200  # more rows are another batch
+    assert many.z == 9 * one.z
+    long = [training(shape, 1, micro_batch=2, tokens=1024, rows=128, domains=n)[0].kv for n in (1, 2)]
+    assert long[0] == long[1]  # 131,072 tokens fill a batch

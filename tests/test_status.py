@@ -222,24 +222,24 @@ BEAT = Heartbeat(rank=0, host="node3", pid=1169, step=12, at=0.0, rss_gib=9.1, u
 
 
 def test_a_dead_workers_end_names_the_place_the_memory_and_the_knob() -> None:
-    said = diagnosis("math", {0: RuntimeError(DEAD)}, (BEAT,))
+    said = diagnosis(("math",), {0: RuntimeError(DEAD)}, (BEAT,))
     assert said.startswith("worker 0 of domain 'math' died: node 10.0.0.7, pid 1169, after step 12;")
     assert "the worker held 9.1 GiB, the machine 30.0 of 64.0 GiB" in said and "somebody ended it" in said
-    full = diagnosis("math", {0: RuntimeError(DEAD)}, (replace(BEAT, used_gib=62.9),))
+    full = diagnosis(("math",), {0: RuntimeError(DEAD)}, (replace(BEAT, used_gib=62.9),))
     assert "most likely the machine ran out of memory: lower rl.micro_batch" in full
     for earlier in ((), (replace(BEAT, pid=1),)):  # none, or one that its predecessor left
-        assert "before its first step; " in diagnosis("math", {0: RuntimeError(DEAD)}, earlier)
+        assert "before its first step; " in diagnosis(("math",), {0: RuntimeError(DEAD)}, earlier)
     assert "\n" not in said + full
 
 
 def test_of_a_dead_task_ray_says_nothing_and_its_last_sign_of_life_does() -> None:
     text = "The worker died unexpectedly while executing this task. Check python-core-worker-*.log files for more."
-    said = diagnosis("math", {0: RuntimeError(text)}, (BEAT,))
+    said = diagnosis(("math",), {0: RuntimeError(text)}, (BEAT,))
     assert said.startswith(
         "worker 0 of domain 'math' died: node node3, pid 1169, after step 12; at its last sign of life"
     )
     assert "the worker held 9.1 GiB, the machine 30.0 of 64.0 GiB; the machine had memory left" in said
-    assert "node unknown, pid unknown, before its first step" in diagnosis("math", {0: RuntimeError(text)}, ())
+    assert "node unknown, pid unknown, before its first step" in diagnosis(("math",), {0: RuntimeError(text)}, ())
 
 
 # What Ray 2.60's memory monitor says of a task, shortened at the dots.
@@ -253,7 +253,7 @@ memory used=44.39GB)
 
 
 def test_of_the_tasks_that_ray_ended_for_their_memory_the_domains_own_is_told() -> None:
-    said = diagnosis("math", {0: RuntimeError(FULL_TASK)}, (BEAT,))
+    said = diagnosis(("math",), {0: RuntimeError(FULL_TASK)}, (BEAT,))
     assert "node 10.0.0.7, pid 1169, after step 12; at its end the worker held 44.39 GiB, the machine 60.87 of" in said
 
 
@@ -275,7 +275,7 @@ Selected to kill: (Actor(121c): ..., task name=RayTrainWorker.__init__, ..., pid
     "text", [FULL, FULL.partition(")\n")[2]]
 )  # of the worker; of the controller, which falls with it
 def test_a_worker_that_ray_ended_for_its_memory(text: str) -> None:
-    said = diagnosis("math", {0: RuntimeError(text)}, (BEAT,))
+    said = diagnosis(("math",), {0: RuntimeError(text)}, (BEAT,))
     assert said.startswith("worker 0 of domain 'math' died: node 10.0.0.7, pid 1169, after step 12; at its end the ")
     assert (
         "the worker held 44.39 GiB, the machine 60.87 of 64.00 GiB; Ray's memory monitor ended it, above 95% " in said
@@ -287,9 +287,9 @@ def test_the_worker_that_died_is_named_and_not_one_that_lost_it() -> None:
     lost = RuntimeError(
         "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.7]"
     )
-    said = diagnosis("math", {0: lost, 1: RuntimeError(DEAD), 2: lost}, (BEAT, replace(BEAT, rank=1, step=13)))
+    said = diagnosis(("math",), {0: lost, 1: RuntimeError(DEAD), 2: lost}, (BEAT, replace(BEAT, rank=1, step=13)))
     assert said.startswith("worker 1 of domain 'math' died: node 10.0.0.7, pid 1169, after step 13;")
-    assert diagnosis("math", {0: lost, 1: ValueError("shapes differ")}, ()).startswith("worker 1 ")
+    assert diagnosis(("math",), {0: lost, 1: ValueError("shapes differ")}, ()).startswith("worker 1 ")
 
 
 @pytest.mark.parametrize(
@@ -305,4 +305,4 @@ def test_the_worker_that_died_is_named_and_not_one_that_lost_it() -> None:
     ],
 )
 def test_other_ends_have_other_causes(text: str, expected: str) -> None:
-    assert expected in diagnosis("math", {3: RuntimeError(text)}, ())
+    assert expected in diagnosis(("math",), {3: RuntimeError(text)}, ())

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from test_train_cluster import experts, of_domains, same, saved, states, undisturbed, verifiers, wait_for
+from test_train_cluster import experts, of_domains, same, saved, states, undisturbed, wait_for
 
 from t2ray.cli.main import main
 from t2ray.cluster.session import PRIVATE, session
 from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.runs.status import read_status
-from t2ray.training.domain import domain_store
+from t2ray.training.domain import EXPERT, domain_store
 from t2ray.training.metrics import read_metrics
 
 pytestmark = pytest.mark.cluster
@@ -96,15 +96,20 @@ def test_a_domain_with_one_worker_is_a_train_run_that_ray_shows_and_has_a_plain_
 
 
 @pytest.mark.long
-def test_a_killed_worker_of_a_train_run_is_noted_once_and_changes_no_z(tmp_path: Path) -> None:
+def test_a_killed_worker_of_a_train_run_is_noted_once_and_changes_no_z(tmp_path: Path, dashboard: str) -> None:
+    """With two domains on its model, one of which fails: both are told, and the other goes on."""
     expected = undisturbed(tmp_path, "short")
-    config = of_domains(tmp_path, "killed", {"own": "kills"})
-    train(config)
-    assert same(experts(config), expected)
-    assert len(verifiers(tmp_path)) == 1 + 2  # this process's, and one before and one after
-    (domain,) = read_status(config)
-    assert domain.fault is not None and not domain.fault.ended
-    assert re.match("worker 0 of domain 'own' died: node .*, after step ", domain.fault.message)
+    config = of_domains(tmp_path, "killed", {"own": "kills", "bad": "broken"}, domains_per_worker=2)
+    with session():
+        with pytest.raises(DomainsFailed, match="^domain 'bad' failed: .*ZeroDivisionError: reward; --resume"):
+            train(config)
+        assert "own+1" in runs(dashboard)
+        wait_for(lambda: figures("killed", "own").get("step") == 12)
+    assert same({"own": domain_store(config, "own").read_tensors(EXPERT)}, expected)
+    own, bad = read_status(config)
+    assert own.fault is not None and not own.fault.ended
+    assert re.match("worker 0 of domains 'own', 'bad' died: node .*, after step ", own.fault.message)
+    assert bad.state == "failed" and bad.fault is not None and "ZeroDivisionError" in bad.fault.message
 
 
 @pytest.mark.nodes

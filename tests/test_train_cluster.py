@@ -161,6 +161,19 @@ def test_domains_train_in_parallel_and_a_killed_worker_changes_no_z(tmp_path: Pa
     assert ticks and not list(Path(config.out, "killed", "ray").glob("*"))
 
 
+def test_a_killed_worker_of_two_domains_goes_on_with_both_and_changes_no_z(tmp_path: Path) -> None:
+    expected = undisturbed(tmp_path, "short", both=True, domains_per_worker=2)
+    config = job(tmp_path, "killed", "kills", both=True, domains_per_worker=2)
+    train(config)
+    assert same(experts(config), expected)
+    assert len(verifiers(tmp_path)) == 1 + 2  # this process's, and one before and one after
+    own, pick = read_status(config)
+    assert own.state == pick.state == "done" and own.fault is not None and pick.fault is not None
+    assert own.fault.message == pick.fault.message and not own.fault.ended
+    assert own.fault.message.startswith("worker 0 of domains 'own', 'pick' died: node ")
+    assert own.workers[0].pid == pick.workers[0].pid
+
+
 def test_a_job_that_does_not_fit_says_so_at_once_and_writes_nothing(tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ResourceError, match=r"needs 6 CPU, the cluster has 2 CPU; lower workers"):
@@ -279,7 +292,7 @@ def test_a_domain_is_a_plain_task_only_with_one_worker_on_a_private_ray_without_
     monkeypatch.setattr(domains, "work", lambda job: "task")
     config = job(tmp_path, "placed", "short", gpus=gpus)
     with domains._launcher(config, Share(at_once=1, most=most, private=private)) as launch:
-        assert ray.get(launch("own")) == ("trainer" if trainer else "task")
+        assert ray.get(launch(("own",))) == ("trainer" if trainer else "task")
 
 
 def test_the_processes_of_a_private_ray_know_that_it_is_private() -> None:

@@ -51,7 +51,8 @@ def add(p: Parser) -> None:
     )
     p.add_argument("--micro-batch", type=int, default=8, metavar="N", help="The job's rl.micro_batch.")
     p.add_argument("--tokens", type=int, default=1024, metavar="N", help="The tokens of prompt and answer together.")
-    p.add_argument("--rows", type=int, default=128, metavar="N", help="How many rollouts are generated at once.")
+    p.add_argument("--rows", type=int, default=128, metavar="N", help="A domain's rollouts that are generated at once.")
+    p.add_argument("--domains", type=int, default=1, metavar="N", help="The job's domains_per_worker.")
     p.add_argument("--kv-tokens", type=int, default=16_384, metavar="N", help="The endpoint's engine.kv_tokens.")
     p.add_argument("--batch-rows", type=int, default=64, metavar="N", help="The endpoint's engine.batch_rows.")
     p.add_argument("--experts", type=int, default=4, metavar="N", help="How many experts are served.")
@@ -60,7 +61,7 @@ def add(p: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Prints both tables, for the number of GPUs that was asked for or for the smallest that fits."""
-    at_least_one(args, "micro_batch", "tokens", "rows", "kv_tokens", "experts", "gpus")
+    at_least_one(args, "micro_batch", "tokens", "rows", "domains", "kv_tokens", "experts", "gpus")
     if not 0 < args.gpu_memory < float("inf"):
         raise ConfigError(f"--gpu-memory is {args.gpu_memory:g}; it must be above 0 (GiB)")
     if not 0 < args.keep <= 1:
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
     memory = int(args.gpu_memory * GIB)
     kinds: dict[str, Callable[[int], list[GpuMemory]]] = {
         "training": lambda gpus: training(
-            shape, gpus, micro_batch=args.micro_batch, tokens=args.tokens, rows=args.rows
+            shape, gpus, micro_batch=args.micro_batch, tokens=args.tokens, rows=args.rows, domains=args.domains
         ),
         "serving": lambda gpus: serving(
             shape, gpus, kv_tokens=args.kv_tokens, rows=args.batch_rows, experts=args.experts

@@ -10,8 +10,8 @@ from t2ray.config.files import portable
 
 # What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
 FREE = frozenset(
-    {"run", "out", "experts", "factors", "workers", "cpus", "gpus", "verifiers", "code", "track", "fail_fast",
-     "preset", "unsafe_code", "verify_timeout_s", "date"}
+    {"run", "out", "experts", "factors", "workers", "domains_per_worker", "cpus", "gpus", "verifiers", "code", "track",
+     "fail_fast", "preset", "unsafe_code", "verify_timeout_s", "date"}
 )  # fmt: skip
 FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
 FREE_RL = frozenset({"steps", "micro_batch", "micro_tokens", "eval_every", "patience"})

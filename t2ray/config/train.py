@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -164,33 +164,31 @@ class TrainConfig(Strict):
     )
     rl: RLConfig = Field(RLConfig(), description="RL settings that all domains share.")
     targets: tuple[str, ...] | None = Field(
-        None,
-        description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every linear layer of the '
-        "decoder and no routed MoE expert.",
-    )
+        None, description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every linear layer of '
+        "the decoder and no routed MoE expert.",
+    )  # fmt: skip
     layers: str | None = Field(
-        None,
-        coerce_numbers_to_str=True,
-        description='Decoder layers to adapt, such as "0-3,8"; without any, all of them.',
+        None, coerce_numbers_to_str=True, description='Decoder layers to adapt, such as "0-3,8"; else all of them.'
     )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description='What the model\'s chat template gets besides the messages, such as {"enable_thinking": false}.'
     )
     date: str | None = Field(
-        None,
-        pattern=r"^\d{4}-\d{2}-\d{2}$",
+        None, pattern=r"^\d{4}-\d{2}-\d{2}$",
         description='The day that chat templates are told, as "2026-01-31"; without one, that of the run\'s start.',
-    )
+    )  # fmt: skip
     seed: int = Field(0, description="Seed of all randomness of the job: the prompts, the rollouts and the initial z.")
     workers: int | str = Field(
         1, description="Number of Ray Train workers per domain, or 1-4 for what fits; 0 trains in this process."
     )
+    domains_per_worker: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        1, description="Number of domains that a worker trains in lockstep on one copy of the model, or auto for as "
+        "many as would else have to wait; more than 1 needs workers: 1 or 0.",
+    )  # fmt: skip
     cpus: float | None = Field(
-        None,
-        gt=0,
-        description="CPUs per worker, and its number of threads, rounded down; without a number, its share of the "
-        "cluster less one core.",
-    )
+        None, gt=0, description="CPUs per worker, and its number of threads, rounded down; without a number, its share "
+        "of the cluster less one core.",
+    )  # fmt: skip
     gpus: float = Field(
         0.0, ge=0, description="GPUs per worker; with 2 or more, the worker's model is divided over them."
     )
@@ -250,6 +248,8 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _settings_of_domains(self) -> TrainConfig:
         _ = self.domain_settings, self.trained  # a wrong key of a domain's `rl` is refused here
+        if (several := self.domains_per_worker) not in (1, "auto") and self.span[1] > 1:
+            raise ValueError(f"domains_per_worker: {several} needs workers: 1 or 0, not {self.workers!r}")
         return self
 
     @cached_property

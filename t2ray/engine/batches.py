@@ -37,11 +37,17 @@ SHARED_TOKENS = 64
 RESTART = 4
 """Passes that a batch's decoding is worth at least before it goes on with fewer rows."""
 
+MAX_ROWS = 512
+"""Rows of a batch at most; a label that is scored is one."""
+
+MAX_TOKENS = 131_072
+"""Tokens of a batch at most, prompts and answers: of them it keeps keys and values."""
+
 
 class StaticBatches:
     """Computes requests of one model; a batch has at most `max_rows` rows (a label is one) and `max_tokens` tokens."""
 
-    def __init__(self, model: Model, *, max_rows: int = 512, max_tokens: int = 131_072) -> None:
+    def __init__(self, model: Model, *, max_rows: int = MAX_ROWS, max_tokens: int = MAX_TOKENS) -> None:
         self.model = model
         self.max_rows, self.max_tokens = max_rows, max_tokens
         self.recurrent = any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.family.config).layers)

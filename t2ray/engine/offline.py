@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, Delta, ExpertError, Mixture, Prompt, SamplingParams, Token
-from t2ray.engine.batches import StaticBatches
+from t2ray.engine.batches import MAX_ROWS, MAX_TOKENS, StaticBatches
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import Request, fitting, reading, scoring
 
@@ -35,8 +35,8 @@ class OfflineEngine:
         self,
         model: Model,
         *,
-        max_batch_rows: int = 512,
-        max_batch_tokens: int = 131_072,
+        max_batch_rows: int = MAX_ROWS,
+        max_batch_tokens: int = MAX_TOKENS,
         pool: Executor | None = None,
     ) -> None:
         self.model = model

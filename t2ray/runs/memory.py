@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 from t2ray.core import ConfigError, ResourceError
+from t2ray.engine.batches import MAX_ROWS, MAX_TOKENS
 from t2ray.models.families import layer_of, layers_prefix
 from t2ray.models.skeleton import skeleton
 from t2ray.models.targets import Selection, Target, select_targets
@@ -119,13 +120,17 @@ def _largest(value: int | Sequence[int]) -> int:
     return int(value) if isinstance(value, int) else max(value)
 
 
-def training(shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, rows: int) -> list[GpuMemory]:
+def training(
+    shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, rows: int, domains: int = 1
+) -> list[GpuMemory]:
     """Returns the memory on each GPU of a training worker, over which the layers are spread in order.
 
     Args:
         tokens: number of tokens of the longest prompt with its answer.
-        rows: number of rollouts that are generated at once.
+        rows: number of rollouts of a domain that are generated at once.
+        domains: number of domains on the model; their rollouts are generated at once as far as one batch takes them.
     """
+    batch = max(rows, min(rows * domains, MAX_ROWS, MAX_TOKENS // tokens))
     first = min(target.layer for target in shape.targets)
 
     def one(layer: int) -> GpuMemory:
@@ -133,11 +138,11 @@ def training(shape: ModelShape, gpus: int, *, micro_batch: int, tokens: int, row
         # The gradient goes from the head down to the lowest target; layers below it save nothing.
         kept = _saved(shape, mine) * micro_batch * tokens if layer >= first else 0
         return _layer(
-            shape, layer, mine, kv=shape.kv_token_layer * tokens * rows, activations=kept, folded=shape.size >= 4
+            shape, layer, mine, kv=shape.kv_token_layer * tokens * batch, activations=kept, folded=shape.size >= 4
         )
 
     logits = min(micro_batch * tokens * shape.vocabulary, CHUNK_ELEMENTS) * 4 * _LOGITS
-    return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=logits, z=shape.K * 4 * 5)
+    return _spread(shape, gpus, [one(layer) for layer in range(shape.layers)], last=logits, z=shape.K * 4 * 5 * domains)
 
 
 def serving(shape: ModelShape, gpus: int, *, kv_tokens: int, rows: int, experts: int) -> list[GpuMemory]:

@@ -49,6 +49,8 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
             raise ConfigError(f"domain {domain!r} has no right answers to train on; name their column by gold")
         if rl.engine == "vllm" and (rl.objective == "sft" or config.adapter.kind != "svf"):
             raise ConfigError(f"domain {domain!r}: vLLM samples for SVF alone, not for sft; use engine: transformers")
+        if rl.engine == "vllm" and config.domains_per_worker not in (1, "auto"):
+            raise ConfigError(f"domain {domain!r}: vLLM samples for one domain; use domains_per_worker: 1")
     check_lengths(config, tasks)
     if config.source is not None and not resume:
         starts(config)

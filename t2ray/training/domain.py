@@ -1,6 +1,6 @@
 """The training of one domain inside one worker: it loads the model, trains, and leaves the expert in the run folder.
 
-Not here: Ray (`t2ray.cluster.train`).
+Not here: several domains on one model (`lockstep`), and Ray (`t2ray.cluster.train`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from t2ray.adapters.factors import Factors
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.rl import RLConfig
 from t2ray.config.train import TrainConfig
-from t2ray.core import ExpertError, RunError
+from t2ray.core import ExpertError, Generate, RunError
 from t2ray.engine.offline import OfflineEngine
 from t2ray.integrity import Damaged, digest_of, seal, unseal
 from t2ray.store import Store
@@ -123,22 +123,56 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     Raises:
         T2RayError: what the user can mend: data, reward, model, disk.
     """
-    assert config.factors is not None and config.cpus is not None, "the launcher resolves these"
-    torch.set_num_threads(max(1, int(config.cpus)))
-    torch.manual_seed(config.seed)
+    check_checkpoints(config, domain)
+    model = job_model(config)
+    engine = _sampler(config, domain, model)
+    try:
+        engine.start()
+        asyncio.run(train_on(config, domain, model, engine, engine.generate, report))
+    finally:
+        engine.stop()
+
+
+def check_checkpoints(config: TrainConfig, domain: str) -> None:
+    """Raises RunError if a domain that ended goes on, and has no checkpoint that it could go on from."""
     store = domain_store(config, domain)
     if finished(store) is not None and not damage(store) and not steps(store):
         raise RunError(
             f"{store.uri} has no checkpoint to go on from; start another run from its expert: run=NAME "
             f"from={config.out}/{config.run}"
         )
+
+
+def job_model(config: TrainConfig) -> Model:
+    """Returns the model of a job, with as many threads as a worker has CPUs.
+
+    Raises:
+        T2RayError: as `load_model`.
+    """
+    assert config.factors is not None and config.cpus is not None, "the launcher resolves these"
+    torch.set_num_threads(max(1, int(config.cpus)))
+    torch.manual_seed(config.seed)
     device = "auto" if config.gpus > 1 else None
     model = load_model(config.model, config.factors, device=device, adapter=config.trained, seed=config.seed)
     model.chat.template = config.chat_template_kwargs
     if config.date:
         model.chat.tell_date(date.fromisoformat(config.date))
+    return model
+
+
+async def train_on(
+    config: TrainConfig, domain: str, model: Model, engine: Engine, generate: Generate, report: ReportMetrics
+) -> None:
+    """Trains the expert of one domain on a model, and leaves it in the domain's folder.
+
+    Args:
+        generate: `engine`'s own, or one that asks the engine together with other domains.
+
+    Raises:
+        T2RayError: as `train_domain`.
+    """
+    store, rl = domain_store(config, domain), config.domain_rl(domain)
     task, lines = _fitting(build_task(config, domain), model)
-    engine, rl = _sampler(config, domain, model), config.domain_rl(domain)
     verifier = Verifier(
         task.reward, workers=config.verifiers, timeout_s=config.verify_timeout_s, path=config.code or None,
         unsafe_code=config.unsafe_code, success_above=task.success_above,
@@ -146,7 +180,7 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
     )  # fmt: skip
     with verifier as verify:
         trainer = Trainer(
-            model, engine.generate, lambda name, z_K: engine.set_experts({name: z_K}),
+            model, generate, lambda name, z_K: engine.set_experts({name: z_K}),
             task, verify, rl, store,
             seed=config.seed, digest=config.digest, shares=config.span[1], start_K=_start(store, model),
             truncate=rl.truncate or None if rl.engine == "vllm" else None,
@@ -158,11 +192,7 @@ def train_domain(config: TrainConfig, domain: str, report: ReportMetrics) -> Non
             note(store, line)
         if first and finished(store) is not None:  # it goes on, and is not done until it has ended again
             store.delete(RESULT)
-        try:
-            engine.start()
-            trained = asyncio.run(trainer.run(report, _trackers(config, domain, store) if first else None))
-        finally:
-            engine.stop()
+        trained = await trainer.run(report, _trackers(config, domain, store) if first else None)
     if first:
         _leave(store, trained, model)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -75,6 +75,10 @@ class StepMetrics:
     def not_finite(self) -> dict[str, float]:
         """The figures that are no finite numbers."""
         return {key: value for key, value in self.values.items() if not math.isfinite(value)}
+
+
+ReportStep = Callable[[str, StepMetrics], None]
+"""Is told of steps, with the domain of each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -150,6 +150,7 @@ class _Wandb:
         self.run = wandb.init(
             id=self.id, resume="allow", project=os.environ.get("WANDB_PROJECT", _PROJECT), group=config.run,
             name=f"{config.run}/{domain}", job_type="train", config=_settings(config, domain),
+            reinit="create_new",  # each of a worker's domains has its own
             dir=str(store.local or tempfile.mkdtemp(prefix="wandb-")),
             settings=wandb.Settings(
                 console="off", silent=True, disable_git=True, save_code=False,  # what a process prints is its run's own

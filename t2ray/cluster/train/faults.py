@@ -7,8 +7,9 @@ fails, also when it is started again afterwards.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from t2ray.cluster.train.worker import task_name
 from t2ray.runs.heartbeat import Heartbeat
 
 _NEARLY_FULL = 0.9  # of a machine's memory at the last sign of life
@@ -17,24 +18,25 @@ _PID = r"pid[=:] ?(\d+)"
 _LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|[Gg]loo|NCCL")
 
 
-def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Heartbeat, ...]) -> str:
+def diagnosis(domains: Sequence[str], causes: Mapping[int, BaseException], last: tuple[Heartbeat, ...]) -> str:
     """Returns one line about the worker that failed by itself; the others fail because they lose it.
 
     `worker 0 of domain 'math' died: node 10.0.0.7, pid 811, after step 12; the worker held 9.1 GiB, the machine 62.9 of
     64.0 GiB; most likely the machine ran out of memory: lower rl.micro_batch ...`
     """
+    of = f"domain{'s' * (len(domains) > 1)} {', '.join(map(repr, domains))}"
     rank, cause = min(causes.items(), key=lambda item: (_follows(str(item[1])), item[0]))
     text = str(cause)
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(cause).__name__]
     if "CUDA out of memory" in text:
         return (
-            f"worker {rank} of domain {domain!r}: the GPU's memory is full; lower rl.micro_batch or max_tokens, adapt "
+            f"worker {rank} of {of}: the GPU's memory is full; lower rl.micro_batch or max_tokens, adapt "
             "fewer layers, or see `t2ray plan`"
         )
     if not _DIED.search(text):
-        return f"worker {rank} of domain {domain!r} failed: {_short(lines[-1])}"
+        return f"worker {rank} of {of} failed: {_short(lines[-1])}"
     # Ray's account of a lack of memory lists many processes, the worker's own among them: a group's, or a task
-    own = re.escape(domain)
+    own = re.escape(task_name(domains))
     pids = re.findall(rf"(?:RayTrainWorker\.__init__|name={own}),.*pid=(\d+)", text) or re.findall(_PID, text)
     pid = pids[0] if pids else None
     # of another process: what its predecessor left
@@ -42,7 +44,7 @@ def diagnosis(domain: str, causes: Mapping[int, BaseException], last: tuple[Hear
     node = next(iter(re.findall(r"(?:node_ip='|ip: |IP: )([\w.:-]+)", text)), seen.host if seen else "unknown")
     after = f"after step {seen.step}" if seen else "before its first step"
     which = pid or (seen.pid if seen else "unknown")  # of a task Ray says no more than that it died
-    what = f"worker {rank} of domain {domain!r} died: node {node}, pid {which}, {after}"
+    what = f"worker {rank} of {of} died: node {node}, pid {which}, {after}"
     return "; ".join(part for part in (what, _memory(text, pid, seen), _likely(text, seen)) if part)
 
 

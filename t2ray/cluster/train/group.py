@@ -1,4 +1,4 @@
-"""A domain as a job of Ray Train: a `TorchTrainer`, whose workers sum their gradients of z.
+"""A domain as a job of Ray Train: a `TorchTrainer`, whose workers sum their gradients of z; or a worker of several.
 
 It is run once. Not here: what becomes of one that fails (`domains`).
 """
@@ -35,17 +35,18 @@ class _Metrics(UserCallback):
     Ray Train itself keeps no figures of a report without a checkpoint.
     """
 
-    def __init__(self, run: str, domain: str) -> None:
-        self.tags, self.gauges = {"run": run, "domain": domain}, dict[str, Gauge]()
+    def __init__(self, run: str) -> None:
+        self.run, self.gauges = run, dict[str, Gauge]()
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
         """Sets the gauges, in the controller of the job."""
-        for name, value in metrics[0].items():
+        tags = {"run": self.run, "domain": metrics[0]["domain"]}
+        for name, value in metrics[0]["figures"].items():
             if name not in self.gauges:
                 text = "of the newest step with a validation"
                 plain = re.sub(r"\W", "_", name)  # as Prometheus has names
-                self.gauges[name] = Gauge(f"t2ray_train_{plain}", description=text, tag_keys=tuple(self.tags))
-            self.gauges[name].set(value, self.tags)
+                self.gauges[name] = Gauge(f"t2ray_train_{plain}", description=text, tag_keys=tuple(tags))
+            self.gauges[name].set(value, tags)
 
 
 class Groups:
@@ -54,13 +55,15 @@ class Groups:
     A process for each would take 0.29 GB and 3 s of a core more, to import torch and Ray Train again.
     """
 
-    def fit(self, job: dict[str, Any], most: int) -> None:
-        """Trains the domain of a job with as many workers as it asks for, at most `most`.
+    def fit(self, job: dict[str, Any], most: int) -> dict[str, str]:
+        """Trains a domain of a job with as many workers as it asks for, at most `most`; or several with one worker.
+
+        Returns what `work` does.
 
         Raises:
             WorkersDied: the first failures, by rank; all its workers have ended, and Ray knows which nodes are gone.
         """
-        config, domain = TrainConfig.model_validate(job["config"]), job["domain"]
+        config = TrainConfig.model_validate(job["config"])
         least = config.span[0]
         trainer = TorchTrainer(
             _worker,
@@ -74,20 +77,21 @@ class Groups:
             ),
             run_config=RunConfig(
                 # Ray resumes a name silently: a new one each time leaves the resuming to the run folder's checkpoints.
-                name=f"{domain}-{uuid.uuid4().hex[:8]}",
+                name=f"{job['name']}-{uuid.uuid4().hex[:8]}",
                 storage_path=f"{config.out}/{config.run}/ray",
                 # Started again by `domains`, which counts by checkpoints and knows a mistake from a death.
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
                 worker_runtime_env=environment(config),
-                callbacks=[_Metrics(config.run, domain)],
+                callbacks=[_Metrics(config.run)],
             ),
         )
         try:
-            trainer.fit()
+            failed: dict[str, str] = trainer.fit().return_value
         except TrainingFailedError as failure:
             wait_for_dead_nodes()
             failures = failure.worker_failures if isinstance(failure, WorkerGroupError) else {0: failure}
             raise WorkersDied({rank: _raised(cause) for rank, cause in failures.items()}) from None
+        return failed
 
 
 def _raised(cause: Exception) -> BaseException:
@@ -96,10 +100,10 @@ def _raised(cause: Exception) -> BaseException:
     return own if isinstance(own, T2RayError) else cause
 
 
-def _worker(job: dict[str, Any]) -> None:
+def _worker(job: dict[str, Any]) -> dict[str, str]:
     """Trains in each Ray Train worker."""
-    work(
+    return work(
         job,
         ray_train.get_context().get_world_rank(),
-        lambda metrics: ray_train.report({"step": metrics.step, **metrics.values}),
+        lambda domain, row: ray_train.report({"domain": domain, "figures": {"step": row.step, **row.values}}),
     )

@@ -11,23 +11,24 @@ from typing import Any
 
 from t2ray.adapters.factors import decompose
 from t2ray.cluster.session import PRIVATE, check_lasting, check_shared, session, slots
-from t2ray.cluster.train.domains import Share, Tick, run_domains
+from t2ray.cluster.train.domains import Share, Tick, run_domains, split
 from t2ray.cluster.train.nodes import largest
+from t2ray.cluster.train.worker import train_alive
 from t2ray.config.train import TrainConfig
 from t2ray.core import ResourceError, RunError, T2RayError
+from t2ray.engine.batches import MAX_ROWS
 from t2ray.experts.registry import Registry
 from t2ray.integrity import Damaged
 from t2ray.models.weights import open_weights
 from t2ray.prompts import OTHERS
 from t2ray.runs.folder import free_name, open_run
 from t2ray.runs.fork import starts
-from t2ray.runs.heartbeat import note_fault, start_heartbeat
+from t2ray.runs.heartbeat import note_fault
 from t2ray.runs.lease import lease
 from t2ray.runs.prepare import check_run, job_tasks, prepare
 from t2ray.runs.rows import check_rows
 from t2ray.store import Store
-from t2ray.training.domain import START, Result, damage, domain_store, expert_of, finished, train_domain
-from t2ray.training.metrics import StepMetrics
+from t2ray.training.domain import START, Result, damage, domain_store, expert_of, finished
 
 
 class DomainsFailed(RunError):
@@ -78,27 +79,18 @@ def train(
 
 
 def _run_here(config: TrainConfig, tick: Tick) -> dict[str, str]:
-    """Trains the domains in this process, one after the other; returns why each that failed did."""
+    """Trains the domains in this process, in turn or several at a time; returns why each that failed did."""
     failed = dict[str, str]()
-    for domain in _unfinished(config):
+    for domains in split(_unfinished(config), _together(config, workers=1)):
         try:
-            _train_here(config, domain, tick)
+            failed |= train_alive(config, domains, 0, lambda domain, row: tick(config))
         except T2RayError as error:
-            failed[domain] = str(error)
-            note_fault(domain_store(config, domain), failed[domain], ended=True)
-            if config.fail_fast:
-                break
+            for domain in domains:
+                failed[domain] = str(error)
+                note_fault(domain_store(config, domain), failed[domain], ended=True)
+        if failed and config.fail_fast:
+            break
     return failed
-
-
-def _train_here(config: TrainConfig, domain: str, tick: Tick) -> None:
-    beat = start_heartbeat(domain_store(config, domain), 0)
-
-    def report(row: StepMetrics) -> None:
-        beat(row.step)
-        tick(config)
-
-    train_domain(config, domain, report)
 
 
 def _begin(config: TrainConfig, stack: ExitStack, tick: Tick, *, resume: bool, wait_s: float) -> Tick:
@@ -143,11 +135,15 @@ def _unfinished(config: TrainConfig) -> list[str]:
 def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfig, Share]:
     """Returns the job with its CPUs per worker decided, and the share of the cluster that its domains have."""
     least, most = config.span
+    least_cpus = {"CPU": config.cpus or 1.0, "GPU": config.gpus}
+    what = f"a domain of run {config.run!r}"
+    together = _together(config, slots({key: n * least for key, n in least_cpus.items()}, resources, what))
+    groups = len(split([*config.domains], together))
     # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
-    even = max(1.0, (resources.get("CPU", 0.0) - 1) // (len(config.domains) * most))
+    even = max(1.0, (resources.get("CPU", 0.0) - 1) // (groups * most))
     worker = {"CPU": config.cpus or min(even, max(1.0, largest("CPU"))), "GPU": config.gpus}
     need = {key: amount * least for key, amount in worker.items()}
-    at_once = min(len(config.domains), slots(need, resources, f"a domain of run {config.run!r}"))
+    at_once = min(groups, slots(need, resources, what))
     for key, amount in worker.items():
         if amount > largest(key):
             raise ResourceError(
@@ -156,8 +152,22 @@ def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfi
             )
     if at_once > 1:  # Ray gives a range all that is free: the first domain would leave the others nothing
         most = max(least, min(most, slots(worker, resources, "a worker") // at_once))
-    share = Share(at_once=at_once, most=most, private=PRIVATE in resources)
+    share = Share(at_once=at_once, most=most, private=PRIVATE in resources, together=together)
     return config.model_copy(update={"cpus": worker["CPU"]}), share
+
+
+def _together(config: TrainConfig, workers: int) -> int:
+    """Returns how many domains a worker trains where there is room for so many workers.
+
+    `auto`: with a GPU, as many as would else wait for their turn, as far as the rollouts of a step are one batch of the
+    engine: what goes into another batch shares nothing. On a CPU a pass costs what its rows cost (docs/scaling.md).
+    """
+    if config.domains_per_worker != "auto":
+        return config.domains_per_worker
+    settings = config.domain_settings.values()
+    if not config.gpus or config.span[1] > 1 or any(rl.engine == "vllm" for rl in settings):
+        return 1
+    return max(1, min(-(-len(config.domains) // workers), MAX_ROWS // max(rl.prompts * rl.samples for rl in settings)))
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:
