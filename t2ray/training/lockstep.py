@@ -90,6 +90,8 @@ async def _train(
             together.leave(domain)
 
     tasks = {domain: asyncio.ensure_future(train(domain)) for domain in domains}
+    for task in tasks.values():
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # seen, or asyncio tells of it too
     until = asyncio.FIRST_EXCEPTION if config.fail_fast else asyncio.ALL_COMPLETED
     ended, _ = await asyncio.wait(tasks.values(), return_when=until)
     failed = {domain: error for domain, task in tasks.items() if task in ended and (error := task.exception())}
