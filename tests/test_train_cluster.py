@@ -350,6 +350,22 @@ def test_a_domain_is_given_up_when_its_workers_die_without_another_checkpoint(
     assert fault is not None and fault.ended and "worker 0 of domain 'own' died" in fault.message
 
 
+def test_domains_whose_worker_dies_again_and_again_are_parted_and_the_sound_one_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[tuple[str, ...]] = []
+
+    def launch(domains: tuple[str, ...]) -> ray.ObjectRef:
+        started.append(domains)
+        return ray.remote(max_retries=0)(lambda: os._exit(1)).remote() if "own" in domains else ray.put({})
+
+    monkeypatch.setattr("t2ray.cluster.train.domains._launcher", lambda *_: nullcontext(launch))
+    config = job(tmp_path, "parted", "short", both=True)
+    share = Share(at_once=1, most=1, private=True, together=2)
+    assert list(run_domains(config, ["own", "pick"], share, lambda _: None)) == ["own"]
+    assert started == [("own", "pick")] * 2 + [("own",)] * 4 + [("pick",)]
+
+
 @pytest.fixture
 def driver(tmp_path: Path) -> Iterator[Driver]:
     """Starts `t2ray train` as a person does, on a cluster of its own; a failed test leaves none behind."""

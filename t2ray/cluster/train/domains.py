@@ -31,6 +31,7 @@ from t2ray.training.domain import damage, domain_store, finished
 
 Tick = Callable[[TrainConfig], None]
 _STARTS = 4
+_TOGETHER = 2  # starts without another checkpoint until domains of one worker are parted: one may kill it for all
 _POLL_S = 0.5
 _GONE_S = 20.0  # after 60 s Ray ends this process
 
@@ -91,7 +92,9 @@ def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick:
             for task in ended:
                 why, again = _after(config, task, running.pop(task))
                 failed |= why
-                if again is not None:
+                if again is not None and len(again.domains) > 1 and again.number > _TOGETHER:
+                    waiting += [(domain,) for domain in reversed(again.domains)]
+                elif again is not None:
                     running[launch(again.domains)] = again
     return failed
 
