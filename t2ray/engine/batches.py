@@ -33,15 +33,11 @@ READ_TOKENS = 256
 SHARED_TOKENS = 64
 """Prompt tokens that a pass over a shared prefix must save to be worth its own time."""
 
-
 RESTART = 4
 """Passes that a batch's decoding is worth at least before it goes on with fewer rows."""
 
-MAX_ROWS = 512
-"""Rows of a batch at most; a label that is scored is one."""
-
-MAX_TOKENS = 131_072
-"""Tokens of a batch at most, prompts and answers: of them it keeps keys and values."""
+MAX_ROWS, MAX_TOKENS = 512, 131_072
+"""Rows of a batch at most, and its tokens with the answers', of which it keeps keys and values."""
 
 
 class StaticBatches:
