@@ -231,7 +231,7 @@ def test_with_fail_fast_a_domain_that_fails_ends_the_others_of_its_worker(tiny_l
 def test_a_worker_whose_model_is_gone_fails_for_all_of_its_domains(tiny_llama: Path, tmp_path: Path) -> None:
     config = started(job(tiny_llama, tmp_path, "gone"))
     failed = _run_here(config.model_copy(update={"model": str(tmp_path / "gone")}), lambda config: None)
-    assert list(failed) == list(NAMES) and all("gone': no such folder" in why for why in failed.values())
+    assert list(failed) == list(NAMES) and all("gone" in why for why in failed.values()), failed
     assert {one.state for one in read_status(config)} == {"failed"}
 
 

@@ -102,7 +102,7 @@ def run_domains(config: TrainConfig, domains: Sequence[str], share: Share, tick:
 def split(domains: Sequence[str], together: int) -> list[tuple[str, ...]]:
     """Returns the domains in groups of at most `together`, about evenly and in their order."""
     groups = -(-len(domains) // together)
-    ends = [len(domains) * i // groups for i in range(groups + 1)]
+    ends = [len(domains) * i // max(groups, 1) for i in range(groups + 1)]
     return [tuple(domains[start:end]) for start, end in pairwise(ends)]
 
 
