@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 __version__ = "0.1.0"
@@ -68,32 +68,43 @@ class RunError(T2RayError, RuntimeError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Message:
-    """One turn of a chat: `Message(role="user", content="17+25")`; or the `tools` on offer, as a JSON list, or what the
-    chat `template` gets besides, as a JSON object.
+class Image:
+    """A picture in a message: the bytes of a PNG, JPEG, WebP or GIF file; or the path of one, read when it is used."""
 
-    `calls` is the JSON list of the functions that it calls, `call_id` the call whose result a `tool` turn has,
-    `reasoning` what an assistant's turn has thought before its content.
-    """
+    data: bytes = field(default=b"", repr=False)
+    path: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a chat: `Message(role="user", content="17+25")`, a text or its parts with pictures between them; or
+    the `tools` on offer, as a JSON list, or what the chat `template` gets besides, as a JSON object. `calls` is the
+    JSON list of the functions that it calls, `call_id` the call whose result a `tool` turn has, `reasoning` what an
+    assistant's turn has thought before its content."""
 
     role: Literal["system", "user", "assistant", "tool", "tools", "template"]
-    content: str
+    content: str | tuple[str | Image, ...]
     calls: str = ""
     call_id: str = ""
     reasoning: str = ""
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(p for p in self.content if isinstance(p, str))
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        return () if isinstance(self.content, str) else tuple(part for part in self.content if isinstance(part, Image))
 
 
 Prompt = tuple[Message, ...] | str | tuple[int, ...]
 """A conversation that the model's chat template formats, or a text to continue as it stands, also as token ids."""
 
-THINK = "<think>"
-"""What opens the reasoning of a thinking model."""
-
 FinishReason = Literal["stop", "length"]
 """Why an answer ended: at an end token or a stop string, or at `max_tokens`."""
 
 
-def user(content: str) -> tuple[Message, ...]:
+def user(content: str | tuple[str | Image, ...]) -> tuple[Message, ...]:
     """A conversation of one user turn, which is what nearly every prompt is."""
     return (Message(role="user", content=content),)
 
@@ -144,11 +155,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 def check_name(name: str, what: str = "expert") -> str:
-    """`name` itself, when it may name an expert, a mixture or a run.
-
-    Raises:
-        ConfigError: it does not match `[a-z0-9][a-z0-9._-]{0,62}`, so that it could not be a folder's name everywhere.
-    """
+    """Returns a name that an expert, a mixture or a run may have, and a folder anywhere; else raises ConfigError."""
     if not NAME.fullmatch(name):
         raise ConfigError(
             f"{name!r} cannot name a {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
@@ -235,7 +242,7 @@ class Token:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """One generated answer. `tokens` are the sampled ones, a sampled end token included; the loss uses their ids. With
-    `thinking` the prompt ends with `THINK`, so that the text begins with reasoning."""
+    `thinking` the prompt ends with `<think>`, so that the text begins with reasoning."""
 
     prompt_ids: tuple[int, ...]
     tokens: tuple[Token, ...]
@@ -268,13 +275,8 @@ class Delta:
 
 def joined(deltas: Sequence[Delta]) -> Delta:
     """Several deltas that follow one another as one."""
-    return Delta(
-        text="".join(delta.text for delta in deltas),
-        tokens=tuple(token for delta in deltas for token in delta.tokens),
-        prompt_tokens=deltas[-1].prompt_tokens,
-        finish_reason=deltas[-1].finish_reason,
-        thinking=deltas[0].thinking,
-    )
+    tokens = tuple(token for delta in deltas for token in delta.tokens)
+    return replace(deltas[-1], text="".join(delta.text for delta in deltas), tokens=tokens, thinking=deltas[0].thinking)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from t2ray.core import THINK, Completion, Example
+from t2ray.core import Completion, Example
+
+THINK = "<think>"
+"""What opens the reasoning of a thinking model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,11 +6,17 @@ this same question.
 
 from __future__ import annotations
 
-from t2ray.core import Message, user
+from t2ray.core import Message, Prompt, user
 
 OTHERS = "others"
 SHORT = 20
 """A turn of fewer characters may be a follow-up, such as "and of 7?", that has a meaning only after another turn."""
+
+
+def pictured(prompt: Prompt) -> tuple[Message, ...]:
+    """Returns a conversation with pictures as it is; nothing of any other prompt."""
+    messages = () if isinstance(prompt, str) else tuple(part for part in prompt if isinstance(part, Message))
+    return messages if any(message.images for message in messages) else ()
 
 
 def requests(messages: tuple[Message, ...]) -> tuple[str, ...]:
@@ -19,8 +25,8 @@ def requests(messages: tuple[Message, ...]) -> tuple[str, ...]:
     They are the last turn of the user's and, as long as the text before is `SHORT`, the one before it. What the system
     and the assistant say is no request; a conversation without a user's turn is read by its last message.
     """
-    turns = [message.content for message in reversed(messages) if message.role == "user"]
-    turns = turns or [messages[-1].content]
+    turns = [message.text for message in reversed(messages) if message.role == "user"]
+    turns = turns or [messages[-1].text]
     short = next((i for i, turn in enumerate(turns) if len(turn) >= SHORT), len(turns))
     return tuple(turns[: short + 1])
 

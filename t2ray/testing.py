@@ -72,4 +72,4 @@ class FakeScore:
 def _text(prompt: Prompt, first: int = 0) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(part.content if isinstance(part, Message) else str(part) for part in prompt[first:])
+    return "\n".join(part.text if isinstance(part, Message) else str(part) for part in prompt[first:])

@@ -111,7 +111,7 @@ class FakeBackend:
 
     async def dispatch(self, strategy: str, messages: tuple[Message, ...]) -> Dispatch:
         self._fail("dispatch")
-        text = messages[-1].content
+        text = messages[-1].text
         hits = {name: 1.0 + sum(text.count(c) for c in signs) for name, signs in WORDS.items() if name in self.experts}
         hits["others"] = 1.5
         label = max(hits, key=hits.__getitem__)
@@ -136,7 +136,7 @@ class FakeBackend:
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
         number = len(self.calls)
         self.calls.append((prompt, mixture, sampling))
-        text = prompt if isinstance(prompt, str) else "\n".join(getattr(m, "content", str(m)) for m in prompt)
+        text = prompt if isinstance(prompt, str) else "\n".join(getattr(m, "text", str(m)) for m in prompt)
         prompt_tokens = len(text.split())
         answer = 1 if sampling.to_end else sampling.max_tokens
         if prompt_tokens + answer > CONTEXT:

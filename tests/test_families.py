@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, WITH_IMAGES, tokenized, write
+from pictures import picture
 from safetensors.torch import load_file, save_file
+from seeing import SEEING, write_seeing
 from small import rollout, together
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -21,16 +23,30 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.model import Model, load_model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, ContextExceeded, Mixture, ModelError, SamplingParams
+from t2ray.core import (
+    Completion,
+    ConfigError,
+    ContextExceeded,
+    Example,
+    Image,
+    Mixture,
+    ModelError,
+    SamplingParams,
+    user,
+)
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.engine.serving import compare, sample, serving_engine
 from t2ray.experts.registry import Registry
+from t2ray.grades import Grade, Rollout
 from t2ray.models import families as layouts
 from t2ray.models.chat import Chat
 from t2ray.models.families import Family
+from t2ray.models.load import load_chat
+from t2ray.models.processor import side_by_side
 from t2ray.models.skeleton import model_class, skeleton
 from t2ray.models.targets import matrix, select_targets
+from t2ray.prompts import pictured
 from t2ray.runs.memory import shape_of
 from t2ray.training.loss import backward
 
@@ -133,12 +149,12 @@ def check_shared_prompts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     close(shared[1], plain[1])
 
 
-async def served(model: Model, z_K: Tensor) -> tuple[str, Any]:
+async def served(model: Model, z_K: Tensor, ask: Any = answers) -> tuple[str, Any]:
     """How a model is served, and what an endpoint answers."""
     engine = await serving_engine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
     try:
         engine.set_experts({"math": z_K})
-        return "in batches" if isinstance(engine, OfflineEngine) else "continuously", await answers(engine)
+        return "in batches" if isinstance(engine, OfflineEngine) else "continuously", await ask(engine)
     finally:
         engine.stop()
 
@@ -202,6 +218,165 @@ def test_the_page_of_models_is_what_the_families_showed() -> None:
     if os.environ.get("T2RAY_WRITE_DOCS"):
         PAGE.write_text(page, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == page, "docs/models.md is stale; see this test's docstring"
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+
+SMALL_ONE, WIDE_ONE = picture(20, 16, 1), picture(48, 24, 2, "JPEG")
+SEEN = (user(("what?", SMALL_ONE)), user("17+25"), user((WIDE_ONE, "and ", SMALL_ONE, "this?")))
+
+
+def alone(model: Model, hf: Any, messages: Any, answer: tuple[int, ...]) -> Tensor:
+    """The logits, (T, V), of the model of transformers for one conversation and its answer, in no batch."""
+    ids = (*model.chat.ids(messages), *answer)
+    seen = side_by_side([model.chat.seen(messages)], [0], len(ids)) if pictured(messages) else {}
+    logits: Tensor = hf(input_ids=torch.tensor([ids]), **seen).logits[0]
+    return logits
+
+
+def check_seen(model: Model, found: tuple[list[Completion], list[tuple[float, ...]]], references: list[Any]) -> None:
+    """`check_answers`, where a model sees: of each conversation with both mixtures, in turn."""
+    asked = [messages for messages in SEEN for _ in range(2)]
+    for i, (messages, answer, scores) in enumerate(zip(asked, *found, strict=True)):
+        hf, start = references[i % 2], len(answer.prompt_ids) - 1
+        logprob_TV = alone(model, hf, messages, answer.token_ids)[start:-1].float().log_softmax(-1)
+        chosen = logprob_TV.gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
+        close(torch.tensor(answer.logprobs), chosen)
+        if pictured(messages):  # the mark of a picture is never an answer
+            logprob_TV[:, [*model.chat.processor.places]] = -torch.inf
+            close(chosen, logprob_TV.max(-1).values)
+        for label, score in zip(LABELS, scores, strict=True):
+            ids = model.chat.encode_answer(label)
+            logprob_TV = alone(model, hf, messages, ids)[start:-1].float().log_softmax(-1)
+            expected = float(logprob_TV.gather(-1, torch.tensor(ids)[:, None]).sum())
+            assert score == pytest.approx(expected, abs=5e-3)
+
+
+async def seen_answers(engine: Engine) -> tuple[list[Completion], list[tuple[float, ...]]]:
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    asked = [(messages, mixture) for messages in SEEN for mixture in (BASE, MATH)]
+    found = await asyncio.gather(*(engine.generate(*pair, sampling) for pair in asked))
+    return found, await asyncio.gather(*(engine.score(messages, LABELS, mixture) for messages, mixture in asked))
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] * (n in ("llava_next", "qwen2_vl", "smolvlm"))) for n in SEEING]
+)
+def test_a_family_sees(name: str, tiny_llama: Path, tmp_path: Path) -> None:
+    """Loss, training, mixed batches of other pictures and other z, scores, served: against the model itself, alone."""
+    folder = write_seeing(name, tiny_llama, tmp_path / "model")
+    decompose(str(folder), tmp_path / "factors")
+    model = load_model(str(folder), tmp_path / "factors", device="cpu")
+    base, z_2K = plain(model), random_z(model, 2)
+    mixed = merged(model, z_2K[1])
+    places = model.chat.processor.places
+    assert [sum(id in places for id in model.chat.ids(messages)) > 0 for messages in SEEN] == [True, False, True]
+
+    rows = [[*model.chat.ids(messages), 70, 71] for messages in SEEN]
+    longest = max(map(len, rows))
+    ids_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows])
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    with torch.no_grad(), model.adapter.rows(z_2K, torch.tensor([1, 0, 1])):
+        seen = model.seen([pictured(messages) for messages in SEEN], [0, 0, 0], longest)
+        together = model.logits(model.hidden(ids_BT, mask_BT, seen))
+    for i in (0, 2):
+        close(together[i, : len(rows[i])], alone(model, mixed, SEEN[i], (70, 71)))
+
+    offline = OfflineEngine(model)
+    offline.set_experts({"math": z_2K[1]})
+    found = asyncio.run(seen_answers(offline))
+    check_seen(model, found, [base, mixed])
+    z_1K = torch.ones(1, model.adapter.size, requires_grad=True)
+    examples = [Example(id="x", messages=messages, row={}) for messages in SEEN]
+    batch = [
+        Rollout(example=example, completion=answer, grade=Grade.of(1.0))
+        for example, answer in zip(examples, found[0][::2], strict=True)
+    ]
+    terms = backward(model, z_1K, batch, [1.0, -0.5, 0.5], lam=0.1, temperature=1.0, batch=3)
+    expected = [-a * sum(r.completion.logprobs) / 3 for a, r in zip([1.0, -0.5, 0.5], batch, strict=True)]
+    assert terms.loss == pytest.approx(sum(expected), abs=5e-3) and terms.kl == pytest.approx(0.0, abs=1e-4)
+    gradient = model.adapter.split(z_1K.grad[0])
+    assert all(bool(part.any()) for part in gradient.values())
+
+    way, answered = asyncio.run(served(model, z_2K[1], seen_answers))
+    check_seen(model, answered, [base, mixed])
+    assert [a.token_ids for a in answered[0]] == [a.token_ids for a in found[0]]
+
+
+def test_what_a_batch_saw_does_not_move_the_tokens_of_the_next(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen's models keep where pictures stood, for a next call that goes on; prompts that are read apart are such."""
+    folder = write_seeing("qwen2_vl", tiny_llama, tmp_path / "model")
+    decompose(str(folder), tmp_path / "factors")
+    model = load_model(str(folder), tmp_path / "factors", device="cpu")
+    engine, sampling = OfflineEngine(model), SamplingParams(max_tokens=4, ignore_eos=True)
+    engine.set_experts({"math": random_z(model, 1)[0]})
+    monkeypatch.setattr(layouts, "PASS", {"cpu": 0.0})
+    monkeypatch.setattr("t2ray.engine.batches.READ_TOKENS", 4)
+
+    def texts() -> Tensor:
+        found = together(*(engine.generate(prompt, BASE, sampling) for prompt in PROMPTS for _ in range(3)))
+        (read,) = together(engine.read(PROMPTS[1], BASE, 0))
+        return torch.tensor([*(p for answer in found for p in answer.logprobs), *(t.logprob for t in read[1:])])
+
+    before = texts()
+    asyncio.run(seen_answers(engine))
+    torch.testing.assert_close(texts(), before, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_model_cannot_see_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = write_seeing("llava", tiny_llama, tmp_path / "model")
+    chat = load_chat(folder)[0]
+    for messages, message in (
+        (user((Image(data=b"GIF89a, or so"), "what?")), "a picture of 13 bytes is no PNG, JPEG, WEBP, GIF file"),
+        (user((Image(data=SMALL_ONE.data[:-60]), "what?")), "a picture: its PNG file is broken"),
+        (user((Image(path=str(tmp_path / "no.png")), "what?")), "no.png: there is no such file"),
+        (user((SMALL_ONE, "two <image>s?")), "says '<image>', the model's mark of a picture"),
+        (user("two <image>s?"), "says '<image>', the model's mark of a picture"),
+        ((261, 70), "says '<image>', the model's mark of a picture"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            chat.ids(messages)
+    with pytest.raises(ConfigError, match="takes no pictures: it has no part that sees"):
+        load_chat(tiny_llama)[0].ids(SEEN[0])
+    (folder / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ConfigError, match="takes no pictures: .*; send text alone"):
+        load_chat(folder)[0].ids(SEEN[0])
+    assert load_chat(folder)[0].ids("17+25") == chat.ids("17+25")
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ConfigError, match="takes no pictures: its folder has no preprocessor_config.json"):
+        load_chat(folder)[0].ids(SEEN[0])
+
+
+def test_a_model_that_sees_otherwise_in_a_batch_is_shown_no_pictures(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one would whose pictures are filled up in a way of its own; its text is as before."""
+    folder = write_seeing("llava", tiny_llama, tmp_path / "model")
+    decompose(str(folder), tmp_path / "factors")
+    known = side_by_side
+
+    def mixed_up(rows: Any, *args: Any) -> Any:
+        return {name: value.flip(0) for name, value in known(rows, *args).items()}
+
+    monkeypatch.setattr("t2ray.adapters.model.side_by_side", mixed_up)
+    model = load_model(str(folder), tmp_path / "factors", device="cpu")
+    with pytest.raises(ConfigError, match="takes no pictures: Llava.*: the logits beside other pictures differ by"):
+        model.chat.ids(SEEN[0])
+    assert len(asyncio.run(OfflineEngine(model).generate("17", BASE, SamplingParams(max_tokens=2))).tokens) > 0
+
+
+def test_a_template_that_reads_parts_alone_gets_texts_as_parts(tiny_llama: Path, tmp_path: Path) -> None:
+    """It would leave out a text, without a word."""
+    folder = write_seeing("llava", tiny_llama, tmp_path / "model")
+    chat, tokenizer = load_chat(folder)[0], AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% for p in m.content | selectattr('type', 'equalto', 'text') %}"
+        "{{ p.text }}{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    assert Chat(tokenizer, chat.eos_ids).ids(user("17+25")) == chat.ids(user("17+25"))
 
 
 # ------------------------------------------------------------------------------------------------------- names, experts

@@ -10,6 +10,7 @@ the console has no error. To make docs/page.png anew, from the fake model or fro
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import os
@@ -28,12 +29,14 @@ import needs
 import pytest
 import uvicorn
 from fake_backend import FakeBackend, expert
+from pictures import picture
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 from waiting import GUARD_S
 
 from t2ray.api.app import create_api
 from t2ray.config.serve import ApiConfig
 from t2ray.core import Busy, GenerationError, Message, Mixture
+from t2ray.pictures import opened
 
 HERE = Path(__file__).parent
 CHROMIUM = shutil.which("chromium")
@@ -282,6 +285,35 @@ def test_sampling_is_what_the_controls_say_and_a_drawn_seed_is_shown(page: Page,
     ask(page, "17+25")
     sampling = site.backend.calls[-1][2]
     assert sampling.seed == 7 and sampling.to_end
+
+
+DROPPED = """([kind, data]) => {
+  const transfer = new DataTransfer();
+  transfer.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], "b.png", { type: "image/png" }));
+  const given = { bubbles: true, cancelable: true };
+  const event = kind === "paste"
+    ? new ClipboardEvent(kind, { ...given, clipboardData: transfer })
+    : new DragEvent(kind, { ...given, dataTransfer: transfer });
+  document.getElementById("question").dispatchEvent(event);
+}"""
+
+
+def test_pictures_are_chosen_pasted_or_dropped_and_go_with_the_question(page: Page, site: Site) -> None:
+    data = picture(40, 20, 1).data
+    page.set_input_files("#files", {"name": "a.png", "mimeType": "image/png", "buffer": data})
+    for count, kind in ((1, "paste"), (2, "drop")):
+        expect(page.locator("#tray img")).to_have_count(count)
+        page.evaluate(DROPPED, [kind, base64.b64encode(data).decode()])
+    expect(page.locator("#tray img")).to_have_count(3)
+    page.get_by_label("Remove picture 2").click()
+    expect(page.locator("#tray img")).to_have_count(2)
+    ask(page, "17+25")
+    expect(page.locator("#tray")).to_be_hidden()
+    message = site.backend.calls[-1][0][-1]
+    assert isinstance(message, Message) and message.text == "17+25" and len(message.images) == 2
+    assert opened(message.images[0]).size == (40, 20)
+    page.reload()
+    expect(page.locator(".turn .pictures img")).to_have_count(2)
 
 
 @pytest.mark.parametrize(("field", "value"), [("Max tokens", "0"), ("Max tokens", "2.5"), ("Seed", "-1")])

@@ -176,4 +176,4 @@ class _Requester:
 
     def _body(self, model: str) -> dict[str, Any]:
         (turn,) = next(self.examples).messages
-        return chat(turn.content, model, max_tokens=TOKENS, ignore_eos=True)
+        return chat(turn.text, model, max_tokens=TOKENS, ignore_eos=True)

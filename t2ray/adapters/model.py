@@ -5,6 +5,7 @@ Not here: generation (`t2ray.engine`) and the loss (`t2ray.training.loss`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
-from t2ray.adapters.probe import probe
+from t2ray.adapters.probe import probe, probe_pictures
 from t2ray.adapters.svf import SVF
 from t2ray.config.adapter import AdapterConfig
+from t2ray.core import Message
 from t2ray.models.chat import Chat
 from t2ray.models.families import Family
 from t2ray.models.load import load_base
+from t2ray.models.processor import side_by_side
 from t2ray.models.targets import select_targets
 from t2ray.models.weights import open_weights, resolve
 
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
 
 SVF_CONFIG = AdapterConfig()
+NOTHING: Mapping[str, Tensor] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +57,17 @@ class Model:
         """The number of tokens that have an embedding."""
         return int(self.hf.get_input_embeddings().num_embeddings)
 
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
-        return self.family.hidden(ids_BT, mask_BT).to(self.device)
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, seen: Mapping[str, Tensor] = NOTHING) -> Tensor:
+        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens, `seen` is what
+        the model gets of their pictures."""
+        return self.family.hidden(ids_BT, mask_BT, seen).to(self.device)
+
+    def seen(self, conversations: Sequence[tuple[Message, ...]], pads: Sequence[int], length: int) -> dict[str, Tensor]:
+        """What the model gets of the pictures of a batch's conversations: of (B, length) ids, after so many pads."""
+        rows = [self.chat.seen(messages) for messages in conversations]
+        found = side_by_side(rows, pads, length) if any(rows) else {}
+        floats = {name: value.to(self.hf.dtype) for name, value in found.items() if value.is_floating_point()}
+        return {name: value.to(self.device) for name, value in (found | floats).items()}
 
     def hidden_behind(
         self, prefix_UP: Tensor, real_UP: Tensor, prefix_of_B: Tensor, ids_BT: Tensor, mask_BT: Tensor
@@ -101,4 +113,6 @@ def load_model(
         made = PeftAdapter(hf, adapter, select_targets(hf, adapter.targets, adapter.layers).targets, seed)
     family = Family(hf)
     probe(hf, family, made)
-    return Model(hf=hf, family=family, adapter=made, chat=chat, base_digest=weights.digest)
+    model = Model(hf=hf, family=family, adapter=made, chat=chat, base_digest=weights.digest)
+    probe_pictures(hf, family, chat, model.seen, model.device)
+    return model

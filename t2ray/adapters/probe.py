@@ -7,17 +7,23 @@ with another weight, and costs a product of whole matrices.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from t2ray.core import ModelError
+from t2ray.core import Message, ModelError, T2RayError, user
+from t2ray.models.chat import Chat
 from t2ray.models.families import Family
 from t2ray.models.targets import Target
+from t2ray.pictures import drawn
+from t2ray.prompts import pictured
 
 if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
+
+See = Callable[[Sequence[tuple[Message, ...]], Sequence[int], int], Mapping[str, Tensor]]
 
 TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -44,16 +50,16 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     try:
         with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-            _same(own, family.logits(family.hidden(ids_BT, mask_BT)), family, "the loss's logits")
+            _same(own, family.logits(family.hidden(ids_BT, mask_BT, {})), family, "the loss's logits")
             with adapter.rows(adapter.neutral[None]):
-                neutral = family.logits(family.hidden(ids_BT, mask_BT))
+                neutral = family.logits(family.hidden(ids_BT, mask_BT, {}))
             _same(own, neutral, family, "the logits through the factors")
             if adapter.by_row:
                 with adapter.rows(z_RK, torch.arange(2, device=device)):
-                    together = family.hidden(ids_BT, mask_BT)
+                    together = family.hidden(ids_BT, mask_BT, {})
             for row in range(2 if adapter.by_row else 0):
                 with adapter.rows(z_RK[row : row + 1]):
-                    alone = family.hidden(ids_BT[row : row + 1], mask_BT[:1])
+                    alone = family.hidden(ids_BT[row : row + 1], mask_BT[:1], {})
                 _same(alone, together[row : row + 1], family, "a row of a batch with several mixtures")
     finally:
         for hook in hooks:
@@ -64,6 +70,31 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
             f"{family.architecture}: its forward passes by {missed[0]} and {len(missed) - 1} more adapted layers, so "
             "that experts could not change them; choose other matrices by --targets"
         )
+
+
+def probe_pictures(hf: Any, family: Family, chat: Chat, see: See, device: torch.device) -> None:
+    """Compares a batch, of rows with a picture and without, with the model's own logits of each row.
+
+    A model for which they differ goes on with text: it takes no pictures, and its chat says why. `see` makes what the
+    model gets of conversations' pictures (`Model.seen`).
+    """
+    if chat.processor is None:
+        return
+    rows = (user((drawn(96, 48), "1")), user("12"), user((drawn(32, 64), "123")))
+    try:
+        ids = [chat.ids(messages) for messages in rows]
+        longest = max(map(len, ids))
+        ids_BT = torch.tensor([[*row, *[chat.pad_id] * (longest - len(row))] for row in ids], device=device)
+        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+        with torch.no_grad():
+            seen = see([pictured(messages) for messages in rows], [0, 0, 0], longest)
+            together = family.logits(family.hidden(ids_BT, mask_BT, seen))
+            for row, messages, found in zip(ids, rows, together, strict=True):
+                alone = see([pictured(messages)], [0], len(row))
+                own = hf(input_ids=torch.tensor([row], device=device), use_cache=False, **alone).logits
+                _same(own, found[None, : len(row)], family, "the logits beside other pictures")
+    except (T2RayError, ValueError, TypeError, RuntimeError) as error:  # whatever an unknown forward raises
+        chat.processor, chat.blind = None, " ".join(str(error).split())[:300]
 
 
 def _experts(target: Target) -> str:

@@ -6,6 +6,8 @@ otherwise refused by name. An unknown parameter is refused with the nearest know
 
 from __future__ import annotations
 
+import binascii
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -13,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 from pydantic_core import PydanticCustomError
 
 from t2ray.config.files import nearest
+from t2ray.core import Image
 
 MOST = 2**31 - 1  # upper bound of any number; the configured limits are far below
 NULL: tuple[Any, ...] = (None,)
@@ -65,16 +68,46 @@ class Body(BaseModel):
         return known
 
 
-def _text(value: Any) -> Any:
-    """A string as it is; a list of parts `[{"type": "text", "text": ...}]` as one string."""
-    if not isinstance(value, list):
+def _content(value: Any) -> Any:
+    """A string as it is; a list of parts as one string, or with pictures as its texts and pictures in turn."""
+    if value is None or isinstance(value, str):
         return value
-    for part in value:
-        if not isinstance(part, dict) or part.keys() - {"cache_control"} != {"type", "text"} or part["type"] != "text":
-            raise PydanticCustomError("part", 'only parts {"type": "text", "text": "..."} are supported')
-        if not isinstance(part["text"], str):
+    if not isinstance(value, list):
+        raise PydanticCustomError("string_type", "Input should be a valid string")
+    parts = tuple(_part(part) for part in value)
+    if any(isinstance(part, Image) for part in parts):
+        return parts
+    return "".join(part for part in parts if isinstance(part, str))
+
+
+def _part(part: Any) -> str | Image:
+    match part:
+        case {"type": "text", "text": str(text)} if not part.keys() - {"type", "text", "cache_control"}:
+            return text
+        case {"type": "text", "text": _}:
             raise PydanticCustomError("part", "the text of a part must be a string")
-    return "".join(part["text"] for part in value)
+        case {"type": "image_url", "image_url": {"url": str(url), **more}} if not part.keys() - {
+            "type",
+            "image_url",
+            "cache_control",
+        } and not more.keys() - {"detail"}:
+            return _image(url)
+    raise PydanticCustomError(
+        "part", 'a part is {"type": "text", "text": "..."}, or {"type": "image_url", "image_url": {"url": "..."}}'
+    )
+
+
+def _image(url: str) -> Image:
+    """The picture in a `data:` URI; of another address, that of one which is still to be fetched (`images`)."""
+    if url.startswith(("https://", "http://")):
+        return Image(path=url)
+    head, comma, data = url.partition(",")
+    if not comma or not re.fullmatch(r"data:image/[a-z.+-]+;base64", head):
+        raise PydanticCustomError("image_url", "a picture's url begins with data:image/png;base64, or https://")
+    try:
+        return Image(data=binascii.a2b_base64(data, strict_mode=True))
+    except ValueError:
+        raise PydanticCustomError("image_url", "what follows base64, in a picture's url is not base64") from None
 
 
 def _strings(value: Any) -> Any:
@@ -99,9 +132,27 @@ PART = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-TEXT = {"anyOf": [{"type": "string"}, {"type": "array", "items": PART}]}
+URL = {
+    "type": "object",
+    "properties": {
+        "url": {"type": "string", "description": "data:image/png;base64,... (also jpeg, webp, gif), or an address"},
+        "detail": {},
+    },
+    "required": ["url"],
+    "additionalProperties": False,
+}
+PICTURE = {
+    "type": "object",
+    "properties": {"type": {"const": "image_url"}, "image_url": URL, "cache_control": {}},
+    "required": ["type", "image_url"],
+    "additionalProperties": False,
+}
+CONTENT = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [PART, PICTURE]}}, {"type": "null"}],
+    "description": "needed, but beside tool_calls; pictures are of a user's turn alone",
+}
 STRING = {"type": "string", "minLength": 1}
-Text = Annotated[str, BeforeValidator(_text), WithJsonSchema(TEXT)]
+Content = Annotated[Any, BeforeValidator(_content), WithJsonSchema(CONTENT)]
 Nonempty = Annotated[str, Field(min_length=1)]
 IDS = {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": MOST}, "minItems": 1}
 TokenIds = Annotated[tuple[Annotated[int, Field(ge=0, le=MOST)], ...], Field(min_length=1)]

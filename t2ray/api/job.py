@@ -18,6 +18,7 @@ from starlette.requests import Request
 from t2ray.adapt.strategies import Dispatch
 from t2ray.api.backend import Backend, Catalog
 from t2ray.api.guard import Trace
+from t2ray.api.images import with_images
 from t2ray.api.limits import check_numbers, check_prompts, invalid, sampling
 from t2ray.api.names import Route, resolve, usable
 from t2ray.api.schema import ChatRequest, CompletionRequest
@@ -195,6 +196,7 @@ async def prepare(
     trace: Trace = request.state.trace
     trace.model, n = body.model, body.n or 1
     check_numbers(n, len(prompts), config)
+    prompts = await unless_gone(request.receive, with_images(prompts, config))
     catalog = backend.catalog()
     tools = tools_of(body, catalog.tools)
     offered = [(tools.message, *prompt) for prompt in prompts] if tools else list(prompts)
@@ -265,7 +267,7 @@ async def held(body: ChatRequest | CompletionRequest, tools: Tools | None) -> st
 
 
 def _logged(prompt: Prompt) -> Any:
-    return prompt if isinstance(prompt, str) else [[m.role, m.content] if isinstance(m, Message) else m for m in prompt]
+    return prompt if isinstance(prompt, str) else [[m.role, m.text] if isinstance(m, Message) else m for m in prompt]
 
 
 async def _dispatch(backend: Backend, route: Route, prompt: Prompt, trace: Trace) -> Dispatch:

@@ -120,7 +120,7 @@ def check_prompts(prompts: Sequence[Prompt], config: ApiConfig) -> None:
             continue
         messages = [message for message in prompt if isinstance(message, Message)]
         at_most(config.max_messages, len(messages), "messages", "messages")
-        characters = sum(len(m.content) + len(m.calls) for m in messages)
+        characters = sum(len(m.text) + len(m.calls) for m in messages)
         at_most(config.max_prompt_chars, characters, "messages", "characters")
         at_most(config.max_prompt_chars, len(prompt), "prompt", "tokens")
 

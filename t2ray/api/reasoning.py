@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from t2ray.core import THINK
+from t2ray.grades import THINK
 
 END = "</think>"
 

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from t2ray.api.answers import answer
 from t2ray.api.backend import AdaptationRequest, Backend, EndpointLoad
 from t2ray.api.errors import SERVER, ErrorReply, Refusal
+from t2ray.api.images import with_images
 from t2ray.api.limits import at_most, check_prompts, invalid, read, read_json
 from t2ray.api.names import known_expert, names
 from t2ray.api.outputs import ResponseReply, respond
@@ -207,7 +208,8 @@ async def adapt(request: Request) -> Response:
     body = await read_json(request, AdaptationBody, config.max_body_bytes)
     catalog = backend.catalog()
     at_most(config.max_examples, len(body.examples), "examples", "examples")
-    check_prompts([example.conversation for example in body.examples], config)
+    conversations = await with_images([example.conversation for example in body.examples], config)
+    check_prompts(conversations, config)
     at_most(config.max_tokens, body.max_tokens or 1, "max_tokens", "tokens")
     if body.verifier not in catalog.verifiers:
         raise invalid(
@@ -218,7 +220,7 @@ async def adapt(request: Request) -> Response:
     started = await backend.adapt(
         AdaptationRequest(
             name=body.name,
-            examples=[(example.conversation, example.answer) for example in body.examples],
+            examples=[(pair[0], pair[1].answer) for pair in zip(conversations, body.examples, strict=True)],
             verifier=body.verifier,
             experts=tuple(body.experts),
             max_tokens=body.max_tokens or min(SEARCHED, config.max_tokens),

@@ -12,7 +12,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from t2ray.api.body import EMPTY, FALSE, MOST, NULL, ONE, ZERO, Bias, Body, Prompts, Stops, Text
+from t2ray.api.body import EMPTY, FALSE, MOST, NULL, ONE, ZERO, Bias, Body, Content, Prompts, Stops
 from t2ray.api.formats import NamedTool, ResponseFormat, ToolBody, ToolCallBody
 from t2ray.core import Message, user
 
@@ -26,7 +26,7 @@ class MessageBody(Body):
     }
     ignored = ("id", "name", "cache_control")
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | None = Field(None, description="needed, but beside tool_calls")
+    content: Content = None
     tool_calls: list[ToolCallBody] | None = Field(None, description="of an assistant's turn")
     tool_call_id: str | None = Field(None, description="of a tool's turn: the call whose result it has")
     reasoning_content: str | None = Field(None, description="of an assistant's turn: what it thought before")
@@ -41,6 +41,8 @@ class MessageBody(Body):
             if given and self.role != role:
                 message = f"{name!r} is for the role {role!r}"
                 raise PydanticCustomError("role", "{message}", {"message": message, "param": name})
+        if isinstance(self.content, tuple) and self.role != "user":
+            raise PydanticCustomError("role", "pictures are for the role 'user'", {"param": "content"})
         missing = "content" if self.content is None and not self.tool_calls else None
         if self.role == "tool" and not self.tool_call_id:
             missing = "tool_call_id"

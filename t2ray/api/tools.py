@@ -24,8 +24,9 @@ from t2ray.api.formats import FunctionBody, NamedTool, offer
 from t2ray.api.limits import invalid
 from t2ray.api.reasoning import ReasoningReader, beginning
 from t2ray.api.schema import ChatRequest, CompletionRequest
-from t2ray.core import THINK, Message
+from t2ray.core import Message
 from t2ray.engine.grammar import following
+from t2ray.grades import THINK
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 SIGNS = {"hermes": (BEGIN, END), "xml": (BEGIN, END), "mistral": (MISTRAL, "")}

@@ -134,7 +134,7 @@ def _check_lengths(bench: Workbench, task: Task, examples: list[Example]) -> Non
 
     split = examples[0].id.split("/")[-2]
     chat = bench.engine.chat
-    long = long_prompts(task, lambda turns: len(chat.encode(turns)), bench.engine.context, {split: len(examples)})
+    long = long_prompts(task, lambda turns: len(chat.ids(tuple(turns))), bench.engine.context, {split: len(examples)})
     if long is not None:
         raise DataError(f"{long.text}; shorten them, lower --max-tokens, or take others")
 

@@ -57,6 +57,14 @@ class ApiConfig(Strict):
     max_prompt_chars: int = Field(
         262_144, ge=1, description="Greatest number of characters of a prompt, counted before it is tokenised."
     )
+    max_images: int = Field(8, ge=0, description="Greatest number of pictures of a request.")
+    max_image_bytes: int = Field(8_388_608, ge=1, description="Greatest size of a picture's file, in bytes.")
+    max_image_pixels: int = Field(16_777_216, ge=1, description="Greatest number of pixels of a picture.")
+    image_hosts: tuple[str, ...] = Field(
+        (),
+        description="Hosts from which pictures may be fetched whose address a request has; without any, a request "
+        "brings its pictures with it. No private address is connected to, and no redirect followed.",
+    )
     max_tokens: int = Field(1_024, ge=1, description="Greatest number of tokens that a request may ask for.")
     default_max_tokens: int | None = Field(
         None,

@@ -32,9 +32,7 @@ class WeightedReward(Strict):
 class DomainConfig(Strict):
     """One domain: a built-in `task`; `data`, `prompt` and `reward` of one's own; or, with `others`, the classifier."""
 
-    task: str | None = Field(
-        None, description="Name of a built-in task, such as math, code, pick, gsm8k, arc_easy or mbpp."
-    )
+    task: str | None = Field(None, description="Name of a built-in task, such as math, gsm8k, arc_easy or textvqa.")
     data: FilePath | tuple[FilePath, ...] | None = Field(
         None,
         description="File of rows (JSONL, JSON, CSV, TSV, Parquet or Arrow, also .gz), a pattern such as "
@@ -51,6 +49,7 @@ class DomainConfig(Strict):
         None, description='Template, such as "Q: {question}" or "{meta.level:.1f}: {q}", or the name of a column of '
         "messages, of which an answer at the end is cut off.",
     )  # fmt: skip
+    image: str | None = Field(None, description="Column of pictures before the prompt: paths, or the files' bytes.")
     reward: str | tuple[WeightedReward, ...] | None = Field(
         None,
         description='Reward function, written "module:function", plain or async; it takes (completion, example) and '
@@ -124,8 +123,9 @@ class DomainConfig(Strict):
             raise ValueError(
                 "a domain needs one of task (a built-in), data (with prompt and reward), or others (the classifier)"
             )
-        if self.test is not None and kinds != ["data"]:
-            raise ValueError("test names rows of a domain of one's own; a built-in task has its own test rows")
+        for key in ("test", "image"):
+            if getattr(self, key) is not None and kinds != ["data"]:
+                raise ValueError(f"{key} belongs to a domain of one's own, with data; a built-in task has its own")
         if kinds == ["data"] and not (self.prompt and self.reward):
             missing = [key for key in ("prompt", "reward") if not getattr(self, key)]
             raise ValueError(f"a domain with data also needs {' and '.join(missing)}")

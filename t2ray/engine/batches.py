@@ -112,29 +112,29 @@ class StaticBatches:
     def _generate(self, batch: list[Request]) -> list[Completion]:
         """Rows that ended leave the batch when half of it has, where that pays."""
         chat, device, family = self.model.chat, self.model.device, self.model.family
-        params = [request.sampling for request in batch if request.sampling]
+        params = [replace(p, logit_bias=p.logit_bias + chat.never) for r in batch if (p := r.sampling)]
         ids_BT, mask_BT = self._left_padded(batch)
         prompt, whole = ids_BT.shape[1], sum(request.tokens for request in batch)
         longest = max(p.max_tokens for p in params)
+        seen = self.model.seen([r.pictured for r in batch], [prompt - len(r.prompt_ids) for r in batch], prompt)
         sampler = RowSampler(params, device, [request.guide for request in batch])
         decode = [partial(chat.decode, continues=request.continues) for request in batch]
-        pays = partial(family.pays, passes=RESTART) if family.shares_prefixes else None
+        leaves = family.shares_prefixes and not seen  # a picture's places are computed as its batch begins
+        pays = partial(family.pays, passes=RESTART) if leaves else None
         ends = RowEnds(params, prompt, chat.eos_ids, decode, device, pays)
-        cache = self._prefilled(batch, prompt, prompt + longest)
+        room = prompt + longest
+        cache = roomy_cache(family.config, room) if seen else self._prefilled(batch, prompt, room)
         found: list[Completion | None] = [None] * len(batch)
         under_way = list(range(len(batch)))
         while under_way:
+            family.forget()
             with self._bind([batch[i] for i in under_way], tokens=whole):
                 ids_BT = self.model.hf.generate(
-                    ids_BT,
-                    attention_mask=mask_BT,
-                    past_key_values=cache,
-                    do_sample=False,
+                    ids_BT, attention_mask=mask_BT, past_key_values=cache, do_sample=False, pad_token_id=chat.pad_id,
                     max_new_tokens=prompt + longest - ids_BT.shape[1],
-                    pad_token_id=chat.pad_id,
-                    logits_processor=LogitsProcessorList([sampler]),
-                    stopping_criteria=StoppingCriteriaList([ends]),
-                )
+                    logits_processor=LogitsProcessorList([sampler]), stopping_criteria=StoppingCriteriaList([ends]),
+                    **seen,
+                )  # fmt: skip
             tokens_BT, logprobs_BT = ids_BT[:, prompt:].tolist(), torch.stack(sampler.logprobs, dim=1).tolist()
             rows = zip(under_way, tokens_BT, logprobs_BT, ends.length_B.tolist(), strict=True)
             for i, tokens, logprobs, length in rows:
@@ -208,6 +208,7 @@ class StaticBatches:
         step = len(ids) if self.recurrent else READ_TOKENS
         stream, tokens = TextStream(chat, ()), list[Token]()
         logprob, top = float("nan"), tuple[Token, ...]()
+        self.model.family.forget()
         with self._bind([request]):
             for start in range(0, len(ids), step):
                 piece_1T = torch.tensor([ids[start : start + step]], device=self.model.device)
@@ -226,7 +227,7 @@ class StaticBatches:
 
     def _score(self, batch: list[Request]) -> list[tuple[float, ...]]:
         """Reads what all prompts begin with once, then each one's rest; its labels continue from its cache."""
-        if self.recurrent:
+        if self.recurrent or any(request.pictured for request in batch):
             return [self._score_whole(request) for request in batch]
         hf, L, shared = self.model.hf, len(batch[0].labels), _shared_prefix(batch)
         ids_BT, mask_BT = self._left_padded(batch, shared)
@@ -266,21 +267,18 @@ class StaticBatches:
         return [tuple(totals[i : i + L]) for i in range(0, len(totals), L)]
 
     def _score_whole(self, request: Request) -> tuple[float, ...]:
-        """Each label behind the whole prompt: a recurrent state is not continued by several tokens at once."""
-        longest = max(map(len, request.labels))
-        rows = [replace(request, prompt_ids=request.prompt_ids + label, labels=()) for label in request.labels]
-        ids_LT, mask_LT = self._left_padded(rows)
+        """Each label behind the whole prompt, where neither a recurrent state nor a picture's places are continued."""
+        model, labels, start = self.model, request.labels, len(request.prompt_ids)
+        longest, device = max(map(len, labels)), model.device
+        real_LT = torch.tensor([[1] * len(label) + [0] * (longest - len(label)) for label in labels], device=device)
+        pad = [model.chat.pad_id] * longest
+        ids_LT = torch.tensor([[*request.prompt_ids, *[*label, *pad][:longest]] for label in labels], device=device)
+        seen = model.seen([request.pictured] * len(labels), [0] * len(labels), start + longest)
+        mask_LT = torch.cat([torch.ones_like(ids_LT[:, :start]), real_LT], 1)
         with self._bind([request]):
-            logits = self.model.hf(
-                input_ids=ids_LT,
-                attention_mask=mask_LT,
-                position_ids=(mask_LT.cumsum(-1) - 1).clamp_min(0),
-                use_cache=False,
-                logits_to_keep=longest + 1,
-            ).logits
-        logprob_LT = logits[:, :-1].float().log_softmax(-1).gather(-1, ids_LT[:, -longest:, None])[..., 0]
-        real_LT = torch.tensor([[0] * (longest - len(label)) + [1] * len(label) for label in request.labels])
-        return tuple((logprob_LT * real_LT.to(logprob_LT)).sum(-1).tolist())
+            logits = model.logits(model.hidden(ids_LT, mask_LT, seen)[:, start - 1 : -1])
+        logprob_LT = logits.log_softmax(-1).gather(-1, ids_LT[:, start:, None])[..., 0] * real_LT
+        return tuple(logprob_LT.sum(-1).tolist())
 
 
 def _repeat(cache: DynamicCache, rows: int, times: int) -> None:

@@ -29,4 +29,6 @@ def vllm_engine(model: str, factors: Factors, config: EngineConfig, *, mode: Lit
     from t2ray.engine.vllm.engine import VLLMEngine
 
     folder = resolve(model)
-    return VLLMEngine(folder, factors, load_chat(folder)[0], config, mode=mode)
+    chat, _ = load_chat(folder)
+    chat.processor, chat.blind = None, "the engine vllm takes none; use transformers"
+    return VLLMEngine(folder, factors, chat, config, mode=mode)

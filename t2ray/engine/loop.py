@@ -73,7 +73,10 @@ class Loop:
         self._alone: tuple[Tensor | None, int] = (None, 0)
 
     def before_step(self) -> bool:
-        """Scores what is queued, all of it together, up to the first prompt to read; returns whether there is more."""
+        """Computes what is queued, all of it together, up to the first prompt to read; returns whether there is more.
+
+        Those are scorings, readings, and answers to prompts with pictures.
+        """
         self.turned = time.monotonic()
         waiting = []
         with suppress(queue.Empty):
@@ -88,7 +91,7 @@ class Loop:
             with self.plain_attention():
                 self._batches.run(request for request, _ in waiting)
         except Exception as failure:  # whatever it is, it is told to who asked, and the rows of others go on
-            error = GenerationError(f"scoring failed: {failure}")
+            error = GenerationError(f"a batch between two steps failed: {failure}")
         for request, done in waiting:
             done.get_loop().call_soon_threadsafe(_settle, done, error or request.result)
         return not self.scorings.empty()
@@ -224,5 +227,4 @@ def _settle(done: asyncio.Future[Any], result: object) -> None:
     if isinstance(result, Exception):
         done.set_exception(result)
     else:
-        assert isinstance(result, tuple)
         done.set_result(result)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from t2ray.adapters.model import Model
-from t2ray.core import Completion, Delta, ExpertError, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import Completion, Delta, Mixture, Prompt, SamplingParams, Token
 from t2ray.engine.batches import MAX_ROWS, MAX_TOKENS, StaticBatches
 from t2ray.engine.protocol import EngineStats
-from t2ray.engine.requests import Request, fitting, reading, scoring
+from t2ray.engine.requests import Request, finite, fitting, reading, scoring, whole
+from t2ray.prompts import pictured
 
 if TYPE_CHECKING:
     from t2ray.engine.grammar import Guide, Guides
@@ -95,15 +96,14 @@ class OfflineEngine:
             Request(
                 prompt_ids=ids,
                 mixture=mixture,
+                pictured=pictured(prompt),
                 continues=self.chat.continues(prompt),
                 sampling=sampling,
                 guide=self._guide(sampling.grammar) if sampling.grammar else None,
             )
         )
         assert isinstance(completion, Completion)
-        if self._pool and any(logprob != logprob for logprob in completion.logprobs):
-            raise ExpertError("this mixture's numbers overflow: the model's scores are not finite; use smaller weights")
-        return completion
+        return finite(completion) if self._pool else completion
 
     def _guide(self, grammar: str) -> Guide:
         from t2ray.engine.grammar import Guides  # training never asks for any
@@ -113,15 +113,8 @@ class OfflineEngine:
         return self._guides.guide(grammar)
 
     async def stream(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> AsyncIterator[Delta]:
-        """See `Engine.stream`: the whole answer in one piece, since a batch ends as a whole."""
-        answer = await self.generate(prompt, mixture, sampling)
-        yield Delta(
-            text=answer.text,
-            tokens=answer.tokens,
-            prompt_tokens=len(answer.prompt_ids),
-            finish_reason=answer.finish_reason,
-            thinking=answer.thinking,
-        )
+        """See `Engine.stream`: the whole answer in one piece."""
+        yield whole(await self.generate(prompt, mixture, sampling))
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""

@@ -32,10 +32,11 @@ from t2ray.core import (
 from t2ray.engine.grammar import Guides
 from t2ray.engine.loop import Loop, Row
 from t2ray.engine.protocol import EngineStats
-from t2ray.engine.requests import Request, fitting, reading, scoring
+from t2ray.engine.requests import Request, finite, fitting, reading, scoring, whole
 from t2ray.engine.sampling import uniforms
 from t2ray.engine.text import TextStream
 from t2ray.engine.transformers import Manager
+from t2ray.prompts import pictured
 
 
 class OnlineEngine:
@@ -69,7 +70,9 @@ class OnlineEngine:
     # -------------------------------------------------------------------------------------------------------- callers
 
     async def generate(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
-        """See `Engine.generate`."""
+        """See `Engine.generate`. A prompt with pictures is answered between two steps, which all others wait for."""
+        if pictured(prompt):
+            return await self._seeing(prompt, mixture, sampling)
         row = await self._submit(prompt, mixture, sampling, streams=False)
         answer = joined([delta async for delta in self._deltas(row)])
         assert answer.finish_reason is not None
@@ -87,9 +90,23 @@ class OnlineEngine:
 
         The first token comes at once; later ones are joined, since all streams share `loop.DELTAS_PER_S`.
         """
+        if pictured(prompt):
+            yield whole(await self._seeing(prompt, mixture, sampling))
+            return
         row = await self._submit(prompt, mixture, sampling, streams=True)
         async for delta in self._deltas(row):
             yield delta
+
+    async def _seeing(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams) -> Completion:
+        """The answer to a prompt with pictures, which transformers' continuous batching does not take."""
+        await asyncio.to_thread(self.chat.ids, prompt)  # which keeps what it made of the pictures
+        ids, sampling = fitting(self.model, prompt, sampling, self.context)
+        guide = await asyncio.to_thread(self._guides.guide, sampling.grammar) if sampling.grammar else None
+        asked = Request(prompt_ids=ids, mixture=mixture, pictured=pictured(prompt), sampling=sampling, guide=guide)
+        completion = finite(await self._between_steps(asked))
+        self._loop.count["finished"] += 1
+        self._loop.count["tokens"] += len(completion.tokens)
+        return completion
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""

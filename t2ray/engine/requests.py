@@ -8,8 +8,20 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from t2ray.core import Completion, ConfigError, ContextExceeded, Mixture, Prompt, SamplingParams, Token
+from t2ray.core import (
+    Completion,
+    ConfigError,
+    ContextExceeded,
+    Delta,
+    ExpertError,
+    Message,
+    Mixture,
+    Prompt,
+    SamplingParams,
+    Token,
+)
 from t2ray.models.chat import Chat
+from t2ray.prompts import pictured
 
 if TYPE_CHECKING:
     from t2ray.engine.grammar import Guide
@@ -35,12 +47,15 @@ class Request:
 
     `z_K` is None for the base model.
 
+    `pictured` is the conversation, where it has pictures: what the model gets of them is made when its batch is.
+
     An answer `continues` a text, or is a turn by itself. Requests of one mixture share one tensor `z_K`: batches tell
     mixtures apart by it.
     """
 
     prompt_ids: tuple[int, ...]
     mixture: Mixture
+    pictured: tuple[Message, ...] = ()
     continues: bool = False
     z_K: Tensor | None = None
     sampling: SamplingParams | None = None
@@ -92,13 +107,37 @@ def prompt_ids(model: Reader, prompt: Prompt, answer: int, bias: Sequence[tuple[
     return ids
 
 
+def finite(completion: Completion) -> Completion:
+    """The answer itself.
+
+    Raises:
+        ExpertError: the mixture's numbers overflow.
+    """
+    if any(logprob != logprob for logprob in completion.logprobs):
+        raise ExpertError("this mixture's numbers overflow: the model's scores are not finite; use smaller weights")
+    return completion
+
+
+def whole(completion: Completion) -> Delta:
+    """A whole answer as the one piece of a stream, since a batch ends as a whole."""
+    return Delta(
+        text=completion.text,
+        tokens=completion.tokens,
+        prompt_tokens=len(completion.prompt_ids),
+        finish_reason=completion.finish_reason,
+        thinking=completion.thinking,
+    )
+
+
 def scoring(model: Reader, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> Request:
     """The request for the log-likelihoods of `labels`; raises as `prompt_ids` does."""
     label_ids = tuple(model.chat.encode_answer(label) for label in labels)
     ids = prompt_ids(model, prompt, max(map(len, label_ids)))
-    return Request(prompt_ids=ids, mixture=mixture, labels=label_ids)
+    return Request(prompt_ids=ids, mixture=mixture, pictured=pictured(prompt), labels=label_ids)
 
 
 def reading(model: Reader, prompt: Prompt, mixture: Mixture, top: int) -> Request:
     """The request for the log-probabilities of a prompt's own tokens; raises as `prompt_ids` does."""
+    if pictured(prompt):
+        raise ConfigError("a prompt with pictures is not read for its own log-probabilities; leave them out")
     return Request(prompt_ids=prompt_ids(model, prompt, 0), mixture=mixture, top=top)

@@ -163,8 +163,8 @@ def choosing(score: Score, choices: Mapping[Prompt, tuple[str, ...]]) -> Generat
 def text_of(messages: Sequence[Message]) -> str:
     """Returns a prompt as the file of answers shows it: the content of its turns, each under its role if several."""
     if len(messages) == 1:
-        return messages[0].content
-    return "\n\n".join(f"{message.role}: {message.content}" for message in messages)
+        return messages[0].text
+    return "\n\n".join(f"{message.role}: {message.text}" for message in messages)
 
 
 def parquet(answers: Sequence[Answered]) -> bytes:

@@ -147,7 +147,7 @@ async def _both_passes(
 
 def _chunks(examples: Sequence[Example], tokens: int, answer: int) -> Iterator[list[Example]]:
     """Yields the examples in chunks of about so many tokens, the longest prompts first."""
-    chars = {x.id: sum(len(message.content) for message in x.messages) for x in examples}
+    chars = {x.id: sum(len(m.text) + 2_000 * len(m.images) for m in x.messages) for x in examples}
     chunk: list[Example] = []
     most = 0
     for example in sorted(examples, key=lambda x: -chars[x.id]):

@@ -6,12 +6,16 @@ import json
 import re
 from collections.abc import Sequence
 from datetime import date, datetime, time
+from functools import lru_cache
 from inspect import signature
 from typing import Any
 
 from jinja2 import TemplateError
 
-from t2ray.core import THINK, ConfigError, Message, Prompt
+from t2ray.core import ConfigError, Message, Prompt
+from t2ray.grades import THINK
+from t2ray.models.processor import Processor, Seen
+from t2ray.prompts import pictured
 
 SHOWN = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
@@ -34,6 +38,7 @@ WRITTEN = {
 """Styles in which templates have calls of functions written, and how a template that writes one looks."""
 
 _ANSWER = "an answer that no template writes"
+_KEPT = 16  # conversations whose pictures are kept as the model gets them: samples of one prompt come together
 
 
 class Chat:
@@ -41,12 +46,17 @@ class Chat:
 
     A model without a template gets a conversation as plain text: the contents of the messages, one after the other.
     `eos_ids` are the tokens that end an answer. `template` is what the chat template gets besides the conversation,
-    such as `{"enable_thinking": False}`.
+    such as `{"enable_thinking": False}`. `processor` is the model's for pictures, if it takes any; if not, `blind` says
+    why.
     """
 
-    def __init__(self, tokenizer: Any, eos_ids: Sequence[int]) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Any, eos_ids: Sequence[int], processor: Processor | None = None, blind: str = ""
+    ) -> None:
+        self.tokenizer, self.processor, self.blind = tokenizer, processor, blind or "it has no part that sees"
         self.template: dict[str, Any] = {}
+        self._in_parts = self._reads_parts_alone()
+        self._seeing = lru_cache(_KEPT)(self._see)
         self.eos_ids = tuple(eos_ids)
         self.end_id = self._end_of_turn()
         if self.end_id not in self.eos_ids:
@@ -60,11 +70,45 @@ class Chat:
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.eos_ids[0]
 
     def ids(self, prompt: Prompt) -> tuple[int, ...]:
-        """Returns the ids of a conversation up to where the answer begins, or of a text to continue as it stands."""
+        """Returns the ids of a conversation up to where the answer begins, or of a text to continue as it stands.
+
+        Raises:
+            ConfigError: as `encode`; or there are pictures, and the model takes none, or not these.
+        """
+        if messages := pictured(prompt):
+            return self._seeing(messages)[0]
         if isinstance(prompt, str):
-            return self.encode_text(prompt)
-        ids = tuple(id for id in prompt if isinstance(id, int))
-        return ids or self.encode([message for message in prompt if isinstance(message, Message)])
+            ids = self.encode_text(prompt)
+        else:
+            ids = tuple(id for id in prompt if isinstance(id, int))
+            ids = ids or self.encode([message for message in prompt if isinstance(message, Message)])
+        if self.processor and not self.processor.places.isdisjoint(ids):
+            raise ConfigError(f"the prompt says {self.processor.mark!r}, the model's mark of a picture; leave it out")
+        return ids
+
+    def seen(self, messages: tuple[Message, ...]) -> Seen:
+        """Returns what the model gets of a conversation's pictures besides ids; raises as `ids` does."""
+        return self._seeing(messages)[1] if messages else {}
+
+    def _see(self, messages: tuple[Message, ...]) -> tuple[tuple[int, ...], Seen]:
+        if self.processor is None:
+            raise ConfigError(f"this model takes no pictures: {self.blind}; send text alone")
+        mark = self.processor.mark
+        if any(mark in message.text for message in messages):
+            raise ConfigError(f"a message says {mark!r}, the model's mark of a picture; leave it out")
+        images = [image for message in messages for image in message.images]
+        if self.tokenizer.chat_template:
+            text = self._filled(messages, tokenize=False)
+        else:
+            contents = [message.content for message in messages if message.role not in ("tools", "template")]
+            parts = [part for content in contents for part in ([content] if isinstance(content, str) else content)]
+            text = "".join(part if isinstance(part, str) else mark for part in parts)
+        if text.count(mark) != len(images):
+            raise ConfigError(
+                f"the model's chat template writes {text.count(mark)} marks {mark!r} for {len(images)} pictures; it "
+                "needs a template that knows pictures"
+            )
+        return self.processor.read(text, images, add_special_tokens=not self.tokenizer.chat_template)
 
     def continues(self, prompt: Prompt) -> bool:
         """Whether an answer goes on with a text, as it does unless the prompt is a conversation."""
@@ -77,21 +121,23 @@ class Chat:
             ConfigError: the model's chat template refuses the conversation, in its own words, or it was given what
                 is not for it to have.
         """
-        turns = [m for m in messages if m.role not in ("tools", "template")]
         if not self.tokenizer.chat_template:
-            return self.encode_text("".join(m.content for m in turns))
-        tools = [tool for m in messages if m.role == "tools" for tool in json.loads(m.content)]
+            return self.encode_text("".join(m.text for m in messages if m.role not in ("tools", "template")))
+        return tuple(self._filled(messages, tokenize=True))
+
+    def _filled(self, messages: Sequence[Message], *, tokenize: bool) -> Any:
+        """The chat template of a conversation, as ids or as a text; raises as `encode` does."""
+        turns = [m for m in messages if m.role not in ("tools", "template")]
+        tools = [tool for m in messages if m.role == "tools" for tool in json.loads(m.text)]
         template = self._given(messages)
         try:
-            return tuple(
-                self.tokenizer.apply_chat_template(
-                    _turns(turns),
-                    tools=tools or None,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=False,
-                    **template,
-                )
+            return self.tokenizer.apply_chat_template(
+                _turns(turns, self._in_parts),
+                tools=tools or None,
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                return_dict=False,
+                **template,
             )
         except TemplateError as error:
             roles = ", ".join(m.role for m in messages[:8]) + (", ..." if len(messages) > 8 else "")
@@ -135,12 +181,17 @@ class Chat:
         given = dict(self.template)
         for message in messages:
             if message.role == "template":
-                given |= json.loads(message.content)
+                given |= json.loads(message.text)
         if taken := sorted(given.keys() & signature(self.tokenizer.apply_chat_template).parameters.keys()):
             raise ConfigError(
                 f"chat_template_kwargs has {taken[0]!r}, which t2ray itself says; name the template's variables"
             )
         return given
+
+    @property
+    def never(self) -> tuple[tuple[int, float], ...]:
+        """A bias against the tokens that stand for pictures, which no answer has."""
+        return tuple((id, -100.0) for id in self.processor.places) if self.processor else ()
 
     def tell_date(self, day: date) -> None:
         """Makes the chat template, where it asks for the date, take this day for today."""
@@ -160,6 +211,18 @@ class Chat:
         ids = tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
         return (*ids, self.end_id) if self.tokenizer.chat_template else ids
 
+    def _reads_parts_alone(self) -> bool:
+        """Whether the chat template leaves out, without a word, a content that is a text and no list of parts."""
+
+        def said(in_parts: bool) -> bool:
+            turns = _turns([Message(role="user", content=_ANSWER)], in_parts)
+            try:
+                return _ANSWER in str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            except TemplateError:
+                return False
+
+        return bool(self.tokenizer.chat_template) and not said(False) and said(True)
+
     def _end_of_turn(self) -> int:
         """The token that the chat template puts after an assistant's turn; else the model's first end token.
 
@@ -167,9 +230,9 @@ class Chat:
         """
         if not self.tokenizer.chat_template:
             return self.eos_ids[0]
-        turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _ANSWER}]
+        turns = [Message(role="user", content="x"), Message(role="assistant", content=_ANSWER)]
         try:
-            text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+            text = str(self.tokenizer.apply_chat_template(_turns(turns, self._in_parts), tokenize=False))
         except TemplateError:  # one that refuses this conversation
             return self.eos_ids[0]
         after = self.tokenizer(text.rpartition(_ANSWER)[2], add_special_tokens=False)["input_ids"]
@@ -197,11 +260,14 @@ class Chat:
         return self._tokens[id]
 
 
-def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def _turns(messages: Sequence[Message], in_parts: bool) -> list[dict[str, Any]]:
     """Turns as chat templates read them: the arguments of calls are no text, and a result names its function."""
     turns, names = [], dict[str, str]()
     for message in messages:
-        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        content: Any = (message.content,) if in_parts and isinstance(message.content, str) else message.content
+        if not isinstance(content, str):
+            content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in content]
+        turn: dict[str, Any] = {"role": message.role, "content": content}
         if message.calls:
             turn["tool_calls"] = calls = json.loads(message.calls)
             names |= {call["id"]: call["function"]["name"] for call in calls}

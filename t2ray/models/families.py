@@ -50,13 +50,24 @@ class Family:
         _fix_long_rope(hf, self.config)
         self.parameters: int = sum(parameter.numel() for parameter in self.backbone.parameters())
         self.device = next(self.backbone.parameters()).device.type
+        self._keepers: list[Any] = [module for module in hf.modules() if hasattr(module, "rope_deltas")]
         self.shares_prefixes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
         values = {name: getattr(self.config, name, None) for name in _AFTER_HEAD}
         self._after_head = {name: value for name, value in values.items() if isinstance(value, int | float)}
 
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens."""
-        states: Tensor = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).last_hidden_state
+    def forget(self) -> None:
+        """Forgets where the pictures of the last call stood: some models keep it for a next call that goes on with it.
+
+        A call that does not would have its tokens in places of other rows.
+        """
+        for module in self._keepers:
+            module.rope_deltas = None
+
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+        """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens, `seen` is what
+        the model gets of their pictures (`processor.side_by_side`)."""
+        made = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **seen)
+        states: Tensor = made.last_hidden_state
         return states
 
     def hidden_behind(

@@ -15,6 +15,7 @@ import torch
 from t2ray.core import ModelError, ResourceError
 from t2ray.models.chat import Chat
 from t2ray.models.families import context_of
+from t2ray.models.processor import load_processor
 from t2ray.models.skeleton import model_class
 
 
@@ -52,7 +53,7 @@ def load_base(folder: Path, device: str | None = None) -> tuple[Any, Chat]:
             "with config.json and tokenizer.json"
         ) from None
     hf = (hf if divided else hf.to(device)).eval().requires_grad_(False)
-    chat = _chat(folder, tokenizer, hf.generation_config.eos_token_id)
+    chat = _chat(folder, config, tokenizer, hf.generation_config.eos_token_id)
     hf.generation_config = GenerationConfig()  # else the model's own penalties and defaults would apply too
     # A prefill asks for the last token's logits alone, a slice that lies scattered in memory: its product with a
     # vocabulary of 49,152 takes 7.3 s for 64 rows of bfloat16 on a CPU, and 24 ms where the slice is copied first.
@@ -83,7 +84,7 @@ def load_chat(folder: Path) -> tuple[Chat, int]:
         raise ModelError(
             f"{folder}: no tokenizer that transformers can load: {reason}; name a folder with tokenizer.json"
         ) from None
-    return _chat(folder, tokenizer, eos), context_of(text)
+    return _chat(folder, config, tokenizer, eos), context_of(text)
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -93,7 +94,7 @@ def _tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, model_max_length=sys.maxsize)
 
 
-def _chat(folder: Path, tokenizer: Any, eos: int | list[int] | None) -> Chat:
+def _chat(folder: Path, config: Any, tokenizer: Any, eos: int | list[int] | None) -> Chat:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     eos = tokenizer.eos_token_id if eos is None else eos
@@ -101,4 +102,11 @@ def _chat(folder: Path, tokenizer: Any, eos: int | list[int] | None) -> Chat:
         raise ModelError(
             f"{folder}: nothing says which token ends an answer; write eos_token_id into its generation_config.json"
         )
-    return Chat(tokenizer, eos if isinstance(eos, list) else [eos])
+    blind = ""
+    try:
+        processor = load_processor(folder, config, tokenizer)
+    except (ValueError, OSError, TypeError, AttributeError, ImportError) as error:  # its text use goes on without
+        processor, blind = None, " ".join(str(error).split())[:200]
+    if processor and not tokenizer.chat_template:  # older folders have it in a file that the tokenizer does not read
+        tokenizer.chat_template = processor.template
+    return Chat(tokenizer, eos if isinstance(eos, list) else [eos], processor, blind)

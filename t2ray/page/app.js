@@ -8,6 +8,7 @@ import { announce, byId, el } from "./dom.js";
 import { examples } from "./examples.js";
 import { createExperts } from "./experts.js";
 import { watchLoad } from "./load.js";
+import { createPictures } from "./pictures.js";
 import { createSampling } from "./sampling.js";
 import { createStrategy } from "./strategy.js";
 
@@ -17,6 +18,7 @@ const THEMES = { auto: "as the system", light: "light", dark: "dark" };
 
 const question = byId("question");
 const sampling = createSampling({ onWrong: () => showPanel(true) });
+const pictures = createPictures();
 const chat = createChat({ settings, onBusy: showBusy });
 const experts = createExperts({ onMix: () => strategy.byHand() });
 const strategy = createStrategy({
@@ -86,7 +88,8 @@ function showBusy(busy) {
 byId("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = question.value.trim();
-  if (!text || !chat.send(text)) return;
+  if (!text || !chat.send(text, pictures.urls())) return;
+  pictures.clear();
   question.value = "";
   question.focus();
 });

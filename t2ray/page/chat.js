@@ -5,6 +5,7 @@ import { createAnswer } from "./answer.js";
 import { chatStream } from "./api.js";
 import { announce, byId, el } from "./dom.js";
 import { keep, kept } from "./kept.js";
+import { content, shown } from "./pictures.js";
 
 const LARGEST_SEED = 2 ** 31;
 
@@ -14,12 +15,12 @@ const LARGEST_SEED = 2 ** 31;
  */
 export function createChat({ settings, onBusy }) {
   const thread = byId("thread");
-  let turns = []; // { question, answers, node }
+  let turns = []; // { question, pictures, answers, node }
   let running = null; // the AbortController of the answer that streams
   let left = false; // whether the page is being left, which breaks a stream off
 
-  for (const { question, answers } of kept("turns") ?? []) {
-    const turn = addTurn(question);
+  for (const { question, pictures = [], answers } of kept("turns") ?? []) {
+    const turn = addTurn(question, pictures);
     for (const saved of answers) addAnswer(turn, createAnswer(saved.asked, () => ask(turn), saved));
   }
   follow(true);
@@ -30,7 +31,7 @@ export function createChat({ settings, onBusy }) {
   });
 
   function save() {
-    if (!left) keep("turns", turns.map(({ question, answers }) => ({ question, answers: answers.map(({ record }) => record) })));
+    if (!left) keep("turns", turns.map(({ question, pictures, answers }) => ({ question, pictures, answers: answers.map(({ record }) => record) })));
   }
 
   /** Whether a question can be asked now; else it stays where it was typed. */
@@ -40,14 +41,14 @@ export function createChat({ settings, onBusy }) {
   }
 
   /** Asks; false when that cannot be now. */
-  function send(question) {
+  function send(question, pictures = []) {
     if (!ready()) return false;
-    ask(addTurn(question));
+    ask(addTurn(question, pictures));
     return true;
   }
 
-  function addTurn(question) {
-    const turn = { question, answers: [], node: el("div", { class: "turn" }) };
+  function addTurn(question, pictures) {
+    const turn = { question, pictures, answers: [], node: el("div", { class: "turn" }) };
     showQuestion(turn);
     turns.push(turn);
     byId("welcome").hidden = true;
@@ -70,7 +71,7 @@ export function createChat({ settings, onBusy }) {
     const control = new AbortController();
     running = control;
     onBusy(true);
-    const messages = [...(memory ? history(turn) : []), { role: "user", content: turn.question }];
+    const messages = [...(memory ? history(turn) : []), { role: "user", content: content(turn.question, turn.pictures) }];
     const sampling = { temperature, seed, ...(maxTokens ? { max_tokens: maxTokens } : {}) };
     const body = { model, messages, ...sampling, stream: true, stream_options: { include_usage: true } };
     try {
@@ -95,10 +96,10 @@ export function createChat({ settings, onBusy }) {
 
   /** The turns before this one that have an answer: of several answers, the last. */
   function history(turn) {
-    return turns.slice(0, turns.indexOf(turn)).flatMap(({ question, answers }) => {
+    return turns.slice(0, turns.indexOf(turn)).flatMap(({ question, pictures, answers }) => {
       const records = answers.map(({ record }) => record);
       const good = records.filter(({ state, text }) => (state === "done" || state === "stopped") && text).at(-1);
-      return good ? [{ role: "user", content: question }, { role: "assistant", content: good.text }] : [];
+      return good ? [{ role: "user", content: content(question, pictures) }, { role: "assistant", content: good.text }] : [];
     });
   }
 
@@ -108,7 +109,7 @@ export function createChat({ settings, onBusy }) {
     const edit = el("button", { type: "button", class: "quiet edit", on: { click: () => editQuestion(turn) } }, "Edit");
     const asked = el("h2", { class: "asked" }, el("span", { class: "unseen" }, "You: "), turn.question);
     turn.head?.remove();
-    turn.head = el("div", { class: "asked-row" }, asked, edit);
+    turn.head = el("div", {}, el("div", { class: "asked-row" }, asked, edit), shown(turn.pictures));
     turn.node.prepend(turn.head);
     return edit;
   }

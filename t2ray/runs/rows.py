@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 
 from t2ray.config.train import TrainConfig
-from t2ray.core import DataError, RunError
+from t2ray.core import DataError, Image, RunError
 from t2ray.integrity import Damaged, seal, unseal
 from t2ray.models.load import load_chat
 from t2ray.models.weights import resolve
@@ -27,7 +27,7 @@ def check_lengths(config: TrainConfig, tasks: Mapping[str, Task]) -> None:
     chat, context = load_chat(resolve(config.model))
     chat.template = config.chat_template_kwargs
     for domain, task in tasks.items():
-        long = long_prompts(task, lambda messages: len(chat.encode(messages)), context)
+        long = long_prompts(task, lambda messages: len(chat.ids(tuple(messages))), context)
         if long is not None and config.domains[domain].on_long_prompt == "refuse":
             raise DataError(
                 f"domain {domain!r}: {long.text}; shorten them, lower max_tokens, or leave them out by "
@@ -58,15 +58,21 @@ def check_rows(config: TrainConfig, tasks: Mapping[str, Task], *, new: bool) -> 
         store.write_text(ROWS, seal(now, indent=1))
 
 
+def _known(value: object) -> str:
+    """What is no JSON is known by its kind, since its text may be another in each process; a picture by its bytes."""
+    if isinstance(value, Image):
+        return value.path or hashlib.blake2b(value.data, digest_size=16).hexdigest()
+    return type(value).__name__
+
+
 def _digests(task: Task) -> dict[str, str]:
     """Returns a digest of a task's rows and their prompts, by split."""
     found = {}
     for split in SPLITS:
         digest = hashlib.blake2b(digest_size=16)
         for example in task.examples(split):
-            turns = [[message.role, message.content] for message in example.messages]
-            # What is no JSON, such as an image, is known by its kind: its text may be another in each process.
-            line = json.dumps([turns, dict(example.row)], sort_keys=True, default=lambda value: type(value).__name__)
+            turns = [[message.role, message.text] for message in example.messages]
+            line = json.dumps([turns, dict(example.row)], sort_keys=True, default=_known)
             digest.update(line.encode())
         found[split] = digest.hexdigest()
     return found

@@ -16,6 +16,7 @@ _REAL = {
     "gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task",
     "mbpp_plus": "mbpp_plus:task", "humaneval": "humaneval:task", "humaneval_plus": "humaneval:plus",
     "competition_math": "competition_math:task", "ifeval": "ifeval:task", "brief": "brief:task",
+    "easy_vqa": "vqa:easy", "textvqa": "vqa:textvqa", "okvqa": "vqa:okvqa",
 }  # fmt: skip
 BUILTIN = (*_TINY, *_REAL)
 """The names of the built-in tasks. The module of a task is imported when it is asked for."""

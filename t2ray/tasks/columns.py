@@ -184,8 +184,8 @@ def conversations(path: str, table: Table) -> Callable[[DataRow], Conversation]:
                 '{"role": "system", "user" or "assistant", "content": text}; for a text column write prompt: '
                 f'"{{{path}}}"'
             )
-        answer = messages.pop().content if messages[-1].role == "assistant" else None
-        if not messages or messages[-1].role == "assistant" or not messages[-1].content.strip():
+        answer = messages.pop().text if messages[-1].role == "assistant" else None
+        if not messages or messages[-1].role == "assistant" or not messages[-1].text.strip():
             raise Unfit(
                 f"the column {path!r} must hold a turn of the user that is not empty, and at most one answer to it"
             )

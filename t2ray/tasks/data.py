@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from t2ray.core import ConfigError, DataError, Message
 from t2ray.tasks.columns import check, conversations, holds_messages, part, template, text_of
 from t2ray.tasks.files import is_file_like, read
+from t2ray.tasks.images import images_of, with_images
 from t2ray.tasks.table import FORMATS, Table
 from t2ray.tasks.task import LONGEST, DataRow, Task, load_reward
 
@@ -42,17 +44,17 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
     assert domain.data and domain.prompt and rewards, domain
     for reward in [rewards] if isinstance(rewards, str) else rewards:
         load_reward(reward, folder)
-    table = read(domain.data, domain.split, folder)
+    table = _seen(domain, read(domain.data, domain.split, folder))
     held = _named(domain, "validation", table, folder)
     test = _named(domain, "test", table, folder)
     tables = [named for named in (table, held, test) if named is not None]
-    messages, answer, notes = _prompt(domain.prompt, tables)
+    written, answer, notes = _prompt(domain.prompt, tables)
     gold = answer if domain.gold is None else _gold(domain.gold, tables)
     rows, places = _splits(table, held, test)
     return Task(
         name=name,
         rows=rows.__getitem__,
-        messages=messages,
+        messages=written if domain.image is None else _pictured(written, domain.image),
         reward=rewards,
         gold=gold,
         max_tokens=domain.max_tokens or LONGEST,
@@ -61,6 +63,23 @@ def own(name: str, domain: DomainConfig, folder: str) -> Task:
         notes=notes,
         test_is_unseen=test is not None,
     )
+
+
+def _seen(domain: DomainConfig, table: Table) -> Table:
+    """Returns the rows with their pictures, if the domain has any."""
+    return table if domain.image is None else with_images(table, domain.image)
+
+
+def _pictured(
+    written: Callable[[DataRow], tuple[Message, ...]], column: str
+) -> Callable[[DataRow], tuple[Message, ...]]:
+    """Returns the function from a row to its conversation, whose last turn begins with the row's pictures."""
+
+    def messages(row: DataRow) -> tuple[Message, ...]:
+        *before, last = written(row)
+        return (*before, replace(last, content=(*images_of(row[column]), last.text)))
+
+    return messages
 
 
 def _splits(
@@ -87,8 +106,8 @@ def _named(domain: DomainConfig, key: str, table: Table, folder: str) -> Table |
     if named is None:
         return None
     if is_file_like(named):
-        return read(named, folder=folder)
-    held = read(domain.data, named, folder)
+        return _seen(domain, read(named, folder=folder))
+    held = _seen(domain, read(domain.data, named, folder))
     if held.places[0] == table.places[0]:
         raise ConfigError(f"{key} {named!r} is no {', '.join(FORMATS)} file, and {table.source} has no splits")
     return held

@@ -41,7 +41,7 @@ def dispatch(tasks: Sequence[Task], others: Task) -> Task:
 def _labelled(task: Task, label: str, labels: list[str], split: str) -> list[DataRow]:
     return [
         {
-            "messages": [{"role": message.role, "content": message.content} for message in example.messages],
+            "messages": [{"role": message.role, "content": message.text} for message in example.messages],
             "label": label,
             "labels": labels,
         }

@@ -36,12 +36,12 @@ class Task:
     """One task: `Task(name="gsm8k", rows=..., messages=..., reward="t2ray.tasks.gsm8k:reward", max_tokens=512, ...)`.
 
     `rows(split)` returns the rows of "train", "validation" or "test", which share no row unless the task's module says
-    so; `rows("all")` returns every row. `messages(row)` returns its prompt. `reward` names a function
-    `(completion: str, row: dict) -> float in [-1, 1]` as "module:function", or several with their weights; a reward
-    above `success_above` counts as right. `gold(row)` returns a completion that must score +1; it is None if the task
-    has no right answers. `max_tokens` limits a completion; with `to_end` it is lowered to what the context has room
-    for. `places(split)` says for people where each row of a split is from, such as "d.jsonl, line 3". `notes` say what
-    the user should know of how the rows were read.
+    so; `rows("all")` returns every row. `messages(row)` returns its prompt. `reward` names a function `(completion:
+    str, row: dict) -> float in [-1, 1]` as "module:function", or several with their weights; a reward above
+    `success_above` counts as right. `gold(row)` returns a completion that must score +1; it is None if the task has no
+    right answers; where people disagree, it scores `best(row)`, which is less. `max_tokens` limits a completion; with
+    `to_end` it is lowered to what the context has room for. `places(split)` says for people where each row of a split
+    is from, such as "d.jsonl, line 3". `notes` say what the user should know of how the rows were read.
 
     `reading(completion, row)` returns what the verifier takes a completion to answer ("B", "72"), or None if it takes
     nothing from it; a task without it is read as the whole completion. A task of multiple choice has `choices(row)`,
@@ -63,6 +63,7 @@ class Task:
     reading: Callable[[str, DataRow], str | None] = lambda completion, row: completion.strip()
     choices: Callable[[DataRow], Sequence[str]] | None = None
     shuffle: Callable[[DataRow, random.Random], DataRow] | None = None
+    best: Callable[[DataRow], float] = lambda row: 1.0
     test_is_unseen: bool = True
 
     def examples(self, split: str, limit: int | None = None) -> list[Example]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import pebble
 
-from t2ray.core import ConfigError, ResourceError, RewardError
+from t2ray.core import ConfigError, Image, ResourceError, RewardError
 from t2ray.grades import Grade
 from t2ray.tasks.grading import Grader, Item, Marks, named, weighed
 from t2ray.tasks.task import Task, load_reward
@@ -90,7 +90,10 @@ class Verifier:
                 None or a number in [-1, 1]; the message names the function and the example.
             ResourceError: the sandbox cannot isolate model-written code on this machine.
         """
-        items: list[Item] = [(text, dict(row)) for text, row in zip(completions, rows, strict=True)]
+        items: list[Item] = [
+            (text, {name: value for name, value in row.items() if not _is_picture(value)})
+            for text, row in zip(completions, rows, strict=True)
+        ]
         size = min(_CHUNK, math.ceil(len(items) / max(self.workers, 1))) or 1
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
         marked = await asyncio.gather(*(self._chunk(chunk) for chunk in chunks))
@@ -130,10 +133,12 @@ class Verifier:
 
 
 def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """Grades the gold answer of every row, which must score +1. `rows` defaults to the task's split "all".
+    """Grades the gold answer of every row, which must score +1, or `task.best`.
+
+    `rows` defaults to the task's split "all".
 
     Returns `{"rows": 7473, "passed": 7472, "failed": [{"row": 17, "reward": -1.0, "gold": "#### 72"}]}`; `failed` has
-    the first 10 rows that did not score +1.
+    the first 10 rows that did not.
 
     Raises:
         ConfigError: the task has no gold answers.
@@ -147,9 +152,14 @@ def verify(task: Task, verifier: Verifier, rows: Sequence[Mapping[str, Any]] | N
     failed = [
         {"row": i, "reward": grade.reward, "gold": gold}
         for i, (grade, gold) in enumerate(zip(grades, golds, strict=True))
-        if grade.reward != 1.0
+        if grade.reward != task.best(rows[i])
     ]
     return {"rows": len(grades), "passed": len(grades) - len(failed), "failed": failed[:10]}
+
+
+def _is_picture(value: Any) -> bool:
+    """Whether a column holds pictures, which no verifier looks at, and which are many bytes to send."""
+    return isinstance(value, Image) or (isinstance(value, tuple) and any(isinstance(part, Image) for part in value))
 
 
 # ------------------------------------------------------------------------------------------------------- in the worker

@@ -53,7 +53,7 @@ def build_tokenizer(corpus: Corpus, vocabulary: int = 512) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    texts = [message.content for chat in corpus.draw(4_000) for message in chat if message != SYSTEM]
+    texts = [message.text for chat in corpus.draw(4_000) for message in chat if message != SYSTEM]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -94,7 +94,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def encode(tokenizer: PreTrainedTokenizerFast, chats: list[tuple[Message, ...]]) -> list[list[int]]:
     """Returns the token ids of each conversation, as the chat template renders it."""
-    texts = [BOS + "".join(f"<|{m.role}|>{m.content}{END}" for m in chat) for chat in chats]
+    texts = [BOS + "".join(f"<|{m.role}|>{m.text}{END}" for m in chat) for chat in chats]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
 

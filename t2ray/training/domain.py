@@ -199,7 +199,7 @@ async def train_on(
 
 def _fitting(task: Task, model: Model) -> tuple[Task, list[str]]:
     """Returns the task without prompts that are too long, and a line that says so; a job that refuses them has none."""
-    long = long_prompts(task, lambda messages: len(model.chat.encode(messages)), model.context)
+    long = long_prompts(task, lambda messages: len(model.chat.ids(tuple(messages))), model.context)
     return (task, []) if long is None else (without(task, long), [f"{long.text}; they are left out"])
 
 

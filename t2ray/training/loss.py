@@ -15,6 +15,7 @@ from torch import Tensor
 from t2ray.adapters.model import Model
 from t2ray.config.rl import RLConfig
 from t2ray.grades import Rollout
+from t2ray.prompts import pictured
 
 ROUNDING = 1e-9
 """An advantage below this is the rounding of a mean: AdamW would turn it into a step of full size."""
@@ -200,6 +201,8 @@ def repeats(model: Model, rollouts: Sequence[Rollout]) -> bool:
     """Whether prompts come up so often that to read each of them once is worth a pass of its own."""
     tokens = {r.completion.prompt_ids: len(r.completion.prompt_ids) - 1 for r in rollouts}
     saved = sum(len(r.completion.prompt_ids) - 1 for r in rollouts) - sum(tokens.values())
+    if any(pictured(r.example.messages) for r in rollouts):
+        return False
     return saved > 0 and model.family.shares_prefixes and model.family.pays(saved)
 
 
@@ -207,7 +210,7 @@ def _reader(model: Model, rollouts: Sequence[Rollout]) -> tuple[Callable[[], Ten
     """Returns what reads the hidden states that predict the answers' tokens, (N, D), by the z that is bound; and those
     tokens, (N,).
 
-    Where samples have their prompt in common, all of it but its last token is read once.
+    Where samples have their prompt in common, all of it but its last token is read once, unless it has pictures.
     """
     device = model.device
     tokens = [token for r in rollouts for token in r.completion.token_ids]
@@ -225,7 +228,8 @@ def _reader(model: Model, rollouts: Sequence[Rollout]) -> tuple[Callable[[], Ten
     at = [i * longest + first[i] + j for i, length in enumerate(lengths) for j in range(length)]
     at_N = torch.tensor(at, device=device)
     if not shared:
-        return lambda: model.hidden(ids_BT, mask_BT).flatten(0, 1)[at_N], torch.tensor(tokens, device=device)
+        seen = model.seen([pictured(r.example.messages) for r in rollouts], [0] * len(rollouts), longest)
+        return lambda: model.hidden(ids_BT, mask_BT, seen).flatten(0, 1)[at_N], torch.tensor(tokens, device=device)
     prefix_UP = torch.tensor([[*[pad] * (deepest - len(row)), *row] for row in prefixes], device=device)
     real_UP = torch.tensor([[0] * (deepest - len(row)) + [1] * len(row) for row in prefixes], device=device)
     prefix_of_B = torch.tensor([prefixes.index(r.completion.prompt_ids[:-1]) for r in rollouts], device=device)

@@ -108,7 +108,7 @@ def rollouts_parquet(rollouts: Sequence[Rollout]) -> bytes:
     table = pa.table(
         {
             "example": [r.example.id for r in rollouts],
-            "prompt": [r.example.messages[-1].content for r in rollouts],
+            "prompt": [r.example.messages[-1].text for r in rollouts],
             "completion": [c.text for c in done],
             "prompt_ids": pa.array([c.prompt_ids for c in done], pa.list_(pa.int32())),
             "token_ids": pa.array([c.token_ids for c in done], pa.list_(pa.int32())),
