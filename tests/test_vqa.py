@@ -138,7 +138,7 @@ def test_a_row_without_its_picture_is_named(cell: object, message: str, tmp_path
 
 
 def test_pictures_of_a_built_in_task_are_its_own() -> None:
-    with pytest.raises((ConfigError, ValueError), match="image belongs to a domain of one's own"):
+    with pytest.raises((ConfigError, ValueError), match="image belongs to data of one's own"):
         DomainConfig(task="easy_vqa", image="image")
     with pytest.raises(DataError, match="easy_vqa is on no hub"):
         builtin("easy_vqa")

@@ -125,7 +125,7 @@ class DomainConfig(Strict):
             )
         for key in ("test", "image"):
             if getattr(self, key) is not None and kinds != ["data"]:
-                raise ValueError(f"{key} is of data of one's own; a built-in task has its own {key} rows")
+                raise ValueError(f"{key} belongs to data of one's own; a built-in task has its own {key} rows")
         if kinds == ["data"] and not (self.prompt and self.reward):
             missing = [key for key in ("prompt", "reward") if not getattr(self, key)]
             raise ValueError(f"a domain with data also needs {' and '.join(missing)}")
