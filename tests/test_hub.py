@@ -52,7 +52,7 @@ def test_an_expert_comes_back_from_the_hub_as_it_was_pushed(hub: Hub, capsys: py
     assert (ours.manifest.digest, ours.manifest.metrics) == (theirs.manifest.digest, theirs.manifest.metrics)
     assert Registry("experts").names() == ("math", "sums")
     card = files["README.md"].decode()
-    assert 'base_model: "tiny"' in card and f"`{ours.manifest.digest}`" in card and "94.5 %" in card
+    assert 'base_model: "tiny"' in card and f"`{ours.manifest.digest}`" in card and "99.5 %" in card
     assert push() == 0, "pushed again, nothing is new"
     assert pull("--name=old") == 0 and pull() == 0
     shown = capsys.readouterr()

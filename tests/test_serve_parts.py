@@ -64,7 +64,7 @@ class _Reply:
 
 class FakeEngine:
     base_digest, layout, context = BASE, LAYOUT, 512
-    chat = SimpleNamespace(tools="hermes")
+    chat = SimpleNamespace(tools="hermes", thinks=False)
 
     def __init__(self) -> None:
         self.experts: dict[str, Tensor] = {}

@@ -92,7 +92,7 @@ def test_points_are_those_of_the_seed_and_begin_with_the_job_itself(sampler: str
     config = made(tmp_path, sampler=sampler, trials=20)
     tried = points(config)
     assert tried == points(config) and len(tried) == 20
-    assert tried[0] == {"rl.kl": 0.02, "rl.lr": 0.02}  # the defaults
+    assert tried[0] == {"rl.kl": 0.02, "rl.lr": None}  # the defaults: the rate follows from the model
     assert tried[1:] != points(made(tmp_path, sampler=sampler, trials=20, seed=1))[1:]
     assert points(made(tmp_path, sampler=sampler, trials=5)) == tried[:5]  # more trials only add
 

@@ -20,8 +20,12 @@ _CELLS = 6  # cells into which the heat map divides a range
 
 
 def draw(config: SweepConfig, trials: Sequence[Trial]) -> list[str]:
-    """Writes `parallel.png` and `heatmap.png` of the trials that have a score; returns the files' names."""
-    scored = [trial for trial in trials if trial.score is not None]
+    """Writes `parallel.png` and `heatmap.png` of the trials that have a score; returns the files' names.
+
+    The job's own trial has no place on an axis of numbers where the job leaves the number open.
+    """
+    ranges = [key for key, dimension in config.space.items() if dimension.values is None]
+    scored = [t for t in trials if t.score is not None and all(t.point.get(key) is not None for key in ranges)]
     names = keys(config)
     jobs = [job_at(config, trial.point) for trial in scored]
     columns = {key: [value_at(job, key) for job in jobs] for key in names}

@@ -193,8 +193,9 @@ def table(config: SweepConfig, trials: Sequence[Trial]) -> pa.Table:
     jobs = [job_at(config, trial.point) for trial in trials]
     for key in keys(config):
         values = [value_at(job, key) for job in jobs]
-        plain = all(isinstance(value, int | float) for value in values)  # other values, such as targets, become JSON
-        columns[key] = [float(v) for v in values] if plain else [json.dumps(v) for v in values]
+        # Other values, such as targets, become JSON; a number that the job leaves open is none.
+        plain = {type(value) for value in values} <= {int, float, type(None)} and any(v is not None for v in values)
+        columns[key] = [None if v is None else float(v) for v in values] if plain else [json.dumps(v) for v in values]
     return pa.table(columns)
 
 
