@@ -166,7 +166,8 @@ def test_a_killed_sweep_goes_on_and_runs_no_finished_trial_again(tmp_path: Path)
 
 def test_optuna_proposes_points_within_the_space(tmp_path: Path) -> None:
     space = {"rl.lr": {"log": [0.001, 0.03]}, "rl.baseline": ["mean", "loo"]}
-    config = made(tmp_path, sampler="optuna", space=space, trials=4, stop_early=False, finalists=1)
+    job = JOB | {"rl": {"steps": 9, "lr": 0.02, "baseline": "mean"}}
+    config = made(tmp_path, job=job, sampler="optuna", space=space, trials=4, stop_early=False, finalists=1)
     trials = sweep(config, rising, steps=9, holds=CPU, needs=CPU)
     search = [trial for trial in trials if not trial.final]
     assert len(search) == 4 and all(trial.status == "done" for trial in search)

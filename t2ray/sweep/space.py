@@ -22,7 +22,10 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37)
 
 
 def own_point(config: SweepConfig) -> Point:
-    """Where the job stands as it was written: the first trial, which the others have to beat."""
+    """Where the job stands as it was written: the first trial, which the others have to beat.
+
+    A key that the job leaves open has None, the default of its own; Optuna is not told of such a point.
+    """
     job = job_at(config, {})
     return {key: value_at(job, key) for key in config.space}
 
