@@ -42,7 +42,7 @@ test: setup  ## the test suite, in two processes
 long: setup  ## tests that take minutes on a real cluster: processes killed, jobs submitted, sweeps
 	$(BIN)/python -m pytest -m "long and not nodes" --durations=10
 
-nodes: setup  ## clusters of several nodes, and heads, that are killed, and what is too long for CI; about 10 minutes
+nodes: setup  ## clusters of several nodes, and heads, that are killed, and what is too long for CI; about 12 minutes
 	$(BIN)/python -m pytest -m nodes --durations=10
 
 vllm: $(VLLM)/.installed  ## vLLM on a CPU beside the offline engine, in an environment of its own; about 8 minutes

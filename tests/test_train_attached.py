@@ -95,7 +95,7 @@ def test_a_domain_with_one_worker_is_a_train_run_that_ray_shows_and_has_a_plain_
     assert same({"own": experts(config)["bad"]}, expected)  # of the same data, reward and seed
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_a_killed_worker_of_a_train_run_is_noted_once_and_changes_no_z(tmp_path: Path, dashboard: str) -> None:
     """With two domains on its model, one of which fails: both are told, and the other goes on."""
     expected = undisturbed(tmp_path, "short")

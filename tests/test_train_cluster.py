@@ -428,7 +428,7 @@ def ended(of: subprocess.Popen[str], least: int, end: Callable[[], None], code: 
     wait_for(lambda: gone(children))
 
 
-@pytest.mark.long
+@pytest.mark.nodes
 def test_an_interrupted_and_then_killed_driver_leaves_no_process_and_a_run_that_ends_with_the_same_z(
     tmp_path: Path, driver: Driver
 ) -> None:
