@@ -16,6 +16,7 @@ from t2ray.adapters.sparse import held, joined, shared_support, sparsify, suppor
 from t2ray.cli.main import main
 from t2ray.cluster.train.launch import train
 from t2ray.core import ConfigError, ExpertError, Mixture, RunError
+from t2ray.experts.exchange import export_expert, import_expert
 from t2ray.experts.follow import Follower
 from t2ray.experts.registry import Registry
 from t2ray.runs.prepare import prepare
@@ -161,5 +162,14 @@ def test_a_run_is_sparsified_trained_on_and_resumed_with_its_own_support_alone(
         follower.sync()
         assert (follower.snapshot.tensors.keys() == {"letters"}) is sound
         assert ("sparse factors have no vectors" in follower.snapshot.problems.get("letters", "")) is not sound
+    for name, number in ("dense", 0), ("sparse", 1):  # so is an import
+        folder, there = tmp_path / f"{name}_file", Registry(tmp_path / "there")
+        export_expert(Registry(tmp_path / name / "experts").load("letters"), folder)
+        if number:
+            assert import_expert(there, "new", folder, factors) == number
+        else:
+            with pytest.raises(ExpertError, match="sparse factors have no vectors"):
+                import_expert(there, "new", folder, factors)
+            assert there.names() == ()
     assert main(["experts", "sparsify", "--run", str(tmp_path / "dense"), "--keep", "1", "--out", "x"]) == 2
     assert "--keep 1: a share of the components above 0 and below 1" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def behind(results: Mapping[str, Figures], record: Mapping[str, Any]) -> list[st
                 recorded = float(record[bench][name]["value"])
             except (KeyError, TypeError):
                 raise ConfigError(
-                    f"the record has no {bench}.{name}; make it anew: python -m benchmarks --quick --json {RECORD.name}"
+                    f"the record has no {bench}.{name}; make it anew: python -m benchmarks --quick --json {RECORD}"
                 ) from None
             worse = figure.value / recorded if figure.at_most else recorded / figure.value
             if worse > TOLERANCE:

@@ -66,7 +66,8 @@ class Manager(ContinuousBatchingManager):
                 num_blocks=-(-config.kv_tokens // page),
                 max_batch_tokens=config.batch_tokens,
                 max_requests_per_batch=config.batch_rows,
-                allow_block_sharing=True,  # within a mixture alone: see `salted`
+                # Within a mixture alone, as far as ids leave room for its number: see `salted`.
+                allow_block_sharing=hf.get_input_embeddings().num_embeddings <= 1 << ID_BITS,
                 use_async_batching=False,
                 use_cuda_graph=False,  # a replayed graph would keep the first step's mixtures
             ),

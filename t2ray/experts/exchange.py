@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from t2ray.adapters.factors import Factors
+from t2ray.adapters.sparse import held
 from t2ray.core import ConfigError, ExpertError, ResourceError
 from t2ray.experts.admission import HEADER_BYTES, check_header, check_size, header, place
 from t2ray.experts.card import CARD, expert_card
@@ -50,7 +51,7 @@ def import_expert(
 
     Raises:
         ExpertError: the file cannot be read, has unknown names, wrong shapes or types, numbers that are not finite or
-            above `admission.LARGEST`, or belongs to another base model.
+            above `admission.LARGEST`, belongs to another base model, or changes what sparse factors do not hold.
     """
     path = Path(path)
     if path.is_dir() and not reference:
@@ -58,6 +59,7 @@ def import_expert(
         manifest = read_manifest(store, MANIFEST)
         expert = read_expert(store, ".", manifest, factors.base_digest, factors.layout)
         check_size(expert.z, str(path))
+        held(factors, expert.z)
         kept = manifest.model_dump(include={"rescaled", "domain", "config", "metrics", "seed"})
         return registry.save(name, expert.z, base_digest=factors.base_digest, **kept)
     if reference is None:
@@ -67,6 +69,7 @@ def import_expert(
     if reference:
         z = {target: _rescaled(torch.sigmoid(p_R), factors.load(target)[1]) for target, p_R in z.items()}
     check_size(z, str(path))
+    held(factors, z)
     return registry.save(
         name, z, base_digest=factors.base_digest, rescaled=reference, config={"imported_from": path.name}
     )

@@ -69,7 +69,7 @@ def _convert(file: Path, out: Path) -> None:
     import torch
     import transformers
 
-    # From 5.21 on transformers keeps the blocks as they are unless it is told.
+    # A transformers that has this class keeps the blocks as they are unless it is told; older ones dequantise.
     config = getattr(transformers, "GgufConfig", None)
     options = {} if config is None else {"quantization_config": config(dequantize=True)}
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
