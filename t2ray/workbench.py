@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from t2ray.adapt.strategies import FEWSHOT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
+from t2ray.adapt.strategies import FEWSHOT, SOFT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
 from t2ray.adapters.model import Model, load_model
 from t2ray.adapters.sparse import held
@@ -34,7 +34,7 @@ from t2ray.training.domain import CONFIG
 
 DEFAULT_RUN = "runs/demo"
 _BATCH_TOKENS, _BATCH_TOKENS_ON_GPU = 16_384, 131_072  # beyond, a CPU gains no speed and takes gigabytes
-_ADAPTIVE = ("base", "prompt", "cls", "fewshot/NAME")
+_ADAPTIVE = ("base", "prompt", "cls", "soft", "fewshot/NAME")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,8 @@ class Workbench:
     batch_tokens: int
 
     def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
-        """`base`, `prompt`, `cls`, `fewshot/NAME` (a saved mixture), or a mixture such as `math:0.7,code:0.3`.
+        """`base`, `prompt`, `cls`, `soft` or `soft/T` (by the classification expert, where there is one, with the
+        temperature T), `fewshot/NAME` (a saved mixture), or a mixture such as `math:0.7,code:0.3`.
 
         Raises:
             UnknownExpert: no expert or saved mixture of that name.
@@ -143,9 +144,14 @@ class Workbench:
         """
         if name.startswith(FEWSHOT):
             return fixed(self.mixture(name.removeprefix(FEWSHOT)), name=name)
+        if soft := SOFT.fullmatch(name):
+            temperature = float(soft[1] or 1.0)
+            if not temperature or generate_label:
+                raise ConfigError(f"strategy {name!r} needs a temperature above 0 and labels that are scored")
+            labels, mixture = self.classifying("cls" if self.classifiers else "prompt")
+            return classify(self.engine.score, labels, mixture, name=name, temperature=temperature)
         if name in ("prompt", "cls"):
-            labels = self.dispatch_labels(name)
-            mixture = Mixture.of({next(iter(self.classifiers)): 1.0}) if name == "cls" else Mixture.base()
+            labels, mixture = self.classifying(name)
             if generate_label:
                 return classify_by_generation(self.engine.generate, labels, mixture, name=name)
             return classify(self.engine.score, labels, mixture, name=name)
@@ -155,6 +161,11 @@ class Workbench:
                 known = [*self.engine.experts, *_ADAPTIVE]
                 raise UnknownExpert(f"no strategy or expert {expert!r}{nearest(expert, known)}")
         return fixed(mixture, name=name)
+
+    def classifying(self, strategy: str) -> tuple[tuple[str, ...], Mixture]:
+        """The labels that `prompt` or `cls` chooses from, and the mixture that does; raises as `dispatch_labels`."""
+        labels = self.dispatch_labels(strategy)
+        return labels, Mixture.of({next(iter(self.classifiers)): 1.0}) if strategy == "cls" else Mixture.base()
 
     def mixture(self, name: str) -> Mixture:
         """A mixture saved by `t2ray adapt`.

@@ -14,9 +14,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from t2ray.adapters.factors import Factors
+from t2ray.adapters.factors import Factors, Target
 from t2ray.adapters.model import Model
-from t2ray.adapters.svf import SVF, parametrise
+from t2ray.adapters.svf import SVF
+from t2ray.adapters.trained import Few, parametrise
+from t2ray.config.adapter import AdapterConfig
 from t2ray.core import ExpertError, Mixture, UnknownExpert
 
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
@@ -343,6 +345,49 @@ def test_a_sigmoid_is_rescaled_matrix_by_matrix() -> None:
 def test_the_parameters_of_a_scale_are_z_itself() -> None:
     p_K = torch.tensor([0.5, 2.0])
     assert parametrise(p_K, "scale", torch.ones(2), [2]) is p_K
+
+
+LAYOUT = [
+    Target(name=f"layers.{layer}.{kind}", layer=layer, m=3, n=3, rank=rank)
+    for layer in range(2)
+    for kind, rank in (("up", 3), ("down", 2))
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "z"),
+    [
+        ({"numbers": 1}, [2, 1, 1, 3, 1, 4, 1, 1, 5, 1]),
+        ({"numbers": 9, "tied": "layers"}, [2, 3, 4, 5, 6, 2, 3, 4, 5, 6]),
+        ({"numbers": 2, "tied": "all"}, [2, 3, 1, 2, 3, 2, 3, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_few_numbers_scale_the_largest_singular_values_of_each_matrix_or_of_all_that_are_tied(
+    config: dict[str, Any], z: list[float]
+) -> None:
+    few = Few(LAYOUT, AdapterConfig(**config), torch.device("cpu"))
+    p_P = (2 + torch.arange(float(len(few.first_P)))).requires_grad_()
+    z_K = few.spread(p_P)
+    assert z_K.tolist() == z
+    assert torch.equal(few.of(z_K), p_P)
+    z_K.sum().backward()  # a number's gradient is the sum of those of what it scales
+    assert p_P.grad is not None
+    assert p_P.grad.tolist() == [z.count(value) for value in p_P.tolist()]
+
+
+def test_few_numbers_start_from_what_they_can_say_and_refuse_the_rest(model: Model) -> None:
+    hf, folder = plain(model), Path(model.hf.config._name_or_path).parent / "factors"
+    svf = SVF(hf, Factors.open(folder), AdapterConfig(numbers=2, tied="layers"))
+    noise_K = torch.zeros(svf.size)
+    p_P = svf.initial("scale", noise_K)
+    assert torch.equal(svf.vector("scale", p_P), svf.neutral)
+    moved_P = p_P + torch.arange(1.0, len(p_P) + 1)
+    assert torch.equal(svf.initial("scale", noise_K, svf.vector("scale", moved_P)), moved_P)
+    with pytest.raises(ExpertError, match="leave out adapter.numbers"):
+        svf.initial("scale", noise_K, random_z(svf.size, 1))
+    with pytest.raises(ExpertError, match="need init: scale and whole factors"):
+        svf.initial("sigmoid", noise_K)
 
 
 def test_factors_of_another_shape_are_refused(model: Model, tiny_llama: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Not here: the search for a task's mixture (`fewshot`).
 | `fixed` | `fixed(mixture)` |
 | `prompt` | `classify(score, labels, Mixture.base())`: the base model classifies |
 | `cls` | `classify(score, labels, Mixture.parse("dispatch"), name="cls")`: the classification expert does |
+| `soft/T` | as `cls` with `temperature=T`, or as `prompt`: each expert has its label's probability as its weight |
 | `fewshot` | `fixed(registry.load_mixture(name), name="fewshot")` |
 """
 
@@ -35,6 +36,8 @@ from t2ray.prompts import OTHERS, dispatch_prompt, requests
 
 FEWSHOT = "fewshot/"
 """The prefix of a saved mixture's name in the place of a strategy's: `fewshot/sums`."""
+SOFT = re.compile(r"soft(?:/(\d*\.?\d+))?")
+"""The strategy `soft`, or `soft/T` with a temperature."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +114,15 @@ def fixed(mixture: Mixture, *, name: str = "fixed") -> Strategy:
     return strategy
 
 
-def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: str = "prompt") -> Strategy:
+def classify(
+    score: Score,
+    labels: tuple[str, ...],
+    mixture: Mixture,
+    *,
+    name: str = "prompt",
+    threshold: float = 0.0,
+    temperature: float | None = None,
+) -> Strategy:
     """A strategy that takes the likeliest label as the kind of a request (paper section 3.2, a and b).
 
     It reads the user's last turn; of a short one that is of no kind, the kind is that of the turn before it.
@@ -120,6 +131,9 @@ def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: s
         labels: the names of the experts and "others", in the order in which the classification expert was trained on
             them. "others" means the base model.
         mixture: the mixture that classifies: the base model (`prompt`) or the classification expert (`cls`).
+        threshold: the least probability of the likeliest label; below it the kind is "others".
+        temperature: with one, above 0, the request's mixture has every expert with its label's probability p as its
+            weight, as p^(1/T) and normalised; without one, it is the likeliest label's expert alone.
     """
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
@@ -130,10 +144,11 @@ def classify(score: Score, labels: tuple[str, ...], mixture: Mixture, *, name: s
             weights = [math.exp(s - top) for s in scores]
             probabilities = {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
             label = max(labels, key=probabilities.__getitem__)
+            label = label if probabilities[label] >= threshold else OTHERS
             if label != OTHERS:
                 break
         return Dispatch(
-            mixture=_expert(label),
+            mixture=_expert(label) if temperature is None else weighted(probabilities, temperature),
             strategy=name,
             label=label,
             probabilities=probabilities,
@@ -184,3 +199,15 @@ async def _asked(ask: Callable[[tuple[Message, ...]], Awaitable[T]], text: str, 
 
 def _expert(label: str) -> Mixture:
     return Mixture.base() if label == OTHERS else Mixture.of({label: 1.0})
+
+
+def weighted(probabilities: Mapping[str, float], temperature: float) -> Mixture:
+    """The experts' mixture with p^(1/temperature), normalised, as weights; that of "others" is the base's.
+
+    Weights are rounded to hundredths, so that requests which hardly differ have one mixture.
+    """
+    top = max(probabilities.values())
+    tempered = {label: (p / top) ** (1 / temperature) for label, p in probabilities.items()}
+    total = sum(tempered.values())
+    alphas = {label: round(p / total, 2) for label, p in tempered.items() if label != OTHERS}
+    return Mixture.of({label: alpha for label, alpha in alphas.items() if alpha})

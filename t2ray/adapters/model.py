@@ -15,7 +15,7 @@ from torch import Tensor
 
 from t2ray.adapters.factors import Factors
 from t2ray.adapters.probe import probe, probe_pictures
-from t2ray.adapters.svf import SVF
+from t2ray.adapters.svf import SVF, WHOLE
 from t2ray.config.adapter import AdapterConfig
 from t2ray.core import Message
 from t2ray.models.chat import Chat
@@ -28,7 +28,6 @@ from t2ray.models.weights import open_weights, resolve
 if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
 
-SVF_CONFIG = AdapterConfig()
 NOTHING: Mapping[str, Tensor] = {}
 
 
@@ -85,7 +84,7 @@ def load_model(
     factors: str | Path,
     *,
     device: str | None = None,
-    adapter: AdapterConfig = SVF_CONFIG,
+    adapter: AdapterConfig = WHOLE,
     seed: int = 0,
 ) -> Model:
     """The model at `ref` with an adapter in its layers: of SVF, the decomposed matrices; here it is chosen.
@@ -105,7 +104,7 @@ def load_model(
     if adapter.kind == "svf":
         opened = Factors.open(factors, base_digest=weights.digest)  # before the slow part
         hf, chat = load_base(folder, device)
-        made: Adapter = SVF(hf, opened)
+        made: Adapter = SVF(hf, opened, adapter)
     else:
         from t2ray.adapters.baselines import PeftAdapter  # PEFT takes seconds to import
 

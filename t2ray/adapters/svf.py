@@ -19,9 +19,13 @@ from t2ray.adapters.factors import Factors, Target
 from t2ray.adapters.layer import Bound, SVFLinear, is_half
 from t2ray.adapters.moe import SVFExperts
 from t2ray.adapters.sparse import check_support, joined, support_of
+from t2ray.adapters.trained import Few, parametrise
+from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import nearest
 from t2ray.core import ExpertError, Mixture, UnknownExpert
 from t2ray.models.targets import matrix
+
+WHOLE = AdapterConfig()
 
 
 class SVF:
@@ -32,8 +36,11 @@ class SVF:
 
     by_row = True
 
-    def __init__(self, model: nn.Module, factors: Factors) -> None:
+    def __init__(self, model: nn.Module, factors: Factors, config: AdapterConfig = WHOLE) -> None:
         """Replaces the targets' layers in `model` by SVF layers.
+
+        Args:
+            config: which numbers of z are trained.
 
         Raises:
             ExpertError: a target of the decomposition that `model` lacks or holds in another shape.
@@ -71,6 +78,7 @@ class SVF:
         if self.support_S is not None:
             self.support_S = self.support_S.to(self.s_K.device)
         self.ranks = [target.rank for target in self.layout]
+        self.few = Few(self.layout, config, self.s_K.device) if config.numbers or config.tied else None
         self.layer_of_K = torch.repeat_interleave(
             torch.tensor([t.layer for t in self.layout]), torch.tensor(self.ranks)
         ).to(self.s_K.device)
@@ -203,25 +211,34 @@ class SVF:
     # ------------------------------------------------------------------------------------------------------- training
 
     def initial(self, kind: str, noise_K: Tensor, start_K: Tensor | None = None) -> Tensor:
-        """The parameters, (K,), that training starts from: `scale` starts at z = 1, `sigmoid` at p = 0.1 (Table 6).
+        """The parameters that training starts from: `scale` starts at z = 1, `sigmoid` at p = 0.1 (Table 6).
 
-        With `start_K` they are those whose `vector` is that z.
+        They are (K,), or those of `few`. With `start_K` they are those whose `vector` is that z.
 
         Raises:
-            ExpertError: no parameters have it, since `sigmoid` keeps each matrix's sum of s z.
+            ExpertError: no parameters have it: `sigmoid` keeps each matrix's sum of s z, and few numbers move few
+                singular values. Or there are few numbers, and `sigmoid` or sparse factors.
         """
+        if self.few is not None and (kind != "scale" or self.support_S is not None):
+            raise ExpertError("adapter.numbers and adapter.tied need init: scale and whole factors")
         noise_K = noise_K.to(self.s_K.device)
         if start_K is None:
-            return (1.0 if kind == "scale" else 0.1) + noise_K
+            return self._trained((1.0 if kind == "scale" else 0.1) + noise_K)
         start_K = self._sparse(start_K.to(self.s_K.device))
         p_K = start_K if kind == "scale" else torch.logit(start_K / (2 * start_K.max().clamp(min=1.0)))
-        if not torch.allclose(self.vector(kind, p_K), start_K, rtol=1e-4, atol=1e-5):
-            raise ExpertError(f"init: {kind} cannot start from an expert that was trained otherwise; use init: scale")
-        return p_K + noise_K
+        if not torch.allclose(self.vector(kind, self._trained(p_K)), start_K, rtol=1e-4, atol=1e-5):
+            remedy = "use init: scale" if self.few is None else "leave out adapter.numbers and adapter.tied"
+            raise ExpertError(f"init: {kind} cannot start from an expert that was trained otherwise; {remedy}")
+        return self._trained(p_K + noise_K)
 
     def vector(self, kind: str, p_K: Tensor) -> Tensor:
-        """z of trained parameters, (K,); see `parametrise`. Outside of a support it is 1."""
+        """z of trained parameters, (K,); see `parametrise` and `few`. Outside of a support it is 1."""
+        if self.few is not None:
+            return self.few.spread(p_K)
         return self._sparse(parametrise(p_K, kind, self.s_K, self.ranks))
+
+    def _trained(self, values_K: Tensor) -> Tensor:
+        return values_K if self.few is None else self.few.of(values_K)
 
     def _sparse(self, z_K: Tensor) -> Tensor:
         if self.support_S is None:
@@ -252,18 +269,6 @@ def _found(model: nn.Module, target: Target) -> tuple[Tensor, Tensor | None]:
             f"the decomposition has {target.name} ({target.m} x {target.n}), the model has {found}; decompose it anew"
         )
     return weight_MN, bias_M
-
-
-def parametrise(p_K: Tensor, kind: str, s_K: Tensor, ranks: Sequence[int]) -> Tensor:
-    """z of trained parameters, (K,); differentiable. `ranks` are the numbers of singular values of the matrices.
-
-    `scale`: z = p. `sigmoid`: the reference code's `z = sigmoid(p)`, each matrix rescaled by `sum(s) / sum(s z)`, so
-    that equal parameters are the base model.
-    """
-    if kind == "scale":
-        return p_K
-    parts = zip(torch.sigmoid(p_K).split(list(ranks)), s_K.split(list(ranks)), strict=True)
-    return torch.cat([z_r * (s_r.sum() / (s_r * z_r).sum()) for z_r, s_r in parts])
 
 
 def terms(mixture: Mixture, bank: Mapping[str, Tensor], layer_of_P: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

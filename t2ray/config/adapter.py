@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from t2ray.config.files import Strict
 
 # The settings that each kind has, with their defaults.
-_SETTINGS: dict[str, dict[str, float]] = {
-    "svf": {},
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "svf": {"numbers": None, "tied": None},
     "lora": {"rank": 16, "alpha": 32},
     "dora": {"rank": 16, "alpha": 32},
     "ia3": {},
@@ -32,7 +32,15 @@ class AdapterConfig(Strict):
         None, gt=0, description="LoRA's and DoRA's alpha: the change is scaled by alpha / rank; 32 without one."
     )
     numbers: int | None = Field(
-        None, ge=1, description="Trained numbers of TinyLoRA for each group of matrices; 64 without one."
+        None,
+        ge=1,
+        description="Trained numbers for each group of matrices that share them, or for each matrix. SVF's scale the "
+        "largest singular values, and all of them without one; TinyLoRA has 64 without one.",
+    )
+    tied: Literal["layers", "all"] | None = Field(
+        None,
+        description="Matrices with SVF's numbers in common: those of one kind in all layers (layers), or all (all); "
+        "without one, each matrix has its own.",
     )
     tying: float | None = Field(
         None,
@@ -68,6 +76,11 @@ class AdapterConfig(Strict):
                 raise ValueError(f"{key} and adapter.{key} say the same; leave one out")
         return self.model_copy(update={"targets": self.targets or targets, "layers": self.layers or layers})
 
+    @model_serializer(mode="wrap")
+    def _as_before(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out the key that came later where it says nothing, so that digests of older files stand."""
+        return {key: value for key, value in values(self).items() if key != "tied" or value is not None}
+
     @property
     def settings(self) -> dict[str, Any]:
         """The settings of this kind, with defaults where none were given."""
@@ -76,5 +89,9 @@ class AdapterConfig(Strict):
 
     @property
     def method(self) -> str:
-        """What an expert's numbers mean: `"svf"`, `"lora rank=16 alpha=32"`. Equal for those that can be mixed."""
-        return " ".join([self.kind, *(f"{name}={value:g}" for name, value in self.settings.items())])
+        """What an expert's numbers mean: `"svf"`, `"lora rank=16 alpha=32"`. Equal for those that can be mixed.
+
+        An expert of SVF has the z of all singular values, whichever of them were trained.
+        """
+        settings = {} if self.kind == "svf" else self.settings
+        return " ".join([self.kind, *(f"{name}={value:g}" for name, value in settings.items())])

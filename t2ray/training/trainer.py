@@ -100,7 +100,7 @@ class Trainer:
         self.parts = () if isinstance(task.reward, str) else tuple(task.reward)
         noise_K = rl.sigma * torch.randn(model.adapter.size, generator=torch.Generator().manual_seed(seed))
         self.p_K = model.adapter.initial(rl.init, noise_K, start_K).requires_grad_()
-        self.lr = rl.rate(model.adapter.size)
+        self.lr = rl.rate(len(self.p_K))
         self.optimiser = torch.optim.AdamW([self.p_K], lr=self.lr, weight_decay=0.0)
         self.progress = Progress()
         self.forked = start_K is not None
@@ -173,7 +173,7 @@ class Trainer:
         metrics = StepMetrics(
             step=step, kl=done.kl / max(done.tokens, 1), loss=done.loss, grad_norm=done.grad_norm, peak_gib=peak_gib(),
             z_min=float(z_K.min()), z_max=float(z_K.max()), seconds=(seconds := time.perf_counter() - start),
-            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), numbers=len(z_K), **counts.figures,
+            tokens_per_s=done.tokens / seconds, skipped=int(not done.moved), numbers=len(self.p_K), **counts.figures,
             timeouts=int(counts.timeouts + faults.timeouts), errors=int(counts.errors + faults.errors), **done.weights,
         )  # fmt: skip
         if odd := metrics.not_finite:
