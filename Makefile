@@ -46,8 +46,9 @@ nodes: setup  ## clusters of several nodes, and heads, that are killed, and what
 	$(BIN)/python -m pytest -m nodes --durations=10
 
 vllm: $(VLLM)/.installed  ## vLLM on a CPU beside the offline engine, in an environment of its own; about 8 minutes
-	$(VLLM)/bin/python -m pytest -m vllm --durations=10
+	$(VLLM)/bin/python -m pytest -m vllm --durations=10 $$(grep -l mark.vllm tests/test_*.py)
 
+# Only modules with such tests are read: others import tools of the development that this environment does not have.
 # One resolution for both: what they ask for must fit. The vision packages that come along are builds for GPUs, with
 # which transformers cannot be imported beside a torch for CPUs. vLLM's own server looks for its version under "vllm".
 $(VLLM)/.installed: pyproject.toml

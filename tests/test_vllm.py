@@ -9,12 +9,15 @@ import asyncio
 import os
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import pytest
 import torch
+from test_grammar import FITS
 
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
 with warnings.catch_warnings():  # of vLLM's own imports
@@ -25,6 +28,7 @@ with warnings.catch_warnings():  # of vLLM's own imports
 
 from t2ray.adapters.factors import Factors, decompose
 from t2ray.adapters.model import Model, load_model
+from t2ray.cli.main import main
 from t2ray.config.serve import EngineConfig
 from t2ray.config.train import TrainConfig
 from t2ray.core import (
@@ -47,7 +51,16 @@ from t2ray.training.metrics import StepMetrics, read_metrics
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's own warnings are not t2ray's
 
-PROMPTS = ("17+25", "98-13", "What is 6*7?", "reverse abc", "a b c d e", "pick one: red", "12+12=", "def add(a, b):")
+PROMPTS = (
+    "17+25",
+    "98-13",
+    "What is 6*7?",
+    "reverse abc",
+    "a b c d e",
+    "pick one: red",
+    "def add(a, b):",
+    "one two three four five six seven eight nine",
+)  # the last one has more tokens than a block of the cache
 LAYERED = Mixture.of({"math": [0.2, 0.9, 0.4, 0.7], "code": 0.3})
 NAMES = ("base", "math", "code", "math:0.7,code:0.3", "pick:1.2,math:-0.3")
 MIXTURES = (*map(Mixture.parse, NAMES), LAYERED)
@@ -106,6 +119,24 @@ def folding(factors: Factors, model: Model) -> Iterator[VLLMEngine]:
     engine.stop()
 
 
+def observed(engine: VLLMEngine) -> Counter[str]:
+    """Counts from here on the requests that its scheduler preempts, and the tokens that it finds in its cache."""
+    seen, scheduler = Counter[str](), engine._pump.engine.engine_core.engine_core.scheduler
+    preempt, make_stats = scheduler._preempt_request, scheduler.make_stats
+
+    def preempting(*args: Any, **more: Any) -> Any:
+        seen["preempted"] += 1
+        return preempt(*args, **more)
+
+    def counting(*args: Any, **more: Any) -> Any:
+        stats = make_stats(*args, **more)
+        seen["cached"] += stats.prefix_cache_stats.hits
+        return stats
+
+    scheduler._preempt_request, scheduler.make_stats = preempting, counting
+    return seen
+
+
 def answers(engine: Engine, requests: Sequence[tuple[str, Mixture]], sampling: SamplingParams) -> list[Completion]:
     async def together() -> list[Completion]:
         return list(await asyncio.gather(*(engine.generate(user(text), mix, sampling) for text, mix in requests)))
@@ -126,10 +157,10 @@ ALL = [(text, mixture) for mixture in MIXTURES for text in PROMPTS]
 def test_48_requests_of_6_mixtures_are_the_offline_engines(engine: VLLMEngine, offline: OfflineEngine) -> None:
     """In chunks, under preemption, and again with every prefix in the cache."""
     long = SamplingParams(max_tokens=48, ignore_eos=True)
-    wanted = answers(offline, ALL, long)
+    wanted, seen = answers(offline, ALL, long), observed(engine)
     same(answers(engine, ALL, long), wanted)
     same(answers(engine, list(reversed(ALL)), long), wanted[::-1])
-    assert engine._pump.engine.vllm_config.cache_config.enable_prefix_caching
+    assert seen["preempted"] and seen["cached"], seen
 
 
 def test_without_its_salt_the_cache_would_mix_mixtures(
@@ -188,6 +219,28 @@ def test_stop_strings_top_tokens_and_streams(engine: VLLMEngine, offline: Offlin
     assert "".join(delta.text for delta in asyncio.run(streamed())) == found.text
     for token in found.tokens:
         assert len(token.top) == 3 and token.top[0].logprob >= token.logprob
+
+
+def test_answers_follow_their_own_grammars_as_the_offline_engines_do(
+    engine: VLLMEngine, offline: OfflineEngine
+) -> None:
+    jobs = [(mixture, grammar) for mixture in MIXTURES[:4] for grammar in FITS]
+
+    async def together(engine: Engine) -> list[Completion]:
+        tokens = {grammar: 64 if grammar else 12 for grammar in FITS}
+        return await asyncio.gather(
+            *(
+                engine.generate(user("17+25"), mixture, SamplingParams(max_tokens=tokens[grammar], grammar=grammar))
+                for mixture, grammar in jobs
+            )
+        )
+
+    found, wanted = asyncio.run(together(engine)), asyncio.run(together(offline))
+    assert [one.token_ids for one in found] == [other.token_ids for other in wanted]
+    for (_, grammar), answer in zip(jobs, found, strict=True):
+        assert FITS[grammar](answer.text) and answer.finish_reason == "stop", (grammar, answer.text)
+    with pytest.raises(ConfigError, match="grammar cannot be followed"):
+        answers(engine, [("17+25", MIXTURES[0])], SamplingParams(max_tokens=4, grammar="start: ("))
 
 
 def test_a_seed_draws_the_same_answer_whatever_else_runs(folding: VLLMEngine) -> None:
@@ -288,6 +341,20 @@ def test_a_mixture_that_overflows_fails_alone(engine: VLLMEngine) -> None:
 
     wrong, right = asyncio.run(both())
     assert "overflow" in str(wrong) and isinstance(right, Completion)
+
+
+def test_eval_answers_by_vllm_as_by_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factors: Factors
+) -> None:
+    """By every way: the base, an expert, and pass 1 by scores; each answer, what was read of it, and its reward."""
+    monkeypatch.chdir(tmp_path)
+    told = {}
+    for kind in ("transformers", "vllm"):
+        command = ["eval", "--tasks", "math,pick", "--strategies", "base,math,prompt", "--limit", "8", "--engine", kind]
+        places = ["--factors", str(factors.folder), "--experts", str(SHIPPED), "--answers", f"{kind}.parquet"]
+        assert main([*command, *places]) == 0
+        told[kind] = parquet.read_table(f"{kind}.parquet").to_pylist()
+    assert told["vllm"] == told["transformers"] and len(told["vllm"]) == 2 * 3 * 8
 
 
 # What is below ends an engine of this process, and with it what vLLM has once per process: it comes last.

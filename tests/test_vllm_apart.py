@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM (make vllm)")]
 
 
-@pytest.mark.parametrize("kind", ["second", "parallel"])
+@pytest.mark.parametrize("kind", ["second", "parallel", "folded"])
 def test_24_requests_of_6_mixtures_are_the_offline_engines(kind: str) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     done = subprocess.run(

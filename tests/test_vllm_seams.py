@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "EngineArgs": (
         seams.EngineArgs,
-        ("model", "quantization", "dtype", "max_model_len", "generation_config", "hf_overrides", "skip_tokenizer_init",
-         "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "enforce_eager",
+        ("model", "quantization", "dtype", "max_model_len", "generation_config", "hf_overrides",
+         "structured_outputs_config", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "enforce_eager",
          "distributed_executor_backend", "worker_extension_cls"),
     ),
     "LLMEngine": (seams.LLMEngine, ("vllm_config", "executor_class", "log_stats", "stat_loggers", "multiprocess_mode")),
@@ -37,8 +37,9 @@ CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
         seams.SamplingParams,
         ("max_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logit_bias",
          "seed", "logprobs", "prompt_logprobs", "detokenize", "ignore_eos", "stop_token_ids", "output_kind",
-         "extra_args"),
+         "extra_args", "structured_outputs"),
     ),
+    "StructuredOutputsParams": (seams.StructuredOutputsParams, ("grammar",)),
     "UnquantizedLinearMethod.apply": (seams.UnquantizedLinearMethod.apply, ("layer", "x", "bias")),
     "UnquantizedLinearMethod.process_weights_after_loading": (
         seams.UnquantizedLinearMethod.process_weights_after_loading, ("layer",),

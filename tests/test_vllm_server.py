@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from t2ray.models.weights import TINY
 
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM (make vllm)")]
 
+PROMPTS = ("17+25", "98-13", "reverse abc")
 CHECK = ("--logits-processors", "t2ray.engine.vllm.plugin:Mixtures")
 
 
@@ -72,10 +74,13 @@ def test_vllms_own_server_answers_mixtures_and_refuses_wrong_ones(url: str, tmp_
     model = load_model("tiny", decompose("tiny", tmp_path / "factors").folder, device="cpu")
     offline, registry = OfflineEngine(model), Registry(SHIPPED)
     offline.set_experts({name: model.adapter.join(registry.load(name).z) for name in registry.names()})
-    for mixture in (None, "math", "code", "math:0.7,code:0.3"):
-        asked = Mixture.parse(mixture or "base")
-        (wanted,) = together(offline.generate(user("17+25"), asked, SamplingParams(max_tokens=16)))
-        assert ask(url, "17+25", mixture).json()["choices"][0]["message"]["content"] == wanted.text
+    asked = [(text, mixture) for text in PROMPTS for mixture in (None, "math", "code", "math:0.7,code:0.3")]
+    sampling = SamplingParams(max_tokens=16)
+    wanted = together(*(offline.generate(user(text), Mixture.parse(m or "base"), sampling) for text, m in asked))
+    with ThreadPoolExecutor(len(asked)) as pool:
+        found = [answer.json() for answer in pool.map(lambda one: ask(url, *one), asked)]
+    assert [one["choices"][0]["message"]["content"] for one in found] == [one.text for one in wanted]
+    assert len({one.text for one in wanted}) > len(PROMPTS)
     for wrong, said in (("maths", "math"), ("math:x", "not a number"), ("math,math", "twice")):
         refused = ask(url, "17+25", wrong)
         assert refused.status_code == 400 and said in refused.text

@@ -1,7 +1,8 @@
-"""`python vllm_apart.py second|parallel`: requests of several mixtures through vLLM's second runner, by Triton's
-interpreter on a CPU, or through two tensor parallel processes; exits with 1 where they are not the offline engine's.
+"""`python vllm_apart.py KIND`: requests of several mixtures through vLLM, held against the offline engine's answers.
 
-In a process of its own, since vLLM chooses both when it is imported.
+KIND is "second" (vLLM's second runner, by Triton's interpreter on a CPU), "parallel" (two tensor parallel processes) or
+"folded" (the same with one mixture in the weights at a time). It exits with 1 where an answer differs. In a process of
+its own, since vLLM chooses both when it is imported.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def interpreted() -> None:
 def main(kind: str) -> None:
     if kind == "second":
         interpreted()
-    from test_vllm import ALL, SamplingParams, answers, experts, same, started
+    from test_vllm import ALL, SamplingParams, answers, experts, observed, same, started
 
     from t2ray.adapters.factors import decompose
     from t2ray.adapters.model import load_model
@@ -40,14 +41,16 @@ def main(kind: str) -> None:
         model = load_model("tiny", factors.folder, device="cpu")
         offline = OfflineEngine(model)
         offline.set_experts(experts(model))
-        small = EngineConfig(kv_tokens=160, batch_rows=8)  # in pieces, and with preemption
-        config = small if kind == "second" else EngineConfig(kv_tokens=4096, batch_rows=8, tensor_parallel=2)
-        engine = started(factors, model, config, max_num_batched_tokens=24, enable_chunked_prefill=True)
+        config = EngineConfig(kv_tokens=192, batch_rows=8, tensor_parallel=1 if kind == "second" else 2)
+        mode = "one" if kind == "folded" else "mixtures"
+        engine = started(factors, model, config, mode=mode, max_num_batched_tokens=24, enable_chunked_prefill=True)
         assert engine._pump.engine.vllm_config.use_v2_model_runner == (kind == "second")
-        requests, sampling = ALL[::2], SamplingParams(max_tokens=8)
+        requests, sampling, seen = ALL[1::2], SamplingParams(max_tokens=24, ignore_eos=True), observed(engine)
         wanted = answers(offline, requests, sampling)
-        for _ in range(2):  # the second time with prefixes from the cache
-            same(answers(engine, requests, sampling), wanted)
+        same(answers(engine, requests, sampling), wanted)
+        for _ in range(2):  # the second time with its prefix from the cache
+            same(answers(engine, requests[-1:], sampling), wanted[-1:])
+        assert seen["cached"] and (seen["preempted"] or kind == "folded"), seen  # few requests have the folded mixture
         engine.stop()
     print("same", len(requests))
 

@@ -42,7 +42,7 @@ from t2ray.core import (
 )
 from t2ray.engine.choose import vllm_engine
 from t2ray.engine.protocol import Engine
-from t2ray.engine.serving import serving_engine
+from t2ray.engine.serving import sample, serving_engine
 from t2ray.experts.admission import check_header
 from t2ray.experts.exchange import import_expert
 from t2ray.experts.heatmap import HeatMap, mean_distance
@@ -80,6 +80,7 @@ class Generator:
         await self.experts.open()
         if vllm:
             self.engine.start()
+            await sample(self.engine)  # what it loads and compiles at its first step belongs to its start: no stall
         self._gauges = {
             name: metrics.Gauge(f"t2ray_{name}", description=text)
             for name, text in (

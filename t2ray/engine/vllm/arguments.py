@@ -30,6 +30,7 @@ def request_arguments(sampling: SamplingParams, chat: Chat, streams: bool) -> di
         "seed": sampling.seed, "logprobs": sampling.top_logprobs, "detokenize": False, "ignore_eos": True,
         "stop_token_ids": [] if sampling.ignore_eos else list(chat.eos_ids),
         "output_kind": kind.DELTA if streams or sampling.stop else kind.FINAL_ONLY,
+        "structured_outputs": seams.StructuredOutputsParams(grammar=sampling.grammar) if sampling.grammar else None,
     }  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def engine_arguments(folder: Path, factors: Factors, config: EngineConfig, mode:
         vllm_config = seams.EngineArgs(
             model=str(folder), quantization="t2ray", dtype=STORED[stored], max_model_len=context,
             generation_config="vllm",
-            hf_overrides={"quantization_config_dict_json": json.dumps(options)}, skip_tokenizer_init=True,
+            hf_overrides={"quantization_config_dict_json": json.dumps(options)},
+            structured_outputs_config={"backend": "guidance"},  # the library, and the language, of t2ray's grammars
             max_num_seqs=config.batch_rows, max_num_batched_tokens=tokens, enable_chunked_prefill=not cpu,
             tensor_parallel_size=config.tensor_parallel, enforce_eager=cpu,
             distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",

@@ -25,7 +25,6 @@ from t2ray.adapters.svf import mixed
 from t2ray.config.serve import EngineConfig
 from t2ray.core import (
     Completion,
-    ConfigError,
     Delta,
     GenerationError,
     Mixture,
@@ -36,6 +35,7 @@ from t2ray.core import (
     Token,
     joined,
 )
+from t2ray.engine.grammar import check
 from t2ray.engine.protocol import EngineStats
 from t2ray.engine.requests import fitting, prompt_ids
 from t2ray.engine.text import TextStream
@@ -191,9 +191,7 @@ class VLLMEngine:
     def _ask(self, prompt: Prompt, mixture: Mixture, sampling: SamplingParams, *, streams: bool) -> tuple[str, Answer]:
         ids, sampling = fitting(self, prompt, sampling, self.context)
         if sampling.grammar:
-            raise ConfigError(
-                "the engine vllm holds no answer to a schema or a grammar yet; ask without, or use transformers"
-            )
+            check(sampling.grammar)
         self.check()
         id = f"{next(self._numbers)}"
         answer = Answer(
@@ -264,6 +262,8 @@ class VLLMEngine:
             self._count["finished"] += 1
             if not output.finished:
                 self._pump.abort(id)
+        elif output.finished:
+            self._fail(id, GenerationError(f"vLLM ended the answer: {piece.finish_reason}"))
 
     def _fail(self, id: str, error: Exception) -> None:
         if (answer := self._answers.get(id)) is not None:

@@ -23,7 +23,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.platforms import current_platform
-from vllm.sampling_params import RequestOutputKind
+from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.executor import Executor
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -45,6 +45,7 @@ __all__ = [
     "SamplingParams",
     "SecondProcessor",
     "StatLoggerBase",
+    "StructuredOutputsParams",
     "TokensPrompt",
     "UnquantizedLinearMethod",
     "VLLMClientError",
