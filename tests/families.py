@@ -48,15 +48,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma 3n",
         HEADS | {
             "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
-            "altup_num_inputs": 2, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0],
-            "layer_types": ["sliding_attention", "full_attention"],
+            "altup_num_inputs": 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
     "gemma4_text": (
         "Gemma 4",
         HEADS | {
-            "global_head_dim": 8, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
-            "final_logit_softcapping": 5.0, "layer_types": ["sliding_attention", "full_attention"],
+            "global_head_dim": 16, "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8,
+            "num_hidden_layers": 4, "num_kv_shared_layers": 2, "final_logit_softcapping": 5.0,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
     "phi": ("Phi 1, 2", {}),
@@ -131,6 +132,7 @@ WITH_IMAGES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl": ("Qwen 3-VL", "qwen3_vl_text", MROPE, {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
     "qwen3_5": ("Qwen 3.5 VL", "qwen3_5_text", {}, {"out_hidden_size": 32}),
     "gemma3": ("Gemma 3 4B to 27B", "gemma3_text", {}, {}),
+    "gemma4": ("Gemma 4 (vision)", "gemma4_text", {}, {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
     "mistral3": ("Mistral Small 3.x", "mistral", {}, {"model_type": "pixtral"}),
     "smolvlm": ("SmolVLM", "llama", {}, {}),
     "idefics3": ("Idefics 3", "llama", {}, {}),

@@ -45,7 +45,7 @@ from t2ray.models.families import Family
 from t2ray.models.load import load_chat
 from t2ray.models.processor import side_by_side
 from t2ray.models.skeleton import model_class, skeleton
-from t2ray.models.targets import matrix, select_targets
+from t2ray.models.targets import Selection, matrix, select_targets
 from t2ray.prompts import pictured
 from t2ray.runs.memory import shape_of
 from t2ray.training.loss import backward
@@ -201,18 +201,26 @@ def test_a_family_works_from_end_to_end(
     way, found = asyncio.run(served(model, z_2K[1]))
     check_answers(model, found, [base, mixed])
     known = FAMILIES[name][0] if name in FAMILIES else WITH_IMAGES[name][0]
-    ROWS[name] = f"| {known} | `{name}` | {way} | {row(factors.manifest.left_out)} |"
+    stages = "all" if model.family.shares_prefixes else "all but prompts once"
+    stages += ", pictures" if name in SEEING else ", texts alone" if name in WITH_IMAGES else ""
+    ROWS[name] = f"| {known} | `{name}` | {stages} | {way} | {adapted(name, planned.selection, tmp_path)} |"
 
 
-def row(left_out: tuple[str, ...]) -> str:
-    return ", ".join(f"`{kind}`" for kind in left_out) or "nothing"
+def adapted(name: str, selection: Selection, folder: Path) -> str:
+    """Which share is adapted of the sizes that transformers gives the architecture, and what is not."""
+    if not selection.left_out:
+        return "100 % | nothing"
+    CONFIG_MAPPING[name]().save_pretrained(folder / "usual")
+    usual = shape_of(str(folder / "usual"))
+    share = f"{100 * usual.selection.share:.3g} % of {usual.parameters / 1e9:.0f} B"
+    return f"{share} | {', '.join(f'`{kind}`' for kind in selection.left_out)}"
 
 
 def test_the_page_of_models_is_what_the_families_showed() -> None:
     """`T2RAY_WRITE_DOCS=1 pytest tests/test_families.py` writes it."""
     if ROWS.keys() != FAMILIES.keys() | WITH_IMAGES.keys():
         pytest.skip("only some families were tested")
-    begin, end = "| --- | --- | --- | --- |\n", "\n\n"
+    begin, end = "| --- | --- | --- | --- | --- | --- |\n", "\n\n"
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     page = before + begin + "\n".join(ROWS[name] for name in (*FAMILIES, *WITH_IMAGES)) + end + rest.partition(end)[2]
     if os.environ.get("T2RAY_WRITE_DOCS"):

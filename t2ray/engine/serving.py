@@ -54,11 +54,13 @@ async def _online(model: Model, config: EngineConfig, wanted: Sample) -> Engine:
         raise ModelError(f"{model.family.architecture}: transformers' continuous batching does not support it")
     try:
         engine = OnlineEngine(model, config)
-    except ValueError as error:  # layers that it has no cache for
+        engine.start()
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:  # layers that it has no cache for, or of several kinds
         raise ModelError(
             f"{model.family.architecture}: transformers' continuous batching does not support it ({error})"
         ) from error
-    engine.start()
     try:
         await compare(engine, model, wanted)
     except ModelError:

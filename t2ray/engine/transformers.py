@@ -84,7 +84,12 @@ class Manager(ContinuousBatchingManager):
         Raises:
             MemoryError: the cache does not fit.
         """
-        self.warmup()
+        try:
+            self.warmup()
+        except Exception:
+            if self._original_attn_impl is not None:
+                self.model.set_attn_implementation(self._original_attn_impl)
+            raise
         cache = self.batch_processor.cache
         if self.model.device.type == "cpu":
             cache.update = self._guarded(cache.update)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from t2ray.core import ConfigError, ResourceError
 from t2ray.engine.batches import MAX_ROWS, MAX_TOKENS
@@ -98,9 +99,7 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
         layer = layer_of(name, prefix)
         where = layer if layer is not None else (None if "embed" in name or "wte" in name else -1)
         weight_bytes[where] = weight_bytes.get(where, 0) + size * parameter.numel()
-    heads = _largest(text.num_attention_heads)
-    width = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
-    kv_heads = _largest(getattr(text, "num_key_value_heads", None) or heads)
+    heads, width, kv_heads = _attention(text)
     return ModelShape(
         parameters=sum(weight_bytes.values()) // size,
         layers=int(text.num_hidden_layers),
@@ -113,6 +112,16 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
         intermediate=_largest(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
         vocabulary=int(text.vocab_size),
     )
+
+
+def _attention(text: Any) -> tuple[int, int, int]:
+    """The number of attention heads, their width, and the number of those with keys and values: of the widest layer."""
+    sizes = []
+    for layer in getattr(text, "per_layer_config", [text]):  # Gemma 4's layers differ
+        heads = _largest(layer.num_attention_heads)
+        width = int(getattr(layer, "head_dim", None) or layer.hidden_size // heads)
+        sizes.append((heads, width, _largest(getattr(layer, "num_key_value_heads", None) or heads)))
+    return max(sizes, key=lambda size: size[0] * size[1])
 
 
 def _largest(value: int | Sequence[int]) -> int:
