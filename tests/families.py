@@ -49,7 +49,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         HEADS | {
             "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
             "altup_num_inputs": 2, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
-            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
         },
     ),
     "gemma4_text": (
@@ -132,7 +133,8 @@ WITH_IMAGES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_vl": ("Qwen 3-VL", "qwen3_vl_text", MROPE, {"out_hidden_size": 32, "deepstack_visual_indexes": [0]}),
     "qwen3_5": ("Qwen 3.5 VL", "qwen3_5_text", {}, {"out_hidden_size": 32}),
     "gemma3": ("Gemma 3 4B to 27B", "gemma3_text", {}, {}),
-    "gemma4": ("Gemma 4 (vision)", "gemma4_text", {}, {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
+    "gemma4": ("Gemma 4 (vision)", "gemma4_text", {},
+               {"num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 64}),
     "mistral3": ("Mistral Small 3.x", "mistral", {}, {"model_type": "pixtral"}),
     "smolvlm": ("SmolVLM", "llama", {}, {}),
     "idefics3": ("Idefics 3", "llama", {}, {}),
