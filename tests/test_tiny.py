@@ -306,6 +306,17 @@ def test_a_follow_up_has_the_kind_of_the_turn_before_it(
                 assert model.dispatch([*said, *user(request)], strategy).label == other
 
 
+def test_the_classifier_takes_programs_of_an_unseen_length_for_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import t2ray
+
+    monkeypatch.chdir(tmp_path)
+    with t2ray.open() as model:
+        labels = [model.dispatch(row["prompt"], "cls").label for row in tiny.rows("code_long", "test")[:40]]
+    assert labels.count("code") >= 38, labels
+
+
 def test_saving_replaces_the_folder_whole(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
