@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, WITH_IMAGES, tokenized, write
+from families import FAMILIES, SMALL, WITH_IMAGES, tokenized, write
 from pictures import picture
 from safetensors.torch import load_file, save_file
 from seeing import SEEING, write_seeing
@@ -471,6 +471,16 @@ def test_what_a_model_does_after_its_head_is_in_no_table_is_refused(
     monkeypatch.setattr("t2ray.models.families._AFTER_HEAD", {})
     with pytest.raises(ModelError, match="GraniteForCausalLM: the loss's logits differ by .* does not support"):
         load_model(str(folder), tmp_path / "factors", device="cpu")
+
+
+def test_an_architecture_with_a_cache_of_its_own_is_refused_at_load(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 2}
+    hf = AutoModelForCausalLM.from_config(CONFIG_MAPPING["minimax"](**SMALL | settings))
+    hf.save_pretrained(tmp_path / "model")
+    tokenized(tiny_llama, tmp_path / "model")
+    decompose(str(tmp_path / "model"), tmp_path / "factors")
+    with pytest.raises(ModelError, match="^MiniMaxForCausalLM: its forward fails as t2ray calls it .*cache of its own"):
+        load_model(str(tmp_path / "model"), tmp_path / "factors", device="cpu")
 
 
 def test_a_layer_that_the_model_never_calls_is_told(

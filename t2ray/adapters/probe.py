@@ -1,7 +1,7 @@
 """A probe of a loaded model: what t2ray computes by its own ways is what the model computes by its own.
 
-A few tokens show whether an architecture is put together as `models.families` thinks: the loss's logits, rows of
-different z in one batch, and that every adapted layer is really called. A fold needs no probe: it is the same layer
+A few tokens show whether an architecture is put together as `models.families` thinks: the loss's logits, tokens that go
+on from a cache, rows of different z in one batch, and that every adapted layer is really called. A fold needs no probe: it is the same layer
 with another weight, and costs a product of whole matrices.
 """
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from t2ray.core import Message, ModelError, T2RayError, user
 from t2ray.models.chat import Chat
@@ -34,7 +35,8 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     """Compares the ways in which logits are computed.
 
     Raises:
-        ModelError: two of them differ, or an adapted layer was not called; it names the architecture and the stage.
+        ModelError: two of them differ, one fails, or an adapted layer was not called; it names the architecture and the
+            stage.
     """
     device = adapter.neutral.device
     draw = torch.Generator().manual_seed(0)
@@ -50,6 +52,10 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     try:
         with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+            cache = DynamicCache(config=family.config)
+            hf(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], past_key_values=cache, use_cache=True)
+            last = hf(input_ids=ids_BT[:, -1:], attention_mask=mask_BT, past_key_values=cache, use_cache=True).logits
+            _same(own[:, -1:], last, family, "the logits of a token behind a cache")
             _same(own, family.logits(family.hidden(ids_BT, mask_BT, {})), family, "the loss's logits")
             with adapter.rows(adapter.neutral[None]):
                 neutral = family.logits(family.hidden(ids_BT, mask_BT, {}))
@@ -61,6 +67,14 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
                 with adapter.rows(z_RK[row : row + 1]):
                     alone = family.hidden(ids_BT[row : row + 1], mask_BT[:1], {})
                 _same(alone, together[row : row + 1], family, "a row of a batch with several mixtures")
+    except (T2RayError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever an unknown forward raises
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{family.architecture}: its forward fails as t2ray calls it ({type(error).__name__}: {reason}); t2ray does "
+            "not support this architecture"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
