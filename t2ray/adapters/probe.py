@@ -1,8 +1,8 @@
 """A probe of a loaded model: what t2ray computes by its own ways is what the model computes by its own.
 
 A few tokens show whether an architecture is put together as `models.families` thinks: the loss's logits, tokens that go
-on from a cache, rows of different z in one batch, and that every adapted layer is really called. A fold needs no probe: it is the same layer
-with another weight, and costs a product of whole matrices.
+on from a cache, rows of different z in one batch, and that every adapted layer is really called. A fold needs no probe:
+it is the same layer with another weight, and costs a product of whole matrices.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     except Exception as error:  # whatever an unknown forward raises
         reason = " ".join(str(error).split())[:200]
         raise ModelError(
-            f"{family.architecture}: its forward fails as t2ray calls it ({type(error).__name__}: {reason}); t2ray does "
-            "not support this architecture"
+            f"{family.architecture}: its forward fails as t2ray calls it ({type(error).__name__}: {reason}); t2ray "
+            "does not support this architecture"
         ) from error
     finally:
         for hook in hooks:
