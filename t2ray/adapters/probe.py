@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from t2ray.core import Message, ModelError, T2RayError, user
 from t2ray.models.chat import Chat
@@ -52,9 +51,7 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     try:
         with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-            cache = DynamicCache(config=family.config)
-            hf(input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], past_key_values=cache, use_cache=True)
-            last = hf(input_ids=ids_BT[:, -1:], attention_mask=mask_BT, past_key_values=cache, use_cache=True).logits
+            last = family.logits(family.continued(ids_BT, mask_BT))
             _same(own[:, -1:], last, family, "the logits of a token behind a cache")
             _same(own, family.logits(family.hidden(ids_BT, mask_BT, {})), family, "the loss's logits")
             with adapter.rows(adapter.neutral[None]):

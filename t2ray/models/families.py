@@ -70,6 +70,18 @@ class Family:
         states: Tensor = made.last_hidden_state
         return states
 
+    def continued(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """The last hidden state, (B, 1, D), of the last token of each sequence, which goes on from a cache."""
+        cache = DynamicCache(config=self.config)
+        self.backbone(
+            input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], past_key_values=cache, use_cache=True
+        )  # fmt: skip
+        states: Tensor = self.backbone(
+            input_ids=ids_BT[:, -1:], attention_mask=mask_BT, past_key_values=cache, use_cache=True
+        ).last_hidden_state  # fmt: skip
+        self.forget()
+        return states
+
     def hidden_behind(
         self, prefix_UP: Tensor, real_UP: Tensor, prefix_of_B: Tensor, ids_BT: Tensor, mask_BT: Tensor
     ) -> Tensor:
