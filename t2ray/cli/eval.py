@@ -44,8 +44,15 @@ def add(p: Parser) -> None:
         "--strategies",
         default="base",
         metavar="NAMES",
-        help="What answers, separated by commas: base, oracle, prompt, cls, fewshot (the mixture that has the task's "
-        "name), fewshot/NAME, or the name of an expert.",
+        help="What answers, separated by commas: base, oracle, prompt, cls, soft or soft/T (every expert with its "
+        "label's probability as its weight, at temperature T), fewshot (the mixture that has the task's name), "
+        "fewshot/NAME, or the name of an expert.",
+    )
+    p.add_argument(
+        "--against",
+        metavar="NAME",
+        help="One of the strategies, with which the others are compared example by example: the difference in points, "
+        "its interval, and p of a paired test.",
     )
     p.add_argument(
         "--split",
@@ -110,6 +117,8 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args, "limit")
     if args.shots < 0:
         raise ConfigError(f"--shots {args.shots}: give a number of solved rows, at least 0")
+    if args.against is not None and (args.against not in strategies or args.against == "oracle"):
+        raise ConfigError(f"--against {args.against!r}: name one of the strategies but the oracle: {args.strategies}")
     check_json_folder(args.json)
     check_json_folder(args.answers, "--answers")
 
@@ -144,7 +153,9 @@ def run(args: argparse.Namespace) -> None:
             unseen = args.split != "test" or task.test_is_unseen
             baseline = Baseline.of(task.gold_readings(examples[name]), task.options(examples[name]))
             limit = sampling.max_tokens
-            results[name] = result_of(task.name, strategies, cells, baseline, bench.experts, limit, unseen)
+            results[name] = result_of(
+                task.name, strategies, cells, baseline, bench.experts, limit, unseen, args.against
+            )
     console.print(table(results, strategies), markup=False)
     if args.answers:
         write_whole(args.answers, parquet(kept), "--answers")

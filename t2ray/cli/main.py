@@ -29,6 +29,7 @@ COMMANDS = {
     "adapt": "Search the mixture of experts for a task from a few labelled prompts, by CEM.",
     "chat": "Chat in the terminal, and see which experts answered and how long both passes took.",
     "eval": "Measure the accuracy of strategies on tasks, with Wilson intervals.",
+    "dispatch": "Measure how well pass 1 names the kinds of requests: accuracy, calibration, thresholds, other labels.",
     "tables": "Train and measure a grid of models, methods and seeds, and write its tables.",
     "verify": "Run a task's verifier over its right answers.",
     "serve": "Serve the OpenAI-compatible endpoint and its page, on Ray Serve.",

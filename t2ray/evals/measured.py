@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from t2ray.evals.answers import Baseline, baseline_cells, shares
 from t2ray.evals.evaluate import Cell, oracle_choice, warnings
+from t2ray.evals.intervals import paired
 
 
 def result_of(
     task: str, strategies: Sequence[str], cells: Mapping[str, Cell], baseline: Baseline, experts: Sequence[str],
-    tokens: int, unseen: bool,
+    tokens: int, unseen: bool, against: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Returns the row of a task: `{"n": 200, "max_tokens": 24, "oracle": "math", "strategies": {"base": ..., ...}}`.
 
@@ -19,6 +21,7 @@ def result_of(
         experts: those of which the oracle is the best, beside the base.
         tokens: the greatest number of tokens of an answer.
         unseen: whether the rows chose no expert.
+        against: the strategy that the others are compared with, example by example.
     """
     rows = {name: _row(cell, baseline) for name, cell in cells.items()}
     n = len(next(iter(cells.values())).correct)
@@ -26,7 +29,16 @@ def result_of(
     if "oracle" in strategies:
         result["oracle"] = oracle_choice({name: cells[name] for name in ("base", *experts)})
         rows["oracle"] = rows[result["oracle"]]
-    return result | {"strategies": rows, "warnings": warnings(task, cells, baseline)}
+    differences: dict[str, Any] = {}
+    if against is not None:
+        theirs = cells[against].correct
+        others = [name for name in strategies if name not in ("oracle", against)]
+        for name in others:
+            both = [(a, b) for a, b in zip(cells[name].correct, theirs, strict=True) if None not in (a, b)]
+            if both:
+                first, second = ([float(bool(x)) for x in column] for column in zip(*both, strict=True))
+                differences[name] = asdict(paired([first], [second]))
+    return result | {"strategies": rows, "differences": differences, "warnings": warnings(task, cells, baseline)}
 
 
 def _row(cell: Cell, baseline: Baseline) -> dict[str, Any]:
@@ -58,6 +70,9 @@ def table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
                 if row[key] and name != "oracle":
                     notes.append(f"{task} {name}: {row[key]} of {result['n']} {meaning}")
         body.append([task, str(result["n"]), *cells])
+        for name, gain in result["differences"].items():
+            span = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
+            notes.append(f"{task} {name}: {100 * gain['gain']:+.1f} points ({span}), p {gain['p']:.3f}")
         notes += result["warnings"]
         if not result["unseen"]:
             notes.append(f"{task}: these rows chose the expert in training; name others by test: in its domain")

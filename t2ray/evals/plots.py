@@ -150,6 +150,27 @@ def learning(domain: str, curves: Sequence[Mapping[str, Any]]) -> str:
     return _svg(f"learning-{domain}", 2.7, draw)
 
 
+def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Draws how often each strategy is right against how sure it is: on the diagonal they are equal.
+
+    Args:
+        bins: as `dispatched.figures` has them; a point's area grows with the number of its requests.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=LINE, lw=1, zorder=0)
+        for color, (name, points) in zip(SERIES, bins.items(), strict=False):
+            sure, right = [one["sure"] for one in points], [one["acc"] for one in points]
+            axes.plot(sure, right, color=color, lw=1.2)
+            axes.scatter(sure, right, [8 + 3 * one["n"] ** 0.5 for one in points], color=color, label=name, alpha=0.8)
+        axes.set(xlim=(0, 1.03), ylim=(-0.03, 1.03), xlabel="probability of the label", ylabel="share that is right")
+        axes.grid(lw=0.5)
+        axes.legend(loc="upper left", fontsize=8)
+
+    return _svg("reliability", 3.2, draw)
+
+
 def by_itself(svg: str) -> str:
     """Returns a figure as a file of its own, with colours that suit a white page."""
     return svg.replace("currentColor", "#1f2328").replace("var(--line)", "#c8ccd0")

@@ -28,7 +28,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     for key, title in (("dispatched", "What pass 1 chose"), ("mixtures", "Few-shot mixtures")):
         if found[key]:
             lines = [[what, _chosen(one)] for what, one in found[key].items()]
-            parts += [f"## {title}", _aligned([["cell", "chosen"], *lines])]
+            parts += [f"## {title}", aligned([["cell", "chosen"], *lines])]
     if found["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {line}" for line in found["warnings"])]
     if found["missing"]:
@@ -69,7 +69,7 @@ def table_text(table: Mapping[str, Any]) -> str:
         if set(answers.values()) != {"-"}:
             rest = [""] * (len(head) - len(tasks) - 1 - several)
             lines.append([*([""] if several else []), name, *rest[:1], *answers.values(), *rest[1:]])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _cell(row: Mapping[str, Any], task: str, most: int) -> str:
@@ -91,7 +91,7 @@ def differences(table: Mapping[str, Any]) -> str:
         if any("difference" in cell for cell in row["tasks"].values()):
             line = [*([row["model"]] if several else []), row["method"], row["strategy"]]
             lines.append([*line, *(_gain(row["tasks"].get(task, {})) for task in table["tasks"])])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def times(table: Mapping[str, Any]) -> str:
@@ -101,7 +101,7 @@ def times(table: Mapping[str, Any]) -> str:
         if row["pass1"]:
             shares = [f"{100 * row['pass1'][task]:.0f}" if task in row["pass1"] else "" for task in table["tasks"]]
             lines.append([row["model"], row["method"], row["strategy"], *shares])
-    return _aligned(lines)
+    return aligned(lines)
 
 
 def _chosen(one: str | Mapping[str, int]) -> str:
@@ -118,7 +118,8 @@ def _gain(cell: Mapping[str, Any]) -> str:
     return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {chance}"
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Returns lines of cells as a Markdown table, the first line as its head."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = ["| " + " | ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)) + " |" for line in lines]
     return "\n".join([rows[0], "| " + " | ".join("-" * width for width in widths) + " |", *rows[1:]])
