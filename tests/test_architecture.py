@@ -186,6 +186,7 @@ MISTAKES = {
     "keys": ("X!", "'X!' cannot name"),
     "load": ("localhost --rate 1", "'localhost' is no address of an endpoint"),
     "sweep": ("sweep.yaml", "space: unknown key 'rl.lrr'; did you mean 'lr'?"),
+    "dispatch": ("--strategies cls,fewshot", "fewshot is not prompt or cls"),
     "tables": ("tables.yaml", "tables.t: no method 'svg'; did you mean 'svf'?"),
     "status": ("run --jason", "unknown option --jason; did you mean --json?; see t2ray status --help"),
     "plan": ("tiny --tokens 0", "--tokens is 0; it must be at least 1"),

@@ -61,3 +61,16 @@ def test_a_decision_is_remembered_by_what_was_read_and_by_nothing_else() -> None
     assert generator.asked == [
         "what is 17+25?", "and twice?", "what is 17+25?", "and twice?", "write me a long song, please"
     ]  # fmt: skip
+
+
+def test_below_the_threshold_the_base_answers() -> None:
+    """The fake is sure of math by 1 / (1 + 3 e^-5) or less, however many labels there are."""
+
+    async def main() -> None:
+        for threshold, label in ((0.9, "math"), (0.999, "others")):
+            dispatcher = Dispatcher.__new__(Dispatcher)
+            await dispatcher.__init__({"threshold": threshold}, FakeGenerator())  # type: ignore[misc]
+            found = await dispatcher.decide("cls", said(("user", "what is 17+25, my good friend?")))
+            assert (found.label, found.mixture.names) == (label, ("math",) if label == "math" else ())
+
+    asyncio.run(main())

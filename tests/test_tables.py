@@ -20,6 +20,7 @@ from t2ray.config.tables import TablesConfig, job_of, load
 from t2ray.core import ConfigError, RunError
 from t2ray.evals.cells import CELLS, GridCell, cells_of, load_cells, save_cell
 from t2ray.evals.intervals import over_seeds, paired, wilson
+from t2ray.evals.plots import by_numbers
 from t2ray.evals.tabled import markdown
 from t2ray.evals.tables import summary
 from t2ray.models.weights import open_weights
@@ -321,3 +322,16 @@ def test_an_example_that_the_verifier_left_open_counts_for_nobody(tmp_path: Path
     assert (svf_row["tasks"]["pick"]["n"], svf_row["tasks"]["pick"]["acc"]) == (3, 5 / 6)
     assert ia3_row["tasks"]["pick"]["n"] == 4
     assert ia3_row["tasks"]["pick"]["difference"]["gain"] == pytest.approx(2 / 3 - 5 / 6)
+
+
+def test_a_table_of_several_sizes_is_drawn_by_numbers_one_line_for_each_kind() -> None:
+    rows = [
+        {"model": "tiny", "method": method, "strategy": "expert", "training": {"numbers": numbers},
+         "tasks": {"pick": {"acc": 0.5, "low": 0.25, "high": 0.75, "n": 8, "seeds": 1}}}
+        for method, numbers in (("few", 13), ("all", 3584), ("lora", 900))
+    ]  # fmt: skip
+    base = {"model": "tiny", "method": "base", "strategy": "base", "training": None, "tasks": {}}
+    table = {"tasks": ["pick"], "rows": [base, *rows]}
+    drawn = by_numbers(table, {"few": "svf", "all": "svf", "lora": "lora"})
+    assert drawn.count(">svf<") == drawn.count(">lora<") == 1
+    assert "trained numbers" in drawn

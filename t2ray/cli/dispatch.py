@@ -46,7 +46,11 @@ def add(p: Parser) -> None:
         "--orders", type=int, default=4, metavar="N", help="In how many random orders the labels are shown again."
     )
     p.add_argument(
-        "--names", default="", metavar="LABEL=NAME,...", help="Other names under which labels are shown again."
+        "--names",
+        nargs="+",
+        default=[],
+        metavar="LABEL=NAME,...",
+        help="Other names under which labels are shown again; each word is another way to ask.",
     )
     p.add_argument("--picture", metavar="FILE.svg", help="Also draw how often pass 1 is right, by how sure it is.")
     add_json(p)
@@ -60,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     check_json_folder(args.json)
     check_json_folder(args.picture, "--picture")
     strategies = args.strategies.split(",")
-    names = dict(_pair(word) for word in args.names.split(",") if word)
+    names = {words: dict(_pair(word) for word in words.split(",")) for words in args.names}
     if unknown := {*strategies} - {"prompt", "cls"}:
         raise ConfigError(f"--strategies {args.strategies!r}: {', '.join(sorted(unknown))} is not prompt or cls")
     if args.orders < 0:

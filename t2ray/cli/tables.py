@@ -68,7 +68,7 @@ def write(config: TablesConfig, cells: Sequence[GridCell]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from t2ray.evals.plots import by_itself, learning
+    from t2ray.evals.plots import by_itself, by_numbers, learning
     from t2ray.evals.tabled import markdown
     from t2ray.evals.tables import flat, summary
     from t2ray.store import Store
@@ -84,8 +84,13 @@ def write(config: TablesConfig, cells: Sequence[GridCell]) -> int:
     for domain in dict.fromkeys(curve["domain"] for curve in found["curves"]):
         curves = [curve for curve in found["curves"] if curve["domain"] == domain]
         store.write_text(f"{domain}.svg", by_itself(learning(domain, curves)))
+    kinds = {name: job_of(config, next(iter(config.models)), name, 0).adapter.kind for name in config.methods}
+    for name, table in found["tables"].items():
+        sizes = {row["training"]["numbers"] for row in table["rows"] if row["training"]}
+        if len(sizes) > 2 and len(config.models) == 1 and table["tasks"][0] not in config.texts:
+            store.write_text(f"{name}.numbers.svg", by_itself(by_numbers(table, kinds)))
     console.print(text, markup=False)
-    console.print(f"{config.folder}/tables.md (also .json, .parquet, and learning curves as .svg)", markup=False)
+    console.print(f"{config.folder}/tables.md (also .json, .parquet, and pictures as .svg)", markup=False)
     return 2 if found["missing"] else 0
 
 

@@ -102,6 +102,13 @@ class ServeConfig(Strict):
         description="What answers under the model name `t2ray`; without one, cls where there is a classification "
         "expert, prompt where there are other experts, else base.",
     )
+    threshold: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Least probability of the likeliest label in pass 1 with which its expert answers; below it the "
+        "base model does. `t2ray dispatch` shows what each costs.",
+    )
     on_damaged: Literal["error", "base"] = Field(
         "error",
         description="What a request gets that a strategy dispatches to an expert which cannot be used: an error that "

@@ -19,7 +19,7 @@ from t2ray.config.train import resolve as resolve_job
 from t2ray.core import ConfigError, check_name
 
 BASE, EXPERT, FEWSHOT = "base", "expert", "fewshot"
-_STRATEGY = re.compile(r"base|expert|prompt|cls|fewshot(/[1-9]\d*)?")
+_STRATEGY = re.compile(r"base|expert|prompt|cls|soft(/\d*\.?\d+)?|fewshot(/[1-9]\d*)?")
 _OF_GRID = {"model": "models", "run": "run", "out": "out", "seed": "seeds", "experts": "run", "from": "methods"}
 _SHOTS = 10
 
@@ -50,8 +50,8 @@ class TableConfig(Strict):
     strategies: tuple[str, ...] = Field(
         (BASE, EXPERT),
         min_length=1,
-        description="What answers: base, expert (the task's own, or that of its sibling), prompt, cls, fewshot, or "
-        "fewshot/K with K shots.",
+        description="What answers: base, expert (the task's own, or that of its sibling), prompt, cls, soft, soft/T "
+        "with a temperature, fewshot, or fewshot/K with K shots.",
     )
     tasks: tuple[str, ...] = Field(min_length=1, description="Domains of the job, unseen tasks and texts.")
     against: str | None = Field(
@@ -65,7 +65,7 @@ class TableConfig(Strict):
     def _known(cls, strategies: tuple[str, ...]) -> tuple[str, ...]:
         for strategy in strategies:
             if not _STRATEGY.fullmatch(strategy):
-                raise ValueError(f"base, expert, prompt, cls, fewshot or fewshot/K, not {strategy!r}")
+                raise ValueError(f"base, expert, prompt, cls, soft, soft/T, fewshot or fewshot/K, not {strategy!r}")
         return strategies
 
     @property

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 from t2ray.adapt.strategies import Dispatch, Strategy
-from t2ray.core import Message
+from t2ray.core import ConfigError, Message
 from t2ray.evals.intervals import wilson
 from t2ray.evals.tabled import aligned
 from t2ray.prompts import OTHERS
@@ -99,19 +99,21 @@ def _above(rows: Sequence[Labelled], dispatches: Sequence[Dispatch], threshold: 
 # ------------------------------------------------------------------------------------------------- how it is asked
 
 
-def variants(labels: Sequence[str], orders: int, names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def variants(labels: Sequence[str], orders: int, names: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """Returns other ways to ask: a title -> the labels as they are shown, in their order, each with what it stands for.
 
-    They are `orders` random orders, the labels with a capital, in capitals, and by the `names` given. "others" keeps
-    its name.
+    They are `orders` random orders, and for each title of `names` the labels by other names.
+
+    Raises:
+        ConfigError: a label is named that there is not, is "others", or gets the name of another.
     """
-    rng, asked = random.Random(0), dict[str, dict[str, str]]()
-    for i in range(orders):
-        asked[f"order {i + 1}"] = {label: label for label in rng.sample(labels, len(labels))}
-    for title, shown in (("Capital", str.capitalize), ("CAPITALS", str.upper), ("other names", names.get)):
-        renamed = {(shown(label) or label) if label != OTHERS else label: label for label in labels}
-        if list(renamed) != list(labels) and len(renamed) == len(labels):
-            asked[title] = renamed
+    rng = random.Random(0)
+    asked = {f"order {i + 1}": {label: label for label in rng.sample(labels, len(labels))} for i in range(orders)}
+    for title, other in names.items():
+        shown = {other.get(label, label): label for label in labels}
+        if not {*other} <= {*labels} - {OTHERS} or len(shown) < len(labels):
+            raise ConfigError(f"--names {title}: give names of their own to some of {', '.join(labels[:-1])}")
+        asked[title] = shown
     return asked
 
 

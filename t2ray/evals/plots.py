@@ -171,6 +171,33 @@ def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     return _svg("reliability", 3.2, draw)
 
 
+def by_numbers(table: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
+    """Draws the accuracy of a table's first task against the trained numbers, with its interval.
+
+    Args:
+        table: as `tables.summary` has it.
+        kinds: method -> its line; methods of one kind are joined.
+    """
+    (task, *_), rows = table["tasks"], [row for row in table["rows"] if row["training"]]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for color, kind in zip(SERIES, dict.fromkeys(kinds.values()), strict=False):
+            mine = [row for row in rows if kinds[row["method"]] == kind and task in row["tasks"]]
+            mine.sort(key=lambda row: row["training"]["numbers"])
+            cells = [row["tasks"][task] for row in mine]
+            reach = [[one["acc"] - one["low"] for one in cells], [one["high"] - one["acc"] for one in cells]]
+            numbers = [row["training"]["numbers"] for row in mine]
+            axes.errorbar(
+                numbers, [one["acc"] for one in cells], yerr=reach, color=color, marker="o", ms=3.5, lw=1.3, label=kind
+            )
+        axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained numbers", ylabel=f"accuracy on {task}")
+        axes.grid(lw=0.5)
+        axes.legend(loc="lower right", fontsize=8)
+
+    return _svg("numbers", 2.9, draw)
+
+
 def by_itself(svg: str) -> str:
     """Returns a figure as a file of its own, with colours that suit a white page."""
     return svg.replace("currentColor", "#1f2328").replace("var(--line)", "#c8ccd0")

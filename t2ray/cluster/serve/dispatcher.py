@@ -64,7 +64,8 @@ class Dispatcher:
             self._decided.move_to_end(key)
             return self._served(replace(self._decided[key], seconds=0.0, cached=True))
         mixture = Mixture.of({classifier: 1.0}) if classifier else Mixture.base()
-        decided = await classify(self._score, labels, mixture, name=strategy)(messages)
+        decide = classify(self._score, labels, mixture, name=strategy, threshold=self.config.threshold)
+        decided = await decide(messages)
         self._decided[key] = decided
         if len(self._decided) > CACHED:
             self._decided.popitem(last=False)
