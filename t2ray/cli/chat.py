@@ -34,7 +34,7 @@ def add(p: Parser) -> None:
         "--strategy",
         default="cls",
         metavar="NAME",
-        help="What answers: base, prompt, cls, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3.",
+        help="What answers: base, prompt, cls, soft, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3.",
     )
     p.add_argument("--max-tokens", type=int, default=128, metavar="N", help="The greatest number of tokens per answer.")
     p.add_argument(

@@ -37,7 +37,9 @@ def add(p: Parser) -> None:
         help="Labelled requests beside them: a file with the columns prompt, label (several right ones as a|b) and "
         "group.",
     )
-    p.add_argument("--strategies", default="prompt,cls", metavar="NAMES", help="prompt, cls, or both.")
+    p.add_argument(
+        "--strategies", default="prompt,cls", metavar="NAMES", help="Which strategies: prompt, cls, or both."
+    )
     p.add_argument(
         "--split", default="test", choices=["train", "validation", "test", "all"], help="Which of a task's rows."
     )
