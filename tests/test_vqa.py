@@ -91,6 +91,18 @@ def test_easy_vqa_is_read_beside_its_pictures(tmp_path: Path) -> None:
         assert [g.reward for g in asyncio.run(verifier(["Yes.", "no"], task.rows("all")[:2]))] == [1.0, -1.0]
 
 
+@pytest.mark.parametrize("task", ["easy_vqa", "okvqa", "textvqa"])
+def test_all_questions_about_a_picture_are_in_one_split(task: str, tmp_path: Path) -> None:
+    """Half of the pictures are for training, a quarter each for validation and tests."""
+    asked = [{"image": f"images/{i % 4}.png", "question": f"{i}?", "answer": "red", "answers": TEN} for i in range(12)]
+    file = rows_in(tmp_path, asked)
+    parts = {name: builtin(task, file).rows(name) for name in ("train", "validation", "test", "all")}
+    seen = {name: {Path(row["image"].path).name for row in rows} for name, rows in parts.items()}
+    assert seen == {"train": {"0.png", "2.png"}, "validation": {"1.png"}, "test": {"3.png"},
+                    "all": {f"{i}.png" for i in range(4)}}  # fmt: skip
+    assert {name: len(rows) for name, rows in parts.items()} == {"train": 6, "validation": 3, "test": 3, "all": 12}
+
+
 def test_a_verifier_sees_no_pictures() -> None:
     with Verifier("test_vqa:columns", workers=0) as verifier:
         rows = [{"image": picture(4, 4), "several": (picture(4, 4),), "answer": "x", "empty": ()}]

@@ -3,8 +3,8 @@
 A row of the last two: `{"image": ..., "question": "what brand is this?", "answers": ["nokia", ...]}`, with the answers
 of ten people; and of easy-VQA `{"image": "images/0.png", "question": "what color is the shape?", "answer": "blue"}`.
 A picture is the path of a file, seen from the rows' file, its bytes, or both as the hub has them. TextVQA's answers to
-its test questions are secret: its tests are its validation. The hub has one split of OK-VQA, which is split by row
-number as a local file is (`gsm8k.split_rows`).
+its test questions are secret: its tests are its validation. The hub has one split of OK-VQA, which is split as a local
+file is: half of the pictures for training, a quarter each for validation and tests.
 
 The accuracy of an answer is VQA's (Antol et al. 2015): of each of the ten people, how many of the other nine say the
 same, three at least counting as 1; and the mean of that. The reward is 2 x accuracy - 1.
@@ -27,7 +27,7 @@ from t2ray.tasks.task import DataRow, Task
 from t2ray.tasks.text import settled
 
 _HUB = {"textvqa": "lmms-lab/textvqa", "okvqa": "lmms-lab/OK-VQA"}
-_ASKED = "Answer the question using a single word or phrase."
+ASKED = "Answer the question using a single word or phrase."
 
 _COUNTED = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {word: str(number) for number, word in enumerate(_COUNTED)} | {"none": "0"}
@@ -56,7 +56,7 @@ def easy(data: str | Sequence[str] | None = None) -> Task:
     """
     if data is None:
         raise DataError("easy_vqa is on no hub; name its folder, with questions.jsonl and images, by data")
-    rows = split_rows(with_images(read(data).need({"question": str, "answer": str}), "image").rows)
+    rows = _split(with_images(read(data).need({"question": str, "answer": str}), "image").rows)
     return Task(
         name="easy_vqa",
         rows=rows.__getitem__,
@@ -88,13 +88,13 @@ def okvqa(data: str | Sequence[str] | None = None) -> Task:
     Raises:
         DataError: the local file cannot be read, or one of its rows is not as above.
     """
-    return _task("okvqa", data, lambda: split_rows([dict(row) for row in _checked(read(_HUB["okvqa"], "val2014"))]))
+    return _task("okvqa", data, lambda: _split(_checked(read(_HUB["okvqa"], "val2014"))))
 
 
 def _task(name: str, data: str | Sequence[str] | None, hub: Callable[[], Mapping[str, list[DataRow]]]) -> Task:
     @functools.cache
     def splits() -> Mapping[str, list[DataRow]]:
-        return hub() if data is None else split_rows([dict(row) for row in _checked(read(data))])
+        return hub() if data is None else _split(_checked(read(data)))
 
     if data is not None:
         splits()
@@ -111,6 +111,17 @@ def _task(name: str, data: str | Sequence[str] | None, hub: Callable[[], Mapping
     )
 
 
+def _split(rows: Sequence[DataRow]) -> Mapping[str, list[DataRow]]:
+    """Splits rows as `gsm8k.split_rows` does, but whole pictures: all questions about one are in one split."""
+    pictures: dict[Any, list[DataRow]] = {}
+    for row in rows:
+        pictures.setdefault(row["image"], []).append(row)
+    parts = split_rows([{"rows": asked} for asked in pictures.values()])
+    return {name: [row for picture in part for row in picture["rows"]] for name, part in parts.items()} | {
+        "all": [*rows]
+    }
+
+
 def _checked(table: Table) -> list[DataRow]:
     table.need({"question": str, "answers": list})
     for place, row in zip(table.places, table.rows, strict=True):
@@ -121,7 +132,7 @@ def _checked(table: Table) -> list[DataRow]:
 
 def messages(row: DataRow) -> tuple[Message, ...]:
     """The prompt: the picture, the question, and the form that the answer must have."""
-    return user((*images_of(row["image"]), f"{row['question']}\n{_ASKED}"))
+    return user((*images_of(row["image"]), f"{row['question']}\n{ASKED}"))
 
 
 def consensus(row: DataRow) -> str:
