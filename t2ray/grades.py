@@ -9,7 +9,9 @@ from typing import Any, Literal
 from t2ray.core import Completion, Example
 
 THINK = "<think>"
-"""What opens the reasoning of a thinking model."""
+"""What opens the reasoning of most thinking models."""
+THOUGHTS = {THINK: "</think>", "[THINK]": "[/THINK]"}
+"""What opens reasoning, and what then closes it; the second is Mistral's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

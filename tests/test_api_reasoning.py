@@ -25,6 +25,8 @@ from t2ray.api.reasoning import ReasoningReader
         ("<think>\n\n</think>\n\n3", "", "3"),
         ("<think>\nHm, a <b> </thin", "Hm, a <b> </thin", ""),
         ("<think>a</think>b<think>c</think>", "a", "b<think>c</think>"),
+        ("[THINK]a</think>b[/THINK]c", "a</think>b", "c"),
+        ("[THIN", "", "[THIN"),
         ("It is <think>3</think>", "", "It is <think>3</think>"),
         ("\n\nIt is 3", "", "\n\nIt is 3"),
         ("<thin", "", "<thin"),

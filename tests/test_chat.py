@@ -120,6 +120,14 @@ def test_a_template_that_opens_reasoning_is_noticed_and_is_told_of_earlier_reaso
     assert chat.thinks and chat.opens(ids) and not chat.opens(chat.encode_text("a <think> b"))
 
 
+def test_mistrals_reasoning_is_told_though_its_signs_are_special_tokens(chat: Chat) -> None:
+    chat.tokenizer.add_tokens([AddedToken(sign, special=True) for sign in ("[THINK]", "[/THINK]")])
+    chat.tokenizer.chat_template = THINKS.replace("</think>", "[/THINK]").replace("<think>", "[THINK]")
+    told = Chat(chat.tokenizer, chat.eos_ids)
+    assert told.thinks and told.opens(told.encode(user("y"))) and not told.opens(told.encode_text("[THINK] y"))
+    assert told.decode(told.encode_answer("[THINK]hm[/THINK]3")) == "[THINK]hm[/THINK]3"
+
+
 def test_text_survives_byte_for_byte(chat: Chat) -> None:
     for text in ("", " ", "#### 42", "a\n\nb", "ä 日本 🙂", " ,. don ' t"):
         assert chat.decode(chat.encode_answer(text)) == text

@@ -1,10 +1,8 @@
-"""Reasoning apart from the answer: the block `<think>...</think>` that an answer of a thinking model begins with."""
+"""Reasoning apart from the answer: the block that an answer of a thinking model begins with, `<think>...</think>`."""
 
 from __future__ import annotations
 
-from t2ray.grades import THINK
-
-END = "</think>"
+from t2ray.grades import THOUGHTS
 
 
 class ReasoningReader:
@@ -16,7 +14,7 @@ class ReasoningReader:
 
     def __init__(self, thinks: bool) -> None:
         self._part = "start" if thinks else "answer"
-        self._held = ""
+        self._held = self._end = ""
         self._fresh = False  # where line breaks are dropped
 
     def push(self, text: str, *, last: bool = False) -> tuple[str, str]:
@@ -24,9 +22,10 @@ class ReasoningReader:
         self._held += text
         if self._part == "start":
             begun = self._held.lstrip()
-            if begun.startswith(THINK):
-                self._begin("reasoning", begun.removeprefix(THINK))
-            elif last or not THINK.startswith(begun):
+            if opened := next((sign for sign in THOUGHTS if begun.startswith(sign)), None):
+                self._end = THOUGHTS[opened]
+                self._begin("reasoning", begun.removeprefix(opened))
+            elif last or not any(sign.startswith(begun) for sign in THOUGHTS):
                 self._part = "answer"
             else:
                 return "", ""
@@ -37,13 +36,13 @@ class ReasoningReader:
         self._part, self._held, self._fresh = part, held, True
 
     def _thought(self, last: bool) -> str:
-        inside, end, after = self._held.partition(END)
+        inside, end, after = self._held.partition(self._end)
         if end:
             self._held = inside
             thought = self._take(len(inside.rstrip("\n")))
             self._begin("answer", after)
             return thought
-        keep = 0 if last else beginning(inside, END)
+        keep = 0 if last else beginning(inside, self._end)
         return self._take(len(inside[: len(inside) - keep].rstrip("\n")))
 
     def _take(self, end: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from t2ray.core import ConfigError, Message, Prompt
-from t2ray.grades import THINK
+from t2ray.grades import THOUGHTS
 from t2ray.models.processor import Processor, Seen
 from t2ray.prompts import pictured
 
@@ -22,8 +22,8 @@ HIDDEN = [byte for byte in range(256) if byte not in SHOWN]
 BYTES = {chr(byte): byte for byte in SHOWN} | {chr(256 + i): byte for i, byte in enumerate(HIDDEN)}
 """The characters that stand for bytes in a byte-level vocabulary, as GPT-2 introduced them."""
 
-SIGNS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
-"""Special tokens that are a part of the text: by them alone Mistral's calls of functions are told from it."""
+SIGNS = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", *THOUGHTS, *THOUGHTS.values())
+"""Tokens that are part of the text even if they are special: by them alone are calls and reasoning told from it."""
 
 OPENING = 16
 """Tokens at a prompt's end in which its template may have opened the answer's reasoning."""
@@ -156,11 +156,11 @@ class Chat:
     @property
     def thinks(self) -> bool:
         """Whether the chat template knows of reasoning between tags."""
-        return "</think>" in self._template
+        return any(sign in self._template for sign in THOUGHTS.values())
 
     def opens(self, ids: Sequence[int]) -> bool:
         """Whether a prompt ends with the tag that opens the answer's reasoning."""
-        return self.thinks and self.decode(ids[-OPENING:]).rstrip().endswith(THINK)
+        return self.thinks and self.decode(ids[-OPENING:]).rstrip().endswith(tuple(THOUGHTS))
 
     @property
     def _template(self) -> str:
