@@ -7,6 +7,7 @@
 | `python -m benchmarks serve` | a private endpoint, compared with its engine alone |
 | `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
 | `python -m benchmarks gpu` | both engines and a training step on one GPU, a model of 8 B parameters |
+| `python -m benchmarks experts` | 4 to 64 experts: pass 1, and the few-shot search |
 | `python -m benchmarks scaling [PART ...]` | the gain of more cores and workers, and cost models |
 
 They need the `bench` extra and a checkout of the repository. `t2ray load` measures a running endpoint.
@@ -56,7 +57,7 @@ def _parser(name: str, module: str, function: str, text: str) -> argparse.Argume
 
 def _core() -> argparse.ArgumentParser:
     p = _parser("", "core", "core", "Compares the core with the plain model, PEFT and the reference's algorithm.")
-    p.epilog = "Other commands: serve, soak, scaling, gpu; each has its own --help."
+    p.epilog = "Other commands: serve, soak, scaling, gpu, experts; each has its own --help."
     p.add_argument(
         "benches",
         nargs="*",
@@ -102,7 +103,15 @@ def _gpu() -> argparse.ArgumentParser:
     return p
 
 
-_KINDS = {"core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling, "gpu": _gpu}
+def _experts() -> argparse.ArgumentParser:
+    p = _parser(" experts", "experts", "experts", "Measures pass 1 and the few-shot search over 4 to 64 experts.")
+    p.add_argument("--prompts", type=int, default=50, metavar="N", help="Test prompts per kind (default: 50).")
+    return p
+
+
+_KINDS = {
+    "core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling, "gpu": _gpu, "experts": _experts
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

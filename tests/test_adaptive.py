@@ -14,7 +14,7 @@ import pytest
 import t2ray
 from t2ray.adaptive import AdaptiveModel, conversation
 from t2ray.core import ConfigError, Message, Mixture, SamplingParams, UnknownExpert, user
-from t2ray.experts.registry import SHIPPED
+from t2ray.experts.registry import SHIPPED, Registry
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,23 @@ def test_prompts_that_are_asked_together_get_the_answers_that_they_get_alone(mod
     alone = [model.answer(prompt, mixture) for prompt, mixture in PAIRS]
     assert [a.token_ids for a in together] == [a.token_ids for a in alone]
     assert [str(a.mixture) for a in together] == ["math:1", "code:1", "code:0.3,math:0.7", "base"]
+
+
+def test_a_fifth_expert_changes_no_bit_of_what_the_four_answer_and_is_chosen_and_searched_too(
+    model: AdaptiveModel, tmp_path: Path
+) -> None:
+    registry = Registry(shutil.copytree(SHIPPED, tmp_path / "experts"))
+    math = registry.load("math")
+    z = {name: z_r + 0.01 for name, z_r in math.z.items()}
+    registry.save("sums", z, base_digest=math.manifest.base_digest)
+    with t2ray.open(model="tiny", factors=tmp_path / "factors", experts=tmp_path / "experts") as five:
+        for prompt, mixture in [*PAIRS, ("17+25", "cls"), ("17+25", "dispatch"), ("17+25", "fewshot/math")]:
+            assert five.answer(prompt, mixture) == model.answer(prompt, mixture)  # every log-probability alike
+        assert five.answer("17+25", "sums") != model.answer("17+25", "math")
+        assert five.bench.dispatch_labels("cls") == model.bench.dispatch_labels("cls")
+        asked = {*five.bench.dispatch_labels("prompt")} - {*model.bench.dispatch_labels("prompt")}
+        assert asked == {"sums"} and five.bench.dispatch_labels("prompt")[-1] == "others"
+        assert set(five.experts) == {*model.experts, "sums"}  # of which a search mixes all
 
 
 def test_prompts_that_are_asked_together_share_one_batch(model: AdaptiveModel) -> None:
