@@ -24,6 +24,7 @@ from t2ray.cli.reference import pages
 from t2ray.config import tables
 from t2ray.config import train as config
 from t2ray.evals.dispatched import told
+from t2ray.evals.measured import table
 from t2ray.evals.tabled import differences, table_text
 
 ROOT = Path(__file__).parents[1]
@@ -332,10 +333,12 @@ def test_the_blocks_of_the_python_page_run_in_an_empty_folder_and_print_what_the
 def test_the_results_page_shows_the_tables_of_every_file_of_figures(path: Path) -> None:
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     found, texts = json.loads(path.read_text(encoding="utf-8")), list[str]()
-    for table in found.get("tables", {}).values():
-        texts += [table_text(table), *([differences(table)] if table["against"] else [])]
+    for one in found.get("tables", {}).values():
+        texts += [table_text(one), *([differences(one)] if one["against"] else [])]
     if "strategies" in found:
         texts += told(found).split("\n\n")
+    if "tasks" in found:
+        texts.append(table(found["tasks"], list(next(iter(found["tasks"].values()))["strategies"])))
     assert texts, f"{path.name} has no figures that a test knows how to show"
     for text in texts:
         assert text in page, f"docs/results.md must show this table of {path.name} as it is:\n{text}"

@@ -233,3 +233,17 @@ def test_the_classification_expert_is_held_to_the_targets_too() -> None:
         "dispatch: accuracy of its expert, at least": False,
         "dispatch: its expert above the base, at least": True,
     }
+
+
+def test_strategies_are_compared_with_the_one_that_is_named_where_both_were_graded():
+    cells = {
+        "cls": Cell(task="math", correct=(True, True, False, None)),
+        "soft": Cell(task="math", correct=(True, False, False, True)),
+    }
+    result = result_of("math", ["cls", "soft"], cells, Baseline(), [], 8, unseen=True, against="cls")
+    assert [*result["differences"]] == ["soft"]
+    gain = result["differences"]["soft"]
+    assert (gain["gain"], gain["p"]) == (pytest.approx(-1 / 3), 1.0)  # of three examples one differs
+    assert "math soft: -33.3 points" in table({"math": result}, ["cls", "soft"])
+    alone = result_of("math", ["cls", "soft"], cells, Baseline(), [], 8, unseen=True)
+    assert not alone["differences"] and "points" not in table({"math": alone}, ["cls", "soft"])

@@ -9,6 +9,7 @@ from typing import Any
 from t2ray.evals.answers import Baseline, baseline_cells, shares
 from t2ray.evals.evaluate import Cell, oracle_choice, warnings
 from t2ray.evals.intervals import paired
+from t2ray.evals.tabled import chance
 
 
 def result_of(
@@ -72,7 +73,7 @@ def table(results: Mapping[str, Any], strategies: Sequence[str]) -> str:
         body.append([task, str(result["n"]), *cells])
         for name, gain in result["differences"].items():
             span = f"{100 * gain['low']:+.1f} to {100 * gain['high']:+.1f}"
-            notes.append(f"{task} {name}: {100 * gain['gain']:+.1f} points ({span}), p {gain['p']:.3f}")
+            notes.append(f"{task} {name}: {100 * gain['gain']:+.1f} points ({span}), {chance(gain['p'])}")
         notes += result["warnings"]
         if not result["unseen"]:
             notes.append(f"{task}: these rows chose the expert in training; name others by test: in its domain")

@@ -112,10 +112,14 @@ def _gain(cell: Mapping[str, Any]) -> str:
     if "difference" not in cell:
         return ""
     gain, low, high, p = (cell["difference"][key] for key in ("gain", "low", "high", "p"))
-    chance = "p < 0.001" if p < 0.001 else f"p {p:.3f}"
     if "nats" in cell:
-        return f"{gain:+.3f} nats a token ({low:+.3f} to {high:+.3f}), {chance}"
-    return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {chance}"
+        return f"{gain:+.3f} nats a token ({low:+.3f} to {high:+.3f}), {chance(p)}"
+    return f"{100 * gain:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}), {chance(p)}"
+
+
+def chance(p: float) -> str:
+    """Returns the p of a test as it is told: `p 0.012`, `p < 0.001`."""
+    return "p < 0.001" if p < 0.001 else f"p {p:.3f}"
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
