@@ -16,6 +16,7 @@ from benchmarks.core.reference import Reference, greedy
 from benchmarks.core.shape import BenchShape, Subject, make
 from benchmarks.core.training import Allocations, random_rollouts
 from benchmarks.harness import Measure, Skipped, interleaved, measure, ratio
+from t2ray.config.search import CEMConfig
 from t2ray.core import ConfigError, Mixture, SamplingParams
 from t2ray.training.loss import backward
 
@@ -246,3 +247,15 @@ def test_the_bench_of_a_gpu_runs_on_a_small_model(tmp_path: Path) -> None:
     for part in ("vllm_mixtures", "vllm_one"):
         found = figures[part]["over_base"]
         assert found["value"] or found["skipped"] == "vLLM is not installed"
+
+
+def test_more_experts_are_measured_in_pass_1_and_in_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.experts import command
+
+    monkeypatch.setattr(command, "COUNTS", (5,))
+    monkeypatch.setattr(command, "SEARCH", CEMConfig(population=2, iterations=1))
+    assert main(["experts", "--prompts", "1", "--json", str(tmp_path / "found.json")]) == 0
+    (row,) = json.loads((tmp_path / "found.json").read_text())["experts"]
+    assert (row["experts"], row["acc"]) == (5, 1.0)
+    # 10 shots: the mean, the base and five experts; or five by themselves, and then the mean, the base and four
+    assert [one["answers"] for one in row["searches"].values()] == [70, 50 + 60]

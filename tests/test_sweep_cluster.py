@@ -20,9 +20,12 @@ from waiting import wait_until
 
 from t2ray.cli.main import main
 from t2ray.cluster.session import session
+from t2ray.cluster.train.cells import make_cell, make_cells
 from t2ray.cluster.train.tune import sweep
+from t2ray.config import tables
 from t2ray.config.search import SweepConfig, load
 from t2ray.core import DataError, ResourceError, RunError
+from t2ray.evals.cells import cells_of, load_cells
 from t2ray.sweep.results import TRIALS, ReportScore, Trial, write_results
 
 pytestmark = [pytest.mark.cluster, pytest.mark.long]
@@ -232,3 +235,29 @@ def test_a_sweep_that_does_not_fit_ends_with_one_line(
     assert main(["sweep", "sweep.yaml"]) == 2
     assert "needs 1 GPU, the cluster has 0 GPU" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_cells_of_a_grid_are_tasks_of_the_cluster_and_come_to_what_they_come_to_here(tmp_path: Path) -> None:
+    rl = {"steps": 1, "prompts": 4, "samples": 1, "eval_prompts": 4, "eval_every": 1}
+    grid = {
+        "models": {"tiny": "tiny"}, "limit": 4, "methods": {"svf": {}}, "job": {"domains": {"pick": {"task": "pick"}},
+        "workers": 1, "verifiers": 0, "rl": rl},
+        "tables": {"t": {"title": "T", "methods": ["svf"], "tasks": ["pick"]}},
+    }  # fmt: skip
+    path = tmp_path / "tables.yaml"
+    path.write_text(yaml.safe_dump(grid))
+    there, here = (tables.load(path, [f"out={tmp_path}/{place}"]) for place in ("there", "here"))
+    told = list[str]()
+    cells = make_cells(there, lambda cell: told.append(cell.name))
+    assert sorted(told) == ["tiny.base.0", "tiny.svf.0"]
+    assert not any(cell.missing or cell.lacks(there) for cell in cells)
+    for new in cells_of(here):
+        make_cell(here.model_dump(mode="json"), new)
+    for cell, same in zip(cells, load_cells(here), strict=True):
+        for task, by_strategy in cell.measured.items():
+            for strategy, figures in by_strategy.items():
+                assert figures["correct"] == same.measured[task][strategy]["correct"]
+        assert [one["validation"] for one in cell.trained.values()] == [
+            one["validation"] for one in same.trained.values()
+        ]
+    assert make_cells(there, lambda cell: told.append(cell.name)) == cells and len(told) == 2
