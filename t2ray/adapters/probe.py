@@ -51,9 +51,9 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     try:
         with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+            _same(own, family.logits(family.hidden(ids_BT, mask_BT, {})), family, "the loss's logits")
             last = family.logits(family.continued(ids_BT, mask_BT))
             _same(own[:, -1:], last, family, "the logits of a token behind a cache")
-            _same(own, family.logits(family.hidden(ids_BT, mask_BT, {})), family, "the loss's logits")
             with adapter.rows(adapter.neutral[None]):
                 neutral = family.logits(family.hidden(ids_BT, mask_BT, {}))
             _same(own, neutral, family, "the logits through the factors")

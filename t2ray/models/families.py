@@ -76,8 +76,10 @@ class Family:
         self.backbone(
             input_ids=ids_BT[:, :-1], attention_mask=mask_BT[:, :-1], past_key_values=cache, use_cache=True
         )  # fmt: skip
+        places_BT = mask_BT.cumsum(-1) - 1  # named: not every model counts what its cache has
         states: Tensor = self.backbone(
-            input_ids=ids_BT[:, -1:], attention_mask=mask_BT, past_key_values=cache, use_cache=True
+            input_ids=ids_BT[:, -1:], attention_mask=mask_BT, position_ids=places_BT[:, -1:], past_key_values=cache,
+            use_cache=True,
         ).last_hidden_state  # fmt: skip
         self.forget()
         return states
