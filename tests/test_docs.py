@@ -346,6 +346,16 @@ def test_the_results_page_shows_the_tables_of_every_file_of_figures(path: Path) 
         assert text in page, f"docs/results.md must show this table of {path.name} as it is:\n{text}"
 
 
+def test_the_readme_has_the_real_models_figures() -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = json.loads((ROOT / "docs" / "results" / "real.json").read_text(encoding="utf-8"))
+    for row in found["tables"]["trained"]["rows"]:
+        training, acc = row["training"], row["tasks"]["brief"]["acc"]
+        name = {"base": "base", "svf": "SVF", "lora": "LoRA, rank 16", "lora-1": "LoRA, rank 1"}[row["method"]]
+        numbers, kl = (f"{training['numbers']:,.0f}", f"{training['kl']:.2f}") if training else ("", "0")
+        assert re.search(rf"^\| {name} \| {numbers} ?\| {100 * acc:.0f} %.* \| {kl} \|$", page, re.MULTILINE), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_grid_on_a_page_is_valid(page: Path, tmp_path: Path) -> None:
     for block in blocks(page.read_text(encoding="utf-8"), {"yaml"}):

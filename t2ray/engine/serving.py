@@ -14,7 +14,7 @@ import torch
 
 from t2ray.adapters.model import Model
 from t2ray.config.serve import EngineConfig
-from t2ray.core import Completion, GenerationError, Mixture, ModelError, SamplingParams
+from t2ray.core import Completion, GenerationError, Mixture, ModelError, SamplingParams, T2RayError
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.online import OnlineEngine
 from t2ray.engine.protocol import Engine
@@ -55,7 +55,7 @@ async def _online(model: Model, config: EngineConfig, wanted: Sample) -> Engine:
     try:
         engine = OnlineEngine(model, config)
         engine.start()
-    except torch.OutOfMemoryError:
+    except (T2RayError, torch.OutOfMemoryError):
         raise
     except (ValueError, RuntimeError) as error:  # layers that it has no cache for, or of several kinds
         raise ModelError(

@@ -61,8 +61,10 @@ class Chat:
         self.end_id = self._end_of_turn()
         if self.end_id not in self.eos_ids:
             self.eos_ids += (self.end_id,)
-        added = tokenizer.get_added_vocab()
-        self.signs: dict[int, str] = {added[sign]: sign for sign in SIGNS if sign in added}
+        self.signs: dict[int, str] = {
+            id: token.content for id, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content in SIGNS
+        }  # fmt: skip
         self._tokens: dict[int, tuple[str, bytes]] = {}
         # Some tokenizers strip the space that a text begins with: a text that goes on is decoded behind this one.
         self.before: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
