@@ -334,6 +334,7 @@ def test_an_answer_beyond_the_context_is_refused(tiny_llama: Path) -> None:
     [
         ({"adapter": {"kind": "loro"}}, "adapter.kind"),
         ({"adapter": {"kind": "svf", "rank": 4}}, "svf has no rank; it has numbers, tied"),
+        ({"adapter": {"numbers": 4}, "rl": {"init": "sigmoid"}}, "need rl.init: scale, not sigmoid"),
         ({"adapter": {"kind": "ia3", "alpha": 4}}, "ia3 has no alpha"),
         ({"adapter": {"kind": "lora", "numbers": 4}}, "lora has no numbers; it has rank, alpha"),
         ({"adapter": {"kind": "lora", "rank": 0}}, "adapter.rank"),

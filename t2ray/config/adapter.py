@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -65,12 +66,14 @@ class AdapterConfig(Strict):
                 raise ValueError(f"{self.kind} has no {name}; it has {', '.join(known) or 'no settings'}")
         return self
 
-    def within(self, targets: tuple[str, ...] | None, layers: str | None) -> AdapterConfig:
-        """The adapter of a job with these targets and layers, which it has where it names none.
+    def within(self, targets: tuple[str, ...] | None, layers: str | None, inits: Collection[str]) -> AdapterConfig:
+        """The adapter of a job with these targets and layers, which it has where it names none, and these `rl.init`.
 
         Raises:
-            ValueError: both name some.
+            ValueError: both name some, or SVF's few numbers would begin as a sigmoid.
         """
+        if self.kind == "svf" and (self.numbers or self.tied) and "sigmoid" in inits:
+            raise ValueError("adapter.numbers and adapter.tied need rl.init: scale, not sigmoid")
         for key, of_job in (("targets", targets), ("layers", layers)):
             if None not in (of_job, getattr(self, key)):
                 raise ValueError(f"{key} and adapter.{key} say the same; leave one out")

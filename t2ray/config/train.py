@@ -243,7 +243,7 @@ class TrainConfig(Strict):
     @property
     def trained(self) -> AdapterConfig:
         """The adapter, with the job's `targets` and `layers` where it has none of its own."""
-        return self.adapter.within(self.targets, self.layers)
+        return self.adapter.within(self.targets, self.layers, {rl.init for rl in self.domain_settings.values()})
 
     @model_validator(mode="after")
     def _settings_of_domains(self) -> TrainConfig:
