@@ -41,6 +41,7 @@ def test_the_package_that_examples_run_with_is_the_wheels(installed: Mapping[str
 
 
 @pytest.mark.cluster
+@pytest.mark.nodes  # the README's blocks train the same domain
 @pytest.mark.slow
 def test_custom_reward(tmp_path: Path, installed: Mapping[str, str]) -> None:
     """The base gives no held-out answer in the wanted form, the expert nearly all; the samples' reward rises."""

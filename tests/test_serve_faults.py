@@ -279,6 +279,7 @@ def test_a_signal_lets_running_answers_end_and_refuses_new_ones(tmp_path: Path) 
     assert "all answers have ended" in (tmp_path / "serve.log").read_text()
 
 
+@pytest.mark.nodes  # a minute
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     with serving(tmp_path, "--drain", str(10 * GUARD_S)) as endpoint:
         assert endpoint.process is not None
@@ -312,6 +313,7 @@ def test_the_command_ends_when_its_ray_has_died(victim: str, said: str, tmp_path
     assert f"t2ray: {said}" in (tmp_path / "serve.log").read_text()
 
 
+@pytest.mark.nodes
 def test_a_start_without_a_registry_waits_for_it_and_what_runs_at_the_limit_of_the_end_ends_with_an_error(
     tmp_path: Path,
 ) -> None:

@@ -15,7 +15,8 @@ _TINY = ("math", "math_long", "code", "code_long", "pick", "pick_more", "others"
 _REAL = {
     "gsm8k": "gsm8k:task", "arc_easy": "arc:easy", "arc_challenge": "arc:challenge", "mbpp": "mbpp:task",
     "mbpp_plus": "mbpp_plus:task", "humaneval": "humaneval:task", "humaneval_plus": "humaneval:plus",
-    "competition_math": "competition_math:task", "ifeval": "ifeval:task", "brief": "brief:task",
+    "competition_math": "competition_math:task", "ifeval": "ifeval:task",
+    "brief": "forms:brief", "brief_20": "forms:brief_20", "json": "forms:as_json", "brief_json": "forms:brief_json",
     "easy_vqa": "vqa:easy", "textvqa": "vqa:textvqa", "okvqa": "vqa:okvqa",
 }  # fmt: skip
 BUILTIN = (*_TINY, *_REAL)
