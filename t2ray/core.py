@@ -158,7 +158,7 @@ def check_name(name: str, what: str = "expert") -> str:
     """Returns a name that an expert, a mixture or a run may have, and a folder anywhere; else raises ConfigError."""
     if not NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot name a {what}: use 1 to 63 of a-z, 0-9, '.', '_' and '-', starting with a letter or digit"
+            f"{name!r} cannot be this {what}'s name: use 1 to 63 of a-z, 0-9, '.', '_', '-', first a letter or digit"
         )
     return name
 

@@ -184,7 +184,7 @@ def test_a_search_by_a_reward_of_ones_own_and_by_chosen_experts_is_saved_by_name
     [
         ({"populaton": 3}, ConfigError, "unknown key 'populaton'.*did you mean 'population'"),
         ({"experts": ["mth"]}, UnknownExpert, "no expert 'mth'; did you mean 'math'"),
-        ({"name": "Not A Name"}, ConfigError, "cannot name a mixture"),
+        ({"name": "Not A Name"}, ConfigError, "cannot be this mixture's name"),
         ({"examples": []}, ConfigError, "no examples"),
     ],
 )

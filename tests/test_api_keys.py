@@ -37,7 +37,7 @@ def test_a_new_key_is_random_and_its_line_holds_no_secret(tmp_path: Path) -> Non
         "Bearer é\xff",
     ):
         assert keys.find(wrong) is None
-    with pytest.raises(ConfigError, match="cannot name a key"):
+    with pytest.raises(ConfigError, match="cannot be this key's name"):
         new_key("../ann", "user")
 
 
@@ -47,7 +47,7 @@ def test_a_new_key_is_random_and_its_line_holds_no_secret(tmp_path: Path) -> Non
         ("user ann", "keys:1: not a key"),
         ("root ann sha256:" + "0" * 64, "keys:1: not a key"),
         ("user ann sha256:" + "0" * 63, "keys:1: not a key"),
-        ("user ANN sha256:" + "0" * 64, "cannot name a key"),
+        ("user ANN sha256:" + "0" * 64, "cannot be this key's name"),
         (f"user ann sha256:{'0' * 64}\nadmin ann sha256:{'1' * 64}", "two API keys have the name 'ann'"),
     ],
 )

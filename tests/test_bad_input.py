@@ -130,7 +130,7 @@ def test_the_job_that_the_mistakes_are_made_in_is_right(place: Path, capsys: pyt
         ("rl.steps=0", "rl.steps: .*greater than or equal to 1, not 0"),
         ("rl.steps", "'rl.steps' is not key=value"),
         ("preset=papr", "unknown preset 'papr'; did you mean 'paper'?"),
-        ("run=My Run", "'My Run' cannot name a run: use"),
+        ("run=My Run", "'My Run' cannot be this run's name: use"),
         ("domains.mine.prompt={question}", "prompt: .*string, not {'question': None}"),
         ("domains.mine.prompt=Q {question}", "no column 'question'; it has answer, prompt"),
         ("domains.other.task=gsm9k", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
@@ -166,7 +166,7 @@ def test_a_job_that_is_missing_or_no_yaml(place: Path, refused: Refused) -> None
         ("verify --config job.yaml", "'mine' has no gold answers to verify; name their column with gold: COLUMN"),
         ("verify --task math --workers 0", "--workers is 0; it must be at least 1"),
         ("adapt --task gsm9k --name x", "unknown task 'gsm9k'; did you mean 'gsm8k'?"),
-        ("adapt --task rows.jsonl --name X!", "'X!' cannot name a mixture: use"),
+        ("adapt --task rows.jsonl --name X!", "'X!' cannot be this mixture's name: use"),
         ("adapt --task rows.jsonl --name x --shots 0", "--shots is 0; it must be at least 1"),
         ("adapt --task rows.jsonl --name x populaton=3", "unknown key 'populaton'; did you mean 'population'?"),
         ("adapt --task rows.jsonl --name x elite=2", "elite: a share of the population.*, such as 0.2.*not 2"),
@@ -391,7 +391,7 @@ def test_an_import_that_is_none_leaves_no_expert(place: Path, refused: Refused) 
     assert "noise.safetensors cannot be read as an expert" in refused(
         "experts", "import", "x", "noise.safetensors", *of
     )
-    assert "'X' cannot name a expert" in refused("experts", "import", "X", "noise.safetensors", *of)
+    assert "'X' cannot be this expert's name" in refused("experts", "import", "X", "noise.safetensors", *of)
 
 
 @pytest.fixture
