@@ -33,8 +33,9 @@ demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluat
 	$(BIN)/t2ray demo
 
 real: setup  ## SVF beside LoRA on a real model of 135 M parameters from the hub, one domain, one seed; about 10 minutes
-	$(BIN)/t2ray tables jobs/tables_real.yaml run=real 'seeds=[0]' limit=60 \
-	  'tables.trained.methods=[svf, lora]' 'tables.elsewhere.methods=[svf, lora]'
+	$(BIN)/t2ray tables jobs/tables_real.yaml run=real 'seeds=[0]' limit=60 'unseen={}' 'texts={}' \
+	  'job.domains={brief: {task: brief, max_tokens: 24}}' \
+	  'tables={trained: {title: Answers of at most 12 words, methods: [svf, lora], tasks: [brief], against: svf/expert}}'
 
 test: setup  ## the test suite, in two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long and not nodes" --durations=10
