@@ -13,7 +13,8 @@ from fake_backend import FakeBackend
 from test_api import ASK, with_client
 from test_api_tools import CALL, TOOLS
 
-from t2ray.api.reasoning import ReasoningReader
+from t2ray.api.reasoning import ReasoningReader, ThoughtCounter
+from t2ray.core import Token
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
@@ -43,17 +44,44 @@ def test_reasoning_is_told_from_the_answer_however_the_text_comes(
     assert ReasoningReader(False).push(text, last=True) == ("", text)
 
 
+@pytest.mark.parametrize(
+    ("texts", "thinking", "count"),
+    [
+        (["<th", "ink>", "Hm", "</", "think>", "\n\n", "3"], False, 5),
+        (["Hm", "</think>", "3"], True, 2),
+        (["<think>", "Hm", "so"], False, 3),
+        (["<think>", "a", "</think>b"], False, 3),
+        (["It is ", "<think>", "3", "</think>"], False, 0),
+        (["<thin", "k", " 3"], False, 0),
+        ([], True, 0),
+    ],
+)
+def test_the_tokens_of_the_reasoning_and_its_tags_are_counted(texts: list[str], thinking: bool, count: int) -> None:
+    tokens = [Token(id=i, text=text, logprob=0.0) for i, text in enumerate(texts)]
+    assert ThoughtCounter(True).push(tokens, thinking=thinking) == count
+    grown = ThoughtCounter(True)
+    for i, token in enumerate(tokens):
+        grown.push([token], thinking=thinking and not i)
+    assert grown.count == count
+    assert ThoughtCounter(False).push(tokens, thinking=thinking) == 0
+
+
 @pytest.mark.parametrize("opens", [False, True])
 def test_reasoning_has_a_field_of_its_own_whole_and_in_a_stream_and_goes_back(opens: bool) -> None:
     async def work(client: openai.AsyncOpenAI, backend: FakeBackend) -> None:
         backend.thinks, backend.opens, backend.tools = True, opens, "hermes"
         backend.says = tuple(("" if opens else "<think>\n") + "Hm, so 3.\n</think>\n\nIt is 3. " + CALL)
         ask: dict[str, Any] = {"model": "t2ray:math", "messages": ASK, "tools": TOOLS}
-        (choice,) = (await client.chat.completions.create(**ask)).choices
-        said: Any = choice.message
+        whole = await client.chat.completions.create(**ask)
+        said: Any = whole.choices[0].message
         assert (said.reasoning_content, said.content) == ("Hm, so 3.", "It is 3. ")
+        assert whole.usage and whole.usage.completion_tokens_details
+        thoughts = whole.usage.completion_tokens_details.reasoning_tokens
+        assert thoughts == len(("" if opens else "<think>\n") + "Hm, so 3.\n</think>")  # each letter is a token here
         assert [call.function.name for call in said.tool_calls] == ["add"]
-        chunks = [chunk async for chunk in await client.chat.completions.create(**ask, stream=True)]
+        counted: Any = {"stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = [chunk async for chunk in await client.chat.completions.create(**ask, **counted)]
+        assert last.usage == whole.usage
         deltas: list[Any] = [chunk.choices[0].delta for chunk in chunks]
         assert "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas) == "Hm, so 3."
         assert "".join(delta.content or "" for delta in deltas) == "It is 3. "

@@ -37,7 +37,7 @@ async def answer(
         said = AnswerReader(job.thinks, job.tools).push(text, thinking=answer.thinking, last=True)
         own = job.extension(row, seconds) if several else None
         choices.append(shape.choice(i, said, tokens if job.logprobs else None, answer.finish_reason, own))
-    usage = job.usage([len(answer.prompt_ids) for answer in answers], sum(len(answer.tokens) for answer in answers))
+    usage = job.usage([len(answer.prompt_ids) for answer in answers])
     extension = job.extension(job.rows[0], seconds)
     reply = job.head(shape.whole) | {"choices": choices, "usage": usage, "t2ray": extension}
     return Response(to_json(reply), media_type="application/json")
@@ -90,15 +90,11 @@ async def _chunks(job: AnswerJob, shape: AnswerShape) -> AsyncGenerator[bytes]:
                 chunk = head | {"choices": [shape.piece(piece.index, piece.delta, piece.said, job.logprobs, sent)]}
                 prompt_tokens[piece.index] = sent.prompt_tokens
                 if options and options.continuous_usage_stats:
-                    chunk["usage"] = Usage(
-                        prompt_tokens=sent.prompt_tokens,
-                        completion_tokens=sent.tokens,
-                        total_tokens=sent.prompt_tokens + sent.tokens,
-                    )
+                    chunk["usage"] = Usage.of(sent.prompt_tokens, sent.tokens, sent.thoughts.count)
                 if piece.extension is not None:
                     chunk["t2ray"] = piece.extension
                 events.append(event(chunk))
             yield b"".join(events)
-    usage = job.usage(prompt_tokens, job.trace.completion_tokens)
+    usage = job.usage(prompt_tokens)
     end = event(head | {"choices": [], "usage": usage}) if job.body.include_usage else b""
     yield end + b"data: [DONE]\n\n"

@@ -58,6 +58,7 @@ class Trace:
     limit: str | None = None  # the parameter that said how long the answer may be
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     ttft: float | None = None  # seconds to the first token of a stream
     backend_s: float = 0.0  # seconds spent waiting for the backend
     shown: dict[str, Any] = field(default_factory=dict)  # prompts and answers, if they are logged

@@ -21,6 +21,7 @@ from t2ray.api.guard import Trace
 from t2ray.api.images import with_images
 from t2ray.api.limits import check_numbers, check_prompts, invalid, sampling
 from t2ray.api.names import Route, resolve, usable
+from t2ray.api.reasoning import ThoughtCounter
 from t2ray.api.schema import ChatRequest, CompletionRequest
 from t2ray.api.shapes import Extension, Sent, Usage, weights
 from t2ray.api.stream import merged, together, unless_gone
@@ -105,15 +106,11 @@ class AnswerJob:
             cached=dispatch.cached,
         )
 
-    def usage(self, prompt_tokens: Sequence[int], completion_tokens: int) -> Usage:
-        """Counts tokens, also in the trace. `prompt_tokens` has one entry per row; a prompt counts once."""
+    def usage(self, prompt_tokens: Sequence[int]) -> Usage:
+        """Counts the prompts' tokens, also in the trace. There is one entry per row; a prompt counts once."""
         of_prompts = {row.number: tokens for row, tokens in zip(self.rows, prompt_tokens, strict=True)}
-        self.trace.prompt_tokens, self.trace.completion_tokens = sum(of_prompts.values()), completion_tokens
-        return Usage(
-            prompt_tokens=self.trace.prompt_tokens,
-            completion_tokens=completion_tokens,
-            total_tokens=self.trace.prompt_tokens + completion_tokens,
-        )
+        self.trace.prompt_tokens = sum(of_prompts.values())
+        return Usage.of(self.trace.prompt_tokens, self.trace.completion_tokens, self.trace.reasoning_tokens)
 
     async def whole(self, request: Request) -> tuple[list[Completion], float]:
         """Returns all answers, and the seconds of pass 2."""
@@ -122,8 +119,10 @@ class AnswerJob:
         answers = await unless_gone(request.receive, together(calls))
         seconds = time.perf_counter() - start
         self.trace.backend_s += seconds
-        longest = max(len(answer.tokens) for answer in answers)
-        if longest:
+        self.trace.completion_tokens = sum(len(answer.tokens) for answer in answers)
+        counts = (ThoughtCounter(self.thinks).push(answer.tokens, thinking=answer.thinking) for answer in answers)
+        self.trace.reasoning_tokens = sum(counts)
+        if longest := max(len(answer.tokens) for answer in answers):
             self.backend.observe("time_per_token_seconds", seconds / longest)
         if "prompts" in self.trace.shown:
             self.trace.shown["answers"] = [answer.text for answer in answers]
@@ -132,7 +131,8 @@ class AnswerJob:
     async def turns(self) -> AsyncGenerator[list[Piece]]:
         """Yields what has come of the answers since the last turn, and keeps the trace's times."""
         trace = self.trace
-        sent, readers = [Sent() for _ in self.rows], [AnswerReader(self.thinks, self.tools) for _ in self.rows]
+        sent = [Sent(thoughts=ThoughtCounter(self.thinks)) for _ in self.rows]
+        readers = [AnswerReader(self.thinks, self.tools) for _ in self.rows]
         streams = [self.backend.stream(row.prompt, row.dispatch.mixture, row.sampling) for row in self.rows]
         start = first = last = waiting = time.perf_counter()
         async with aclosing(merged(streams)) as turns:
@@ -145,10 +145,10 @@ class AnswerJob:
                 for index, delta in turn.items():
                     row, own, ended = self.rows[index], sent[index], delta.finish_reason is not None
                     own.tokens += len(delta.tokens)
+                    own.thoughts.push(delta.tokens, thinking=delta.thinking)
                     own.prompt_tokens = max(own.prompt_tokens, delta.prompt_tokens)
-                    text, tokens = delta.text, delta.tokens
-                    if not own.begun:
-                        text, tokens = self.shown(row, text, tokens)
+                    fresh = (delta.text, delta.tokens)
+                    text, tokens = fresh if own.begun else self.shown(row, *fresh)
                     said = readers[index].push(text, thinking=delta.thinking, last=ended)
                     extension = None
                     if ended or not (pieces or any(other.begun for other in sent)):
@@ -156,11 +156,12 @@ class AnswerJob:
                     shown = replace(delta, tokens=tokens)
                     pieces.append(Piece(index=index, delta=shown, said=said, sent=own, extension=extension))
                 trace.completion_tokens = sum(own.tokens for own in sent)
+                trace.reasoning_tokens = sum(own.thoughts.count for own in sent)
                 yield pieces
                 for piece in pieces:
                     piece.sent.add(piece.delta, piece.said)
                 waiting = time.perf_counter()
-        self.usage([own.prompt_tokens for own in sent], trace.completion_tokens)
+        self.usage([own.prompt_tokens for own in sent])
         if last > first:
             longest = max(own.tokens for own in sent)
             self.backend.observe("time_per_token_seconds", (last - first) / max(longest - 1, 1))

@@ -36,7 +36,7 @@ class InputDetails:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputDetails:
-    """How many of the output's tokens were reasoning; they are not counted."""
+    """How many of the output's tokens were reasoning, its tags among them."""
 
     reasoning_tokens: int = 0
 
@@ -54,7 +54,10 @@ class ResponseUsage:
     @classmethod
     def of(cls, usage: Usage) -> ResponseUsage:
         return cls(
-            input_tokens=usage.prompt_tokens, output_tokens=usage.completion_tokens, total_tokens=usage.total_tokens
+            input_tokens=usage.prompt_tokens,
+            output_tokens=usage.completion_tokens,
+            total_tokens=usage.total_tokens,
+            output_tokens_details=OutputDetails(reasoning_tokens=usage.completion_tokens_details.reasoning_tokens),
         )
 
 
@@ -104,7 +107,7 @@ async def respond(request: Request, body: ResponsesRequest) -> Response:
     output = [_grown("reasoning", said.reasoning)] if said.reasoning else []
     output += [_grown("message", said.text)] if said.text or not said.calls else []
     output += [_call(call) for call in said.calls]
-    usage = job.usage([len(answer.prompt_ids)], len(answer.tokens))
+    usage = job.usage([len(answer.prompt_ids)])
     extension = job.extension(job.rows[0], seconds)
     reply = _ended(reply, output, usage, extension, cut=answer.finish_reason == "length" and not said.calls)
     return Response(to_json(asdict(reply)), media_type="application/json")
@@ -268,7 +271,7 @@ async def _events(job: AnswerJob, reply: ResponseReply, writer: EventWriter) -> 
             yield b"".join(events)
             head, prompt_tokens, extension = b"", piece.sent.prompt_tokens, piece.extension or extension
             cut = piece.delta.finish_reason == "length"
-    usage = job.usage([prompt_tokens], job.trace.completion_tokens)
+    usage = job.usage([prompt_tokens])
     assert extension is not None
     calls = any(item["type"] == "function_call" for item in writer.output)
     done = _ended(reply, writer.output, usage, extension, cut=cut and not calls)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from t2ray.grades import THOUGHTS
+from collections.abc import Iterable
+
+from t2ray.core import Token
+from t2ray.grades import THINK, THOUGHTS
 
 
 class ReasoningReader:
@@ -32,6 +35,11 @@ class ReasoningReader:
         thought = self._thought(last) if self._part == "reasoning" else ""
         return thought, self._take(len(self._held)) if self._part == "answer" else ""
 
+    @property
+    def reasons(self) -> bool:
+        """Whether what comes next is reasoning."""
+        return self._part == "reasoning"
+
     def _begin(self, part: str, held: str) -> None:
         self._part, self._held, self._fresh = part, held, True
 
@@ -51,6 +59,26 @@ class ReasoningReader:
             taken = taken.lstrip("\n")
             self._fresh = not taken
         return taken
+
+
+class ThoughtCounter:
+    """Counts the tokens of an answer's reasoning, the block's tags among them, as the answer grows."""
+
+    def __init__(self, thinks: bool) -> None:
+        self.count = 0
+        self._reader, self._tokens = ReasoningReader(thinks), 0
+
+    def push(self, tokens: Iterable[Token], *, thinking: bool = False) -> int:
+        """Returns the count after some more tokens; `thinking` is `Delta.thinking`."""
+        if thinking:
+            self._reader.push(THINK)
+        for token in tokens:
+            self._tokens += 1
+            before = self._reader.reasons
+            self._reader.push(token.text)
+            if before or self._reader.reasons:
+                self.count = self._tokens
+        return self.count
 
 
 def beginning(text: str, sign: str) -> int:

@@ -13,6 +13,7 @@ from pydantic_core import to_json
 
 from t2ray.api.calls import ToolCall
 from t2ray.api.logprobs import ChatLogprobs, TextLogprobs, chat_logprobs, text_logprobs
+from t2ray.api.reasoning import ThoughtCounter
 from t2ray.api.tools import Said
 from t2ray.core import Delta, FinishReason, Mixture, Token
 
@@ -35,12 +36,29 @@ class Extension:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionDetails:
+    """How many of the answers' tokens were reasoning, its tags among them."""
+
+    reasoning_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
     """Numbers of tokens. A prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    completion_tokens_details: CompletionDetails
+
+    @classmethod
+    def of(cls, prompt: int, completion: int, reasoning: int) -> Usage:
+        return cls(
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            completion_tokens_details=CompletionDetails(reasoning_tokens=reasoning),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +144,7 @@ class TextReply:
 class Sent:
     """What a row's stream has sent so far; `offset` is the number of characters of its tokens."""
 
+    thoughts: ThoughtCounter
     begun: bool = False
     text: str = ""
     tokens: int = 0
