@@ -80,7 +80,7 @@ def damaged(files: dict[str, bytes], **changes: object) -> dict[str, bytes]:
         ({"digest": "ab" * 16}, "its numbers are not those of its manifest's digest"),
         ({"digest": None}, "has no digest in its manifest.json"),
         ({"base_digest": "ab" * 16}, "belongs to another base model"),
-        ({"name": "../x"}, "cannot name"),
+        ({"name": "../x"}, "cannot be this"),
         ({"targets": [["model.layers.0.self_attn.q_proj", 3]]}, "is damaged"),
     ],
 )
