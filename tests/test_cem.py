@@ -50,6 +50,12 @@ def test_every_round_is_one_call_of_the_whole_population_and_the_last_one_compar
     assert sizes == [32] * 5 + [5]
 
 
+def test_the_prompts_of_a_search_are_those_of_every_member_that_was_evaluated():
+    sizes = []
+    found = run(lambda alphas: sizes.append(len(alphas)) or bowl(alphas), prompts_per_member=3, iterations=2)
+    assert found.prompts == 3 * sum(sizes) > found.history[-1].prompts
+
+
 def test_elites_of_equal_accuracy_are_chosen_by_log_likelihood():
     # All members are equally accurate: with accuracy alone, the elites would be the first members drawn and the mean
     # would stay where it began.

@@ -18,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from t2ray.adapters import factors as svd
 from t2ray.adapters.factors import Factors, Target, decompose, decompose_matrix, select_targets
+from t2ray.adapters.spectrum import variance
 from t2ray.core import ConfigError, ModelError
+from t2ray.models.checkpoint import open_checkpoint
 from t2ray.models.targets import adapted, parse_layers
-from t2ray.models.weights import Weights
+from t2ray.models.weights import Weights, open_weights
 
 KINDS = {
     "self_attn.q_proj": (16, 16),
@@ -374,3 +376,22 @@ def test_a_truncated_copy_of_a_real_llama_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.safetensors is truncated: 700000 bytes"):
         decompose(str(tmp_path), tmp_path / "f")
     assert not (tmp_path / "f").exists()
+
+
+def test_the_variance_of_a_kind_is_the_mean_over_its_matrices_of_their_squared_singular_values(
+    model: str, tmp_path: Path
+) -> None:
+    factors = decompose(model, tmp_path / "f")
+    found = variance(factors)
+    assert {*found} == {target.name.rpartition(".")[2] for target in factors.layout}
+    shares = []
+    for target in factors.layout:
+        if target.name.endswith("q_proj"):
+            squares = torch.linalg.svdvals(open_checkpoint(open_weights(model).folder).matrix(target).double()) ** 2
+            shares.append([float(squares[:r].sum() / squares.sum()) for r, _ in found["q_proj"]])
+    assert [share for _, share in found["q_proj"]] == pytest.approx(
+        [sum(c) / len(c) for c in zip(*shares, strict=True)]
+    )
+    for curve in found.values():
+        ranks, last = [rank for rank, _ in curve], curve[-1]
+        assert ranks[:3] == [1, 2, 4] and last[1] == pytest.approx(1.0) and last[0] == max(ranks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 from dataclasses import replace
 from math import comb
 from pathlib import Path
@@ -20,7 +21,8 @@ from t2ray.config.tables import TablesConfig, job_of, load
 from t2ray.core import ConfigError, RunError
 from t2ray.evals.cells import CELLS, GridCell, cells_of, load_cells, save_cell
 from t2ray.evals.intervals import over_seeds, paired, wilson
-from t2ray.evals.plots import by_numbers
+from t2ray.evals.pictures import named, pictures, searched
+from t2ray.evals.plots import by_numbers, confusion, explained
 from t2ray.evals.tabled import markdown
 from t2ray.evals.tables import summary
 from t2ray.models.weights import open_weights
@@ -313,6 +315,14 @@ def test_the_papers_grid_tells_its_hours_before_it_starts(tmp_path: Path, capsys
     assert "50 of 50 cells are to be made" in said and "hours of an H100 in all" in said
 
 
+def test_the_papers_largest_model_is_a_grid_of_the_words_in_the_file() -> None:
+    path = ROOT / "jobs" / "tables_paper.yaml"
+    comment = path.read_text().partition("run: paper\n")[0].replace("#", "").replace("\\\n", "")
+    (line,) = [line for line in comment.splitlines() if "llama3-70b" in line]
+    config = load(path, shlex.split(line)[3:])
+    assert [*config.models] == ["llama3-70b"]
+
+
 def test_an_example_that_the_verifier_left_open_counts_for_nobody(tmp_path: Path) -> None:
     config = grid(tmp_path)
     cells = some_cells(config)
@@ -335,3 +345,54 @@ def test_a_table_of_several_sizes_is_drawn_by_numbers_one_line_for_each_kind() -
     drawn = by_numbers(table, {"few": "svf", "all": "svf", "lora": "lora"})
     assert drawn.count(">svf<") == drawn.count(">lora<") == 1
     assert "trained numbers" in drawn
+
+
+def test_a_table_tells_what_its_searches_spent_as_means_over_seeds(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    cells = some_cells(config)
+    for at, prompts, seconds in ((1, 600, 10.0), (3, 800, 31.0)):
+        found = measured("0000", mixture="pick:0.5", search_prompts=prompts, search_s=seconds)
+        cells[at] = replace(cells[at], measured=cells[at].measured | {"pick_more": {"fewshot/2": found}})
+    text = markdown(summary(config, cells))
+    assert "| tiny  | svf    | fewshot/2 | 700 answers, 20 s |" in text
+
+
+def pictured(config: TablesConfig) -> list[GridCell]:
+    """Cells of two seeds with what pass 1 chose, what a search found, and the model's variance."""
+    cells = some_cells(config)
+    for at, labels, mixture in ((1, {"pick": 3, "others": 1}, "pick:0.5"), (3, {"pick": 2, "code": 2}, "base")):
+        more = {"cls": measured("0000", labels=labels), "fewshot/2": measured("0000", mixture=mixture)}
+        cells[at] = replace(cells[at], measured=cells[at].measured | {"pick_more": more})
+    cells[1] = replace(cells[1], variance={"q_proj": [[1, 0.5], [2, 0.75], [4, 1.0]]})
+    return cells
+
+
+def test_there_is_a_picture_of_what_is_in_the_grid_and_of_nothing_else(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    without, cells = some_cells(config), pictured(config)
+    assert pictures(config, without, summary(config, without)) == {}
+    drawn = pictures(config, cells, summary(config, cells))
+    assert [*drawn] == ["tiny.variance.svg", "tiny.svf.cls.svg", "tiny.svf.alpha.svg"]
+    assert pictures(config, cells, summary(config, cells)) == drawn
+    text = markdown(summary(config, cells), tuple(drawn))
+    assert "![tiny.svf.cls](tiny.svf.cls.svg)" in text
+    assert "## Pictures" not in markdown(summary(config, cells))
+
+
+def test_what_pass_1_chose_is_summed_over_seeds_and_a_search_has_a_weight_for_each(tmp_path: Path) -> None:
+    cells = pictured(grid(tmp_path))
+    assert named(cells, "cls") == {"pick_more": {"pick": 5, "others": 1, "code": 2}}
+    assert named(cells, "prompt") == {}
+    assert searched(cells) == {"pick_more fewshot/2": {"pick": [0.5, 0.0]}}
+
+
+def test_a_confusion_has_a_number_for_each_task_and_label() -> None:
+    drawn = confusion("tiny svf cls", {"math": {"math": 41}, "code": {"code": 37, "others": 5}})
+    assert [drawn.count(f">{what}<") for what in (41, 37, 5, 0, "others", "tiny svf cls")] == [1, 1, 1, 3, 1, 1]
+
+
+def test_every_kind_of_matrix_has_its_line_of_explained_variance() -> None:
+    kinds = [f"kind{i}" for i in range(8)]  # more than there are colours
+    drawn = explained("tiny", {kind: [[1, 0.5], [2, 1.0]] for kind in kinds})
+    assert all(drawn.count(f">{kind}<") == 1 for kind in kinds)
+    assert "largest singular values" in drawn

@@ -42,11 +42,12 @@ class Round:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CEMResult:
-    """The chosen member (D,), its fitness when it was evaluated last, and the rounds."""
+    """The chosen member (D,), its fitness when it was evaluated last, the rounds, and the prompts of all in all."""
 
     alpha: Array
     fitness: Fitness
     history: tuple[Round, ...]
+    prompts: int
 
 
 Objective = Callable[[Array], Awaitable[Sequence[Fitness]]]
@@ -100,7 +101,8 @@ async def cem(
     finalists = np.vstack([*(member for _, member in ranked[:FINALISTS]), middle])
     fitness = await remembered(finalists)
     winner = max(range(len(fitness)), key=fitness.__getitem__)
-    return CEMResult(alpha=finalists[winner], fitness=fitness[winner], history=history)
+    prompts = history[-1].prompts + len(finalists) * prompts_per_member
+    return CEMResult(alpha=finalists[winner], fitness=fitness[winner], history=history, prompts=prompts)
 
 
 async def _rounds(

@@ -22,12 +22,14 @@ from t2ray.grades import Verify, for_verifier
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FewShotResult:
-    """The mixture that was found, its accuracy and mean log-likelihood (nats) on the shots, and the rounds."""
+    """The mixture that was found, its accuracy and mean log-likelihood (nats) on the shots, the rounds, and the number
+    of answers that were generated in all."""
 
     mixture: Mixture
     accuracy: float
     log_likelihood: float
     history: tuple[Round, ...]
+    prompts: int
 
     def check(self) -> None:
         """Raises if the mixture is not worth saving.
@@ -99,6 +101,7 @@ async def fewshot(
         accuracy=found.fitness.accuracy,
         log_likelihood=found.fitness.log_likelihood,
         history=found.history,
+        prompts=found.prompts,
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from t2ray.cli.options import Parser
 from t2ray.cli.output import console
-from t2ray.config.tables import BASE, FEWSHOT, TablesConfig, job_of, load, shots_of
+from t2ray.config.tables import BASE, FEWSHOT, TablesConfig, job_of, load, search_of
 
 if TYPE_CHECKING:
     from t2ray.evals.cells import GridCell
@@ -50,6 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
     cells = load_cells(config)
     if not args.write:
+        from t2ray.cluster.train.lent import check_lenders
+
+        check_lenders(config)
         lacking = [cell for cell in cells if cell.lacks(config)]
         console.print(f"{len(lacking)} of {len(cells)} cells are to be made, in {config.folder}", markup=False)
         if lacking:
@@ -68,27 +71,22 @@ def write(config: TablesConfig, cells: Sequence[GridCell]) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from t2ray.evals.plots import by_itself, by_numbers, learning
+    from t2ray.evals.pictures import pictures
     from t2ray.evals.tabled import markdown
     from t2ray.evals.tables import flat, summary
     from t2ray.store import Store
 
     found, store = summary(config, cells), Store(config.folder)
-    text = markdown(found)
+    drawn = pictures(config, cells, found)
+    text = markdown(found, tuple(drawn))
     store.write_text("tables.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
     store.write_text("tables.md", text)
     if rows := flat(cells):
         sink = io.BytesIO()
         pq.write_table(pa.Table.from_pylist(rows), sink)
         store.write_bytes("tables.parquet", sink.getvalue())
-    for domain in dict.fromkeys(curve["domain"] for curve in found["curves"]):
-        curves = [curve for curve in found["curves"] if curve["domain"] == domain]
-        store.write_text(f"{domain}.svg", by_itself(learning(domain, curves)))
-    kinds = {name: job_of(config, next(iter(config.models)), name, 0).adapter.kind for name in config.methods}
-    for name, table in found["tables"].items():
-        sizes = {row["training"]["numbers"] for row in table["rows"] if row["training"]}
-        if len(sizes) > 2 and len(config.models) == 1 and table["tasks"][0] not in config.texts:
-            store.write_text(f"{name}.numbers.svg", by_itself(by_numbers(table, kinds)))
+    for name, svg in drawn.items():
+        store.write_text(name, svg)
     console.print(text, markup=False)
     console.print(f"{config.folder}/tables.md (also .json, .parquet, and pictures as .svg)", markup=False)
     return 2 if found["missing"] else 0
@@ -138,7 +136,9 @@ def _hours(config: TablesConfig, cell: GridCell, shape: ModelShape) -> float:
             hours += training_hours(shape, steps=rl.steps, rollouts=rl.prompts * rl.samples, tokens=asked)
     rows = config.limit or 1000
     for _, strategy in cell.lacks(config):
-        searched = config.search.population * config.search.iterations * shots_of(strategy)
-        prompts = rows + (searched if strategy.startswith(FEWSHOT) else 0)
+        prompts = rows
+        if strategy.startswith(FEWSHOT):
+            shots, search = search_of(config, strategy)
+            prompts += shots * search.population * search.iterations
         hours += answering_hours(shape, prompts=prompts, tokens=longest)
     return hours

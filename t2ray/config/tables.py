@@ -16,10 +16,14 @@ from t2ray.config.files import FilePath, Strict, expanded, nearest, override, re
 from t2ray.config.search import CEMConfig, laid_over
 from t2ray.config.train import TrainConfig
 from t2ray.config.train import resolve as resolve_job
-from t2ray.core import ConfigError, check_name
+from t2ray.core import NAME, ConfigError, check_name
 
-BASE, EXPERT, FEWSHOT = "base", "expert", "fewshot"
-_STRATEGY = re.compile(r"base|expert|prompt|cls|soft(/\d*\.?\d+)?|fewshot(/[1-9]\d*)?")
+BASE, EXPERT, FEWSHOT, SHUFFLED = "base", "expert", "fewshot", "shuffled"
+_PLAIN = re.compile(r"base|expert|prompt|cls|soft(/\d*\.?\d+)?")
+_LENT = re.compile(rf"(?:transfer|{SHUFFLED})/(?P<lender>{NAME.pattern})")
+_SEARCHED = re.compile(
+    rf"{FEWSHOT}(?:/(?P<shots>[1-9]\d*)(?:/(?P<population>\d+)x(?P<iterations>\d+))?)?(?:\+(?P<lender>{NAME.pattern}))?"
+)
 _OF_GRID = {"model": "models", "run": "run", "out": "out", "seed": "seeds", "experts": "run", "from": "methods"}
 _SHOTS = 10
 
@@ -51,7 +55,9 @@ class TableConfig(Strict):
         (BASE, EXPERT),
         min_length=1,
         description="What answers: base, expert (the task's own, or that of its sibling), prompt, cls, soft, soft/T "
-        "with a temperature, fewshot, or fewshot/K with K shots.",
+        "with a temperature; fewshot, fewshot/K with K shots, fewshot/K/PxI with I rounds of P mixtures; of experts of "
+        "another MODEL of the grid transfer/MODEL, shuffled/MODEL (each z at another layer), or a few-shot strategy "
+        "with +MODEL, which searches those of both.",
     )
     tasks: tuple[str, ...] = Field(min_length=1, description="Domains of the job, unseen tasks and texts.")
     against: str | None = Field(
@@ -64,14 +70,17 @@ class TableConfig(Strict):
     @classmethod
     def _known(cls, strategies: tuple[str, ...]) -> tuple[str, ...]:
         for strategy in strategies:
-            if not _STRATEGY.fullmatch(strategy):
-                raise ValueError(f"base, expert, prompt, cls, soft, soft/T, fewshot or fewshot/K, not {strategy!r}")
+            if not any(known.fullmatch(strategy) for known in (_PLAIN, _LENT, _SEARCHED)):
+                raise ValueError(
+                    "base, expert, prompt, cls, soft, soft/T, fewshot, fewshot/K, fewshot/K/PxI, fewshot+MODEL, "
+                    f"transfer/MODEL or shuffled/MODEL, not {strategy!r}"
+                )
         return strategies
 
-    @property
-    def rows(self) -> list[tuple[str, str]]:
-        """(method, strategy) of each row; the base model is a row of no method."""
-        adapted = [(method, s) for method in self.methods for s in self.strategies if s != BASE]
+    def rows(self, model: str) -> list[tuple[str, str]]:
+        """Returns (method, strategy) of each row of a model; the base is a row of no method, and none lends itself."""
+        strategies = [s for s in self.strategies if s != BASE and lender_of(s) != model]
+        adapted = [(method, s) for method in self.methods for s in strategies]
         return [*([(BASE, BASE)] if BASE in self.strategies else []), *adapted]
 
 
@@ -111,21 +120,40 @@ class TablesConfig(Strict):
         """The folder of the grid."""
         return f"{self.out}/{self.run}"
 
-    def measured(self, method: str) -> list[tuple[str, str]]:
-        """Returns each (task, strategy) that the tables want of a method, or of the base, once."""
+    def measured(self, model: str, method: str) -> list[tuple[str, str]]:
+        """Returns each (task, strategy) that the tables want of a model's method, or of its base, once."""
         wanted = (
             (task, strategy)
             for table in self.tables.values()
             for task in table.tasks
-            for name, strategy in table.rows
+            for name, strategy in table.rows(model)
             if name == method
         )
         return list(dict.fromkeys(wanted))
 
 
-def shots_of(strategy: str) -> int:
-    """Returns the number of shots of `fewshot` or `fewshot/K`."""
-    return int(strategy.partition("/")[2] or _SHOTS)
+def lender_of(strategy: str) -> str | None:
+    """Returns the model whose experts a strategy uses on another; None where a model has its own alone."""
+    found = _LENT.fullmatch(strategy) or _SEARCHED.fullmatch(strategy)
+    return found["lender"] if found else None
+
+
+def lent_name(lender: str, expert: str) -> str:
+    """Returns the name of an expert on a model that it is lent to: `other.math`."""
+    return f"{lender}.{expert}"
+
+
+def search_of(config: TablesConfig, strategy: str) -> tuple[int, CEMConfig]:
+    """Returns the number of shots of a few-shot strategy, and the settings of its search.
+
+    Raises:
+        ConfigError: its population or its number of rounds is out of range.
+    """
+    found = _SEARCHED.fullmatch(strategy)
+    assert found, strategy
+    budget = {key: int(found[key]) for key in ("population", "iterations") if found[key]}
+    values = config.search.model_dump() | budget
+    return int(found["shots"] or _SHOTS), validate(CEMConfig, values, where=f"strategy {strategy!r}")
 
 
 def job_of(config: TablesConfig, model: str, method: str, seed: int) -> TrainConfig:
@@ -169,6 +197,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> TablesConfig:
             raise ConfigError(f"{path}: methods: {BASE!r} is the model itself; give the method another name")
         domains = job_of(config, next(iter(config.models)), method, 0).domains
     _check_tables(config, [name for name, domain in domains.items() if domain.others is None], str(path))
+    _check_strategies(config, domains, str(path))
     return config
 
 
@@ -192,8 +221,31 @@ def _check_tables(config: TablesConfig, domains: list[str], where: str) -> None:
                 raise ConfigError(f"{where}: tables.{name}: no task {task!r}{nearest(task, tasks)}")
             if task in config.texts and {*table.strategies} - {BASE, EXPERT}:
                 raise ConfigError(f"{where}: tables.{name}: {task!r} is a text; it is read under base and expert alone")
-        rows = ["/".join(row) for row in table.rows]
+        rows = list(dict.fromkeys("/".join(row) for model in config.models for row in table.rows(model)))
         if table.against is not None and table.against not in rows:
             raise ConfigError(
                 f"{where}: tables.{name}: against: no row {table.against!r}{nearest(table.against, rows)}"
             )
+
+
+def _check_strategies(config: TablesConfig, domains: Iterable[str], where: str) -> None:
+    """Raises ConfigError for a search that cannot be, and for a model that lends and is not there, or is alone."""
+    for name, table in config.tables.items():
+        for strategy in table.strategies:
+            if strategy.startswith(FEWSHOT):
+                search_of(config, strategy)
+            lender = lender_of(strategy)
+            if lender is None:
+                continue
+            if lender not in config.models:
+                raise ConfigError(
+                    f"{where}: tables.{name}: {strategy}: no model {lender!r}{nearest(lender, config.models)}"
+                )
+            if len(config.models) == 1:
+                raise ConfigError(f"{where}: tables.{name}: {strategy}: the grid has no other model than {lender!r}")
+            for domain in domains:
+                if check_name(lent_name(lender, domain)) in domains:
+                    raise ConfigError(
+                        f"{where}: {lent_name(lender, domain)!r} is a domain, and what {lender!r} lends is called so; "
+                        "give the model another name"
+                    )

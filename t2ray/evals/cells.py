@@ -28,7 +28,8 @@ class GridCell:
 
     `made_of` is the digest of its settings, `base_digest` that of the model's weights. `trained` has the figures of
     each domain's training, `measured` those of each task under each strategy, `missing` why something is not there, by
-    `domain` or `task/strategy`. `seconds` are those of all of it; `machine` and `date` say where and when.
+    `domain` or `task/strategy`. `variance` has, for each kind of matrix, the share of the variance that the r largest
+    singular values hold, as [r, share]. `seconds` are those of all of it; `machine` and `date` say where and when.
     """
 
     model: str
@@ -39,6 +40,7 @@ class GridCell:
     trained: dict[str, dict[str, Any]] = field(default_factory=dict)
     measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
+    variance: dict[str, list[list[float]]] = field(default_factory=dict)
     seconds: float = 0.0
     machine: str = ""
     date: str = ""
@@ -51,7 +53,7 @@ class GridCell:
         """Returns each (task, strategy) that the tables want of the cell and that is not measured."""
         return [
             (task, strategy)
-            for task, strategy in config.measured(self.method)
+            for task, strategy in config.measured(self.model, self.method)
             if strategy not in self.measured.get(task, {})
         ]
 
@@ -59,12 +61,17 @@ class GridCell:
 def cells_of(config: TablesConfig) -> Iterator[GridCell]:
     """Yields the cells of a grid as they begin, in the order in which they are made: a seed before the next."""
     for model in config.models:
-        if config.measured(BASE):
-            yield GridCell(model=model, method=BASE, seed=config.seeds[0], made_of=made_of(config, BASE))
+        if config.measured(model, BASE):
+            yield cell_of(config, model, BASE, config.seeds[0])
     for seed in config.seeds:
         for model in config.models:
             for method in config.methods:
-                yield GridCell(model=model, method=method, seed=seed, made_of=made_of(config, method))
+                yield cell_of(config, model, method, seed)
+
+
+def cell_of(config: TablesConfig, model: str, method: str, seed: int) -> GridCell:
+    """Returns a cell of a method, or of the base, as it begins."""
+    return GridCell(model=model, method=method, seed=seed, made_of=made_of(config, method))
 
 
 def made_of(config: TablesConfig, method: str) -> str:

@@ -65,7 +65,7 @@ def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
-    """Draws one group of bars per task, one bar per expert; of weights per layer, their mean and their range."""
+    """Draws one group of bars per task, one bar per expert; of weights per layer or seed, their mean and range."""
     experts = list(dict.fromkeys(name for row in mixtures.values() for name in row))
     step = 0.8 / max(1, len(experts))
 
@@ -196,6 +196,52 @@ def by_numbers(table: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
         axes.legend(loc="lower right", fontsize=8)
 
     return _svg("numbers", 2.9, draw)
+
+
+def confusion(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Draws what pass 1 took the prompts of each task for: tasks down, labels across, shares of a task as colours.
+
+    Args:
+        counts: task -> label -> number of prompts.
+    """
+    labels = list(dict.fromkeys(label for row in counts.values() for label in row))
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        grid = np.array([[row.get(label, 0) for label in labels] for row in counts.values()], dtype=float)
+        shares = grid / grid.sum(1, keepdims=True)
+        axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="none")
+        axes.invert_yaxis()
+        axes.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=30, ha="right")
+        axes.set_yticks(np.arange(len(counts)) + 0.5, list(counts))
+        axes.tick_params(length=0)
+        axes.set(title=title, xlabel="taken for")
+        for (y, x), share in np.ndenumerate(shares):
+            ink = "#ffffff" if share > 0.5 else "#111111"
+            axes.text(x + 0.5, y + 0.5, f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
+
+    return _svg(f"confusion-{title}", 1.3 + 0.27 * len(counts), draw)
+
+
+def explained(model: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
+    """Draws the share of the variance that the r largest singular values hold, one line per kind of matrix.
+
+    Args:
+        curves: kind -> [r, share], r rising.
+    """
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for i, (kind, points) in enumerate(curves.items()):
+            ranks, shares = zip(*points, strict=True)
+            dashes = "-" if i < len(SERIES) else "--"
+            axes.plot(ranks, shares, dashes, color=SERIES[i % len(SERIES)], marker="o", ms=3, lw=1.2, label=kind)
+        axes.set_xscale("log", base=2)
+        axes.set(ylim=(-0.03, 1.03), xlabel="largest singular values (r)", ylabel="share of variance", title=model)
+        axes.grid(lw=0.5)
+        axes.legend(loc="lower right", fontsize=8)
+
+    return _svg(f"explained-{model}", 2.9, draw)
 
 
 def by_itself(svg: str) -> str:

@@ -16,8 +16,8 @@ TRAINED = (
 """What tables show of trainings: the figure, its heading, what it is multiplied by, its decimals."""
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """Returns the tables as Markdown, with what they rest on and what is missing."""
+def markdown(found: Mapping[str, Any], pictures: Sequence[str] = ()) -> str:
+    """Returns the tables as Markdown, with what they rest on, the `pictures` (files beside it) and what is missing."""
     parts = [f"# {found['run']}", _rests_on(found)]
     for table in found["tables"].values():
         parts += [f"## {table['title']}", table_text(table)]
@@ -25,10 +25,14 @@ def markdown(found: Mapping[str, Any]) -> str:
             parts += [f"Difference to {table['against']}, in points, with its 95 % interval and p:", differences(table)]
         if any(row["pass1"] for row in table["rows"]):
             parts += ["Time of pass 1, in % of that of pass 2:", times(table)]
+        if any(row["search"] for row in table["rows"]):
+            parts += ["Answers that the few-shot search generated, and its seconds; means over seeds:", spent(table)]
     for key, title in (("dispatched", "What pass 1 chose"), ("mixtures", "Few-shot mixtures")):
         if found[key]:
             lines = [[what, _chosen(one)] for what, one in found[key].items()]
             parts += [f"## {title}", aligned([["cell", "chosen"], *lines])]
+    if pictures:
+        parts += ["## Pictures", "\n\n".join(f"![{name.removesuffix('.svg')}]({name})" for name in pictures)]
     if found["warnings"]:
         parts += ["## Warnings", "\n".join(f"- {line}" for line in found["warnings"])]
     if found["missing"]:
@@ -101,6 +105,17 @@ def times(table: Mapping[str, Any]) -> str:
         if row["pass1"]:
             shares = [f"{100 * row['pass1'][task]:.0f}" if task in row["pass1"] else "" for task in table["tasks"]]
             lines.append([row["model"], row["method"], row["strategy"], *shares])
+    return aligned(lines)
+
+
+def spent(table: Mapping[str, Any]) -> str:
+    """Returns what the few-shot searches of a table spent (the paper's table 10), where there are any."""
+    lines = [["model", "method", "answers", *table["tasks"]]]
+    for row in table["rows"]:
+        if row["search"]:
+            found = [row["search"].get(task) for task in table["tasks"]]
+            cells = [f"{one['prompts']:,.0f} answers, {one['seconds']:,.0f} s" if one else "" for one in found]
+            lines.append([row["model"], row["method"], row["strategy"], *cells])
     return aligned(lines)
 
 

@@ -21,6 +21,9 @@ Summary = dict[str, Any]
 SHAPES = ("numbers", "seconds", "peak_gib", "kl")
 """What a training is told by beside its accuracy."""
 
+SEARCH = ("search_prompts", "search_s")
+"""What a few-shot search spent: the answers that it generated, and its seconds."""
+
 
 def summary(config: TablesConfig, cells: Sequence[GridCell]) -> Summary:
     """Returns every figure of the tables, the learning curves, and what is missing with its reason.
@@ -53,7 +56,7 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
     for model in config.models:
         mine = [cell for cell in cells if cell.model == model]
         reference, _, its_strategy = (table.against or "").partition("/")
-        for method, strategy in table.rows:
+        for method, strategy in table.rows(model):
             row: Summary = {"model": model, "method": method, "strategy": strategy, "tasks": {}}
             for task in table.tasks:
                 values = _values(mine, method, strategy, task)
@@ -67,6 +70,7 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
                     row["tasks"][task]["difference"] = asdict(paired(ours, theirs))
             row["training"] = _training(mine, method, table.tasks) if strategy == EXPERT else None
             row["pass1"] = _pass1(mine, method, strategy, table.tasks)
+            row["search"] = _search(mine, method, strategy, table.tasks)
             rows.append(row)
     return {
         "title": table.title, "tasks": list(table.tasks), "against": table.against, "rows": rows,
@@ -83,6 +87,17 @@ def _pass1(cells: Sequence[GridCell], method: str, strategy: str, tasks: Sequenc
         if chosen:
             shares[task] = sum(one["pass1_s"] for one in chosen) / sum(one["pass2_s"] for one in chosen)
     return shares
+
+
+def _search(cells: Sequence[GridCell], method: str, strategy: str, tasks: Sequence[str]) -> Summary:
+    """Returns task -> the answers that the few-shot search generated, and its seconds, as means over seeds."""
+    spent: Summary = {}
+    for task in tasks:
+        found = [cell.measured.get(task, {}).get(strategy, {}) for cell in cells if cell.method == method]
+        if counted := [[one[key] for key in SEARCH] for one in found if "search_prompts" in one]:
+            prompts, seconds = zip(*counted, strict=True)
+            spent[task] = {"prompts": fmean(prompts), "seconds": fmean(seconds)}
+    return spent
 
 
 def _values(cells: Sequence[GridCell], method: str, strategy: str, task: str) -> dict[int, Sequence[float | None]]:
@@ -185,7 +200,7 @@ def flat(cells: Sequence[GridCell]) -> list[dict[str, Any]]:
                 trained = cell.trained.get(task, {}) if strategy == EXPERT else {}
                 rows.append(
                     {"model": cell.model, "method": cell.method, "seed": cell.seed, "task": task, "strategy": strategy,
-                     **{key: figures.get(key) for key in ("correct", "nats", "pass1_s", "pass2_s")},
+                     **{key: figures.get(key) for key in ("correct", "nats", "pass1_s", "pass2_s", *SEARCH)},
                      "mixture": figures.get("mixture"), "warning": figures["warning"],
                      **{key: trained.get(key) for key in ("base", "validation", "best_step", "steps", *SHAPES)},
                      "machine": cell.machine, "date": cell.date, "weights": cell.base_digest}

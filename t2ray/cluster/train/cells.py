@@ -1,5 +1,7 @@
 """Makes the cells of a grid: each trains a job and measures its experts, in a process of its own or as a task of Ray.
 
+Not here: what is measured (`measure`).
+
 A process is never used again, because the most memory that a training had is that of its process. A cell that was cut
 off goes on: its domains from their checkpoints, its measurements from the first that is not in its file.
 """
@@ -14,33 +16,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from datetime import date
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from t2ray.adapt.fewshot import fewshot
-from t2ray.adapt.strategies import Strategy, fixed
+from t2ray.adapters.spectrum import variance
 from t2ray.cluster.session import session, slots
 from t2ray.cluster.train.launch import DomainsFailed, train
-from t2ray.cluster.train.trials import shots_at
-from t2ray.config.tables import BASE, EXPERT, FEWSHOT, TablesConfig, job_of, shots_of
+from t2ray.cluster.train.measure import measure, read_text
+from t2ray.config.tables import BASE, TablesConfig, job_of, lender_of
 from t2ray.config.train import TrainConfig
-from t2ray.core import Mixture, T2RayError
-from t2ray.evals.answers import Answers, Baseline, lopsided, shares
-from t2ray.evals.cells import GridCell, cells_of, load_cell, load_cells, save_cell
-from t2ray.evals.evaluate import evaluate
+from t2ray.core import T2RayError
+from t2ray.evals.cells import GridCell, cell_of, cells_of, load_cell, load_cells, save_cell
 from t2ray.models.weights import open_weights
 from t2ray.runs.folder import read_run
 from t2ray.runs.prepare import prepare
-from t2ray.tasks import builtin
-from t2ray.tasks.build import task_named
-from t2ray.tasks.files import read
-from t2ray.tasks.task import Task
-from t2ray.tasks.verifier import Verifier
 from t2ray.training.domain import domain_store, finished
 from t2ray.training.metrics import read_metrics
-from t2ray.workbench import Place, Workbench, open_workbench
+from t2ray.workbench import Place, Workbench, open_factors, open_workbench
 
 GridTick = Callable[[GridCell], None]
 _LEFTOVER_S = 60.0  # a cell of a grid that was killed may outlive it by some seconds
@@ -50,18 +43,33 @@ _RESTARTS = 2
 def make_cells(config: TablesConfig, tick: GridTick = lambda cell: None) -> list[GridCell]:
     """Makes the cells that are not whole yet, and returns all; `tick` is told of each that ends.
 
+    A cell that lacked nothing but the experts of another, which came later, is gone on with at the end.
+
     Raises:
         RunError: as `load_cells`.
         ResourceError: one cell needs more than the cluster has.
     """
     load_cells(config)  # a file that does not fit is told before anything is trained
     waiting = [new for new in cells_of(config) if load_cell(config, new).lacks(config)]
+    _make(config, waiting, tick)
+    _make(config, [new for new in waiting if _has_lender(config, load_cell(config, new))], tick)
+    return load_cells(config)
+
+
+def _has_lender(config: TablesConfig, cell: GridCell) -> bool:
+    """Returns whether a cell lacks what it needs another model's experts for, and these are there."""
+    lenders = {lender_of(strategy) for _, strategy in cell.lacks(config)} - {None}
+    return any(
+        load_cell(config, cell_of(config, lender, cell.method, cell.seed)).trained for lender in lenders if lender
+    )
+
+
+def _make(config: TablesConfig, waiting: list[GridCell], tick: GridTick) -> None:
     job = job_of(config, next(iter(config.models)), next(iter(config.methods)), 0)
     if job.workers == 0:
         _one_by_one(config, waiting, tick)
     elif waiting:
         _on_ray(config, waiting, {"CPU": job.cpus or 1.0, **({"GPU": job.gpus} if job.gpus else {})}, tick)
-    return load_cells(config)
 
 
 def _one_by_one(config: TablesConfig, waiting: list[GridCell], tick: GridTick) -> None:
@@ -131,14 +139,16 @@ def make_cell(values: Mapping[str, Any], new: GridCell) -> None:
         if cell.method != BASE:
             keep(trained=_trained(job))
         bench = _bench(job, cell.method)
+        if cell.method != BASE and job.trained.kind == "svf":
+            keep(variance=variance(open_factors(bench.place)))
     except T2RayError as error:
         why = " ".join(str(error).split())
         keep(missing=cell.missing | {"/".join(key): why for key in cell.lacks(config)})
         return
     for task, strategy in cell.lacks(config):
         try:
-            measure = _read if task in config.texts else _measure
-            figures = asyncio.run(measure(config, job, bench, cell, task, strategy))
+            measured = read_text if task in config.texts else measure
+            figures = asyncio.run(measured(config, job, bench, cell, task, strategy))
         except T2RayError as error:
             keep(missing=cell.missing | {f"{task}/{strategy}": " ".join(str(error).split())})
             continue
@@ -196,71 +206,3 @@ def _trained(job: TrainConfig) -> dict[str, dict[str, Any]]:
 def _bench(job: TrainConfig, method: str) -> Workbench:
     place = Place(model=job.model, factors=job.factors, experts=None if method == BASE else job.experts, run=job)
     return open_workbench(place)
-
-
-# ----------------------------------------------------------------------------------------------------------- measuring
-
-
-async def _measure(
-    config: TablesConfig, job: TrainConfig, bench: Workbench, cell: GridCell, name: str, strategy: str
-) -> dict[str, Any]:
-    """Returns the figures of a task under a strategy.
-
-    `correct` has a sign for each example: 1, 0, or - where the verifier abstained.
-    """
-    task, expert = _task(config, job, name)
-    examples = task.examples("test", config.limit)
-    sampling = bench.sampling(None, task)
-    least = 1 if sampling.to_end else sampling.max_tokens
-    more: dict[str, Any] = {}
-    with Verifier(
-        task.reward, workers=job.verifiers, path=job.code or None, unsafe_code=job.unsafe_code,
-        success_above=task.success_above,
-    ) as verify:  # fmt: skip
-        if strategy.startswith(FEWSHOT):
-            shots = shots_at(task.examples("train"), cell.seed, shots_of(strategy))
-            found = await fewshot(
-                bench.engine.generate, bench.engine.score, verify, shots, bench.experts,
-                settings=config.search.model_copy(update={"seed": cell.seed}), sampling=sampling, gold=task.gold,
-            )  # fmt: skip
-            answers_by: Strategy = fixed(found.mixture, name=strategy)
-            more = {"mixture": str(found.mixture), "search_s": found.history[-1].seconds}
-        else:
-            answers_by = bench.strategy({BASE: "base", EXPERT: expert}.get(strategy, strategy))
-        answers = Answers(name, strategy, task.reading, task.gold, keep=False)
-        result = await evaluate(
-            name, examples, answers_by, bench.engine.generate, verify, sampling,
-            fits=lambda messages: bench.engine.fits(messages, least), batch_tokens=bench.batch_tokens, answers=answers,
-        )  # fmt: skip
-    baseline = Baseline.of(task.gold_readings(examples), task.options(examples))
-    return more | {
-        "correct": "".join("-" if right is None else "01"[right] for right in result.correct),
-        "labels": dict(result.labels),
-        "readings": shares(result.readings, baseline.golds), "warning": lopsided(result.readings, baseline.golds),
-        "baselines": baseline.row(), "pass1_s": result.pass1_s, "pass2_s": result.pass2_s,
-        "truncated": result.truncated, "too_long": result.too_long,
-    }  # fmt: skip
-
-
-async def _read(
-    config: TablesConfig, job: TrainConfig, bench: Workbench, cell: GridCell, name: str, strategy: str
-) -> dict[str, Any]:
-    """Returns the figures of a text under a strategy; `nats` has the mean loss of a token for each row of the text.
-
-    Raises:
-        DataError: the text has no such column.
-    """
-    text = config.texts[name]
-    rows = read(text.data, "test").need({text.column: str}).rows[: config.limit]
-    mixture = Mixture.of({text.expert: 1.0}) if strategy == EXPERT else Mixture.base()
-    tokens = await asyncio.gather(*(bench.engine.read(row[text.column], mixture, 0) for row in rows))
-    losses = [[-token.logprob for token in row[1:]] for row in tokens]  # nothing stands before the first
-    return {"nats": [fmean(row) for row in losses if row], "warning": None}
-
-
-def _task(config: TablesConfig, job: TrainConfig, name: str) -> tuple[Task, str]:
-    """Returns a task with the expert that is its own, or its sibling's."""
-    unseen = config.unseen.get(name)
-    if unseen is None:
-        return task_named(name, job), name
-    return replace(builtin(unseen.task or name, unseen.data), name=name), unseen.expert
