@@ -26,7 +26,7 @@ from t2ray.config import tables
 from t2ray.config import train as config
 from t2ray.evals.dispatched import told
 from t2ray.evals.measured import table
-from t2ray.evals.tabled import differences, table_text
+from t2ray.evals.tabled import differences, spent, table_text
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")
@@ -336,6 +336,7 @@ def test_the_results_page_shows_the_tables_of_every_file_of_figures(path: Path) 
     found, texts = json.loads(path.read_text(encoding="utf-8")), list[str]()
     for one in found.get("tables", {}).values():
         texts += [table_text(one), *([differences(one)] if one["against"] else [])]
+        texts += [spent(one)] if any(row.get("search") for row in one["rows"]) else []
     if "strategies" in found:
         texts += told(found).split("\n\n")
     if "tasks" in found:

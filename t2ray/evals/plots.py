@@ -17,6 +17,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from t2ray.experts.heatmap import HeatMap
+from t2ray.prompts import OTHERS
 
 INK, LINE = "#010203", "#040506"  # stand for the page's colours until the SVG is written
 SERIES = ("#3b82c4", "#d97706", "#2f9e6e", "#b05cc6", "#d14d6b", "#7a8b2a")
@@ -199,12 +200,14 @@ def by_numbers(table: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
 
 
 def confusion(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
-    """Draws what pass 1 took the prompts of each task for: tasks down, labels across, shares of a task as colours.
+    """Draws what pass 1 took the prompts of each task for: tasks down, labels across, "others" last.
+
+    The colours are shares of a task.
 
     Args:
         counts: task -> label -> number of prompts.
     """
-    labels = list(dict.fromkeys(label for row in counts.values() for label in row))
+    labels = sorted(dict.fromkeys(label for row in counts.values() for label in row), key=lambda one: one == OTHERS)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -237,6 +240,7 @@ def explained(model: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> st
             dashes = "-" if i < len(SERIES) else "--"
             axes.plot(ranks, shares, dashes, color=SERIES[i % len(SERIES)], marker="o", ms=3, lw=1.2, label=kind)
         axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.set(ylim=(-0.03, 1.03), xlabel="largest singular values (r)", ylabel="share of variance", title=model)
         axes.grid(lw=0.5)
         axes.legend(loc="lower right", fontsize=8)
