@@ -8,6 +8,7 @@
 | `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
 | `python -m benchmarks gpu` | both engines and a training step on one GPU, a model of 8 B parameters |
 | `python -m benchmarks experts` | 4 to 64 experts: pass 1, and the few-shot search |
+| `python -m benchmarks learn [SETTING]` | RL on z beside TRL's RLOO and GRPO on LoRA, at equal rollouts |
 | `python -m benchmarks scaling [PART ...]` | the gain of more cores and workers, and cost models |
 
 They need the `bench` extra and a checkout of the repository. `t2ray load` measures a running endpoint.
@@ -57,7 +58,7 @@ def _parser(name: str, module: str, function: str, text: str) -> argparse.Argume
 
 def _core() -> argparse.ArgumentParser:
     p = _parser("", "core", "core", "Compares the core with the plain model, PEFT and the reference's algorithm.")
-    p.epilog = "Other commands: serve, soak, scaling, gpu, experts; each has its own --help."
+    p.epilog = "Other commands: serve, soak, scaling, gpu, experts, learn; each has its own --help."
     p.add_argument(
         "benches",
         nargs="*",
@@ -109,8 +110,26 @@ def _experts() -> argparse.ArgumentParser:
     return p
 
 
+def _learn() -> argparse.ArgumentParser:
+    p = _parser(" learn", "learn", "learn", "Trains z beside TRL's RLOO and GRPO on LoRA: time, rollouts, KL, memory.")
+    p.add_argument(
+        "setting",
+        nargs="?",
+        default="larger",
+        choices=("larger", "dog", "brief"),
+        help="What is learnt: the README's own domain by the tiny model (larger, the default), a dog in a story by a "
+        "model of stories (dog, which needs --model), or answers of at most 12 words by SmolLM2-135M (brief).",
+    )
+    p.add_argument("--trl", metavar="PYTHON", help="Python of an environment with TRL; without it, t2ray's side alone.")
+    p.add_argument("--model", metavar="FOLDER", help="Another model than the setting's.")
+    p.add_argument("--data", metavar="FILE", help="Rows in the place of the hub's (brief).")
+    p.add_argument("--seeds", type=int, default=3, metavar="N", help="Runs of each learning rate (default: 3).")
+    return p
+
+
 _KINDS = {
-    "core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling, "gpu": _gpu, "experts": _experts
+    "core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling, "gpu": _gpu, "experts": _experts,
+    "learn": _learn,
 }  # fmt: skip
 
 if __name__ == "__main__":
