@@ -16,7 +16,7 @@ from benchmarks.core.shape import BenchShape, make
 from benchmarks.core.training import random_rollouts
 from benchmarks.learn import command, figures, runs, settings, turns
 from benchmarks.learn.divergence import mean_kl
-from benchmarks.learn.runs import Run
+from benchmarks.learn.runs import SideRun
 from t2ray.core import ResourceError
 from t2ray.training.loss import backward
 
@@ -66,17 +66,17 @@ def test_the_kl_counts_answers_alone_whatever_stands_beside_them() -> None:
 def test_a_run_has_learnt_after_the_first_steps_that_reach_the_target(
     right: list[float], window: int, step: int | None
 ) -> None:
-    run = Run(side="t2ray", rate=0.1, seed=0, steps=[{"right": share} for share in right])
+    run = SideRun(side="t2ray", rate=0.1, seed=0, steps=[{"right": share} for share in right])
     setting = replace(settings.brief(), target=0.9, window=window)
     assert run.learnt(setting) == step
 
 
-def _run(side: str, rate: float, steps: int, seconds: float, kl: float, learns: bool = True) -> Run:
+def _run(side: str, rate: float, steps: int, seconds: float, kl: float, learns: bool = True) -> SideRun:
     made = [
         {"right": float(learns and i == steps - 1), "seconds": seconds, "wall_s": 9.0, "kl": kl, "peak_gib": 1.0}
         for i in range(steps)
     ]
-    return Run(side=side, rate=rate, seed=0, numbers=3, steps=made, fixed_kl=0.1)
+    return SideRun(side=side, rate=rate, seed=0, numbers=3, steps=made, fixed_kl=0.1)
 
 
 def test_each_side_is_compared_at_its_best_rate_and_at_no_more_kl() -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.core.suite import machine
 from benchmarks.learn import figures
-from benchmarks.learn.runs import Run, one_round, pythons
+from benchmarks.learn.runs import SideRun, one_round, pythons
 from benchmarks.learn.settings import PEERS, Setting, brief, configured, dog, larger
 from t2ray.cli.output import check_json_folder, console, write_json
 from t2ray.config.train import TrainConfig
@@ -37,7 +37,7 @@ def learn(args: argparse.Namespace) -> None:
         folder = Path(name)
         setting = _setting(args.setting, folder)
         config = configured(setting, args.setting, args.model, args.data)
-        runs: list[Run] = []
+        runs: list[SideRun] = []
         for seed, number in itertools.product(range(args.seeds), range(len(setting.rates["t2ray"]))):
             runs += one_round(setting, config, pythons(args.trl, sides), number, seed, folder)
             console.print(figures.table(figures.summed(runs[-len(sides) :], setting)), markup=False)
@@ -47,7 +47,7 @@ def learn(args: argparse.Namespace) -> None:
 
 
 def _write(
-    path: str | None, setting: Setting, name: str, config: TrainConfig, runs: list[Run], trl: dict[str, Any] | None
+    path: str | None, setting: Setting, name: str, config: TrainConfig, runs: list[SideRun], trl: dict[str, Any] | None
 ) -> None:
     """Writes what has been measured so far: a round takes minutes on a real model."""
     rows = figures.summed(runs, setting)

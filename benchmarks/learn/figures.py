@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from benchmarks.learn.runs import Run
+from benchmarks.learn.runs import SideRun
 from benchmarks.learn.settings import Setting
 
-Row = dict[str, Any]
+Means = dict[str, Any]
 """Means over seeds, of one side with one learning rate; those of a target that no seed has missed, else None."""
 
 
-def summed(runs: Sequence[Run], setting: Setting) -> list[Row]:
+def summed(runs: Sequence[SideRun], setting: Setting) -> list[Means]:
     """Returns a row per side and learning rate, in the order of the runs."""
     keys = list(dict.fromkeys((run.side, run.rate) for run in runs))
     return [_row([run for run in runs if (run.side, run.rate) == key], setting) for key in sorted(keys, key=_order)]
@@ -23,7 +23,7 @@ def _order(key: tuple[str, float]) -> tuple[int, float]:
     return ("t2ray", "rloo", "grpo").index(key[0]), key[1]
 
 
-def _row(runs: Sequence[Run], setting: Setting) -> Row:
+def _row(runs: Sequence[SideRun], setting: Setting) -> Means:
     ends = [run.learnt(setting) for run in runs]
     till = [run.steps[:end] for run, end in zip(runs, ends, strict=True) if end]
     whole = len(till) == len(runs)
@@ -41,7 +41,7 @@ def _row(runs: Sequence[Run], setting: Setting) -> Row:
     }  # fmt: skip
 
 
-def compared(rows: Sequence[Row]) -> dict[str, Row]:
+def compared(rows: Sequence[Means]) -> dict[str, Means]:
     """Returns, per peer, t2ray's time over the peer's: of a step, and until it is learnt.
 
     Each side has the learning rate with which it learnt soonest; "at no more KL" t2ray has the soonest of those that
@@ -50,10 +50,10 @@ def compared(rows: Sequence[Row]) -> dict[str, Row]:
     return {side: _beside(rows, side) for side in dict.fromkeys(row["side"] for row in rows) if side != "t2ray"}
 
 
-def _beside(rows: Sequence[Row], side: str) -> Row:
+def _beside(rows: Sequence[Means], side: str) -> Means:
     ours = [row for row in rows if row["side"] == "t2ray" and row["seconds"]]
     theirs = [row for row in rows if row["side"] == side and row["seconds"]]
-    found: Row = {"step": _steps(rows, "t2ray") / _steps(rows, side)}
+    found: Means = {"step": _steps(rows, "t2ray") / _steps(rows, side)}
     if not ours or not theirs:
         return found
     best, peer = min(ours, key=_seconds), min(theirs, key=_seconds)
@@ -63,15 +63,15 @@ def _beside(rows: Sequence[Row], side: str) -> Row:
     return found
 
 
-def _steps(rows: Sequence[Row], side: str) -> float:
+def _steps(rows: Sequence[Means], side: str) -> float:
     return fmean(row["step_s"] for row in rows if row["side"] == side)
 
 
-def _seconds(row: Row) -> float:
+def _seconds(row: Means) -> float:
     return float(row["seconds"])
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Means]) -> str:
     """Returns the rows as a Markdown table."""
     head = "| side | lr | numbers | s per step | learnt | steps | seconds | KL there | highest KL | peak GiB |"
     lines = [head, "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |"]
@@ -88,7 +88,7 @@ def table(rows: Sequence[Row]) -> str:
 _THERE = {"steps": ".1f", "seconds": ".1f", "kl": ".2f"}
 
 
-def told(beside: Mapping[str, Row]) -> str:
+def told(beside: Mapping[str, Means]) -> str:
     """Returns a line per peer, of how t2ray compares with it."""
     names = {"step": "a step", "learnt": "until it is learnt", "at_no_more_kl": "at no more KL"}
     return "\n".join(

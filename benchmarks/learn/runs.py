@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @dataclass(slots=True, kw_only=True)
-class Run:
+class SideRun:
     """One run of a side: what it was given, how many numbers it trains, and the figures of its steps."""
 
     side: str
@@ -43,7 +43,7 @@ class Run:
 
 def one_round(
     setting: Setting, config: TrainConfig, pythons: Mapping[str, str], number: int, seed: int, folder: Path
-) -> list[Run]:
+) -> list[SideRun]:
     """Trains every side with the `number`th of its learning rates, until it has learnt or its steps are made.
 
     Args:
@@ -55,7 +55,7 @@ def one_round(
     with ExitStack() as stack:
         runs, lines = [], {}
         for side, python in pythons.items():
-            runs.append(Run(side=side, rate=setting.rates[side][number], seed=seed))
+            runs.append(SideRun(side=side, rate=setting.rates[side][number], seed=seed))
             made = job(config, side, runs[-1].rate, seed, folder)
             (path := folder / f"{side}.json").write_text(json.dumps(made), encoding="utf-8")
             lines[side] = stack.enter_context(_process(python, side, path))
