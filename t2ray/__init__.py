@@ -81,7 +81,7 @@ def open(
 
     Args:
         run: the folder of a run, or its URI.
-        model: "tiny", a local Hugging Face folder, or a hub id.
+        model: "tiny", "tiny-vision", a local Hugging Face folder, or a hub id.
         factors: the model's decomposition; made in `runs/factors` where it is missing, which takes a while once.
         experts: a registry: a folder, `s3://` or `gs://`.
 
@@ -132,7 +132,7 @@ def decompose(model: str, out: str | Path, *, workers: int = 1, **options: Any) 
     """Factors a model's projections, `W = U diag(s) V^T`, as `t2ray decompose` does; a run that was cut off resumes.
 
     Args:
-        model: "tiny", a local Hugging Face folder, or a hub id.
+        model: "tiny", "tiny-vision", a local Hugging Face folder, or a hub id.
         out: the folder that receives one file per matrix.
         workers: matrices at once, as Ray tasks; with 1, in this process without Ray.
         options: `targets`, `layers`, `svd_dtype`, `dtype` and `progress`, as in `t2ray.adapters.factors.decompose`.

@@ -87,10 +87,10 @@ def find_place(
 def place_or_shipped(
     run: str | Path | None, model: str | None, factors: str | Path | None, experts: str | Path | None
 ) -> Place:
-    """As `find_place`; but the tiny model comes with the experts that t2ray ships where no others are named."""
+    """As `find_place`; but a model that t2ray ships comes with its experts where no others are named."""
     place = find_place(run, model, factors, experts)
-    if place.experts is None and place.model == "tiny":
-        return replace(place, experts=str(SHIPPED))
+    if place.experts is None and place.model in SHIPPED:
+        return replace(place, experts=str(SHIPPED[place.model]))
     return place
 
 

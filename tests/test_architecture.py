@@ -49,7 +49,7 @@ RIMS = {
     "ray": ("t2ray.cluster", "benchmarks.capacity.stamps"),
     "fastapi": ("t2ray.api", "t2ray.cluster.serve.ingress"),
     "vllm": ("t2ray.engine.vllm.seams",),
-    "transformers": ("t2ray.models", "t2ray.engine", "t2ray.tiny.pretrain", "jobs", "benchmarks"),
+    "transformers": ("t2ray.models", "t2ray.engine", "t2ray.tiny.pretrain", "t2ray.tiny.vision", "jobs", "benchmarks"),
     "peft": ("t2ray.adapters", "benchmarks"),
 }
 

@@ -22,7 +22,9 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel: Path)
     }
     assert held == there
     assert {"t2ray/py.typed", "t2ray/serve_config.yaml", "t2ray/page/index.html", "t2ray/evals/report.html"} <= held
-    assert {"t2ray/tiny/model/model.safetensors", "t2ray/tiny/experts/math/v0001/expert.safetensors"} <= held
+    for model, expert in (("model", "experts/math"), ("vision_model", "vision_experts/shapes")):
+        shipped = {f"{model}/model.safetensors", f"{expert}/v0001/expert.safetensors"}
+        assert {f"t2ray/tiny/{name}" for name in shipped} <= held
 
 
 def test_the_changelog_has_what_is_to_come_and_then_this_version_with_its_day() -> None:

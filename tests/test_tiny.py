@@ -325,6 +325,6 @@ def test_saving_replaces_the_folder_whole(tmp_path: Path) -> None:
     out = tmp_path / "model"
     out.mkdir()
     (out / "stale").touch()
-    save(AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL), out)
+    save((AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)), out)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in MODEL.iterdir())

@@ -11,7 +11,9 @@ from t2ray.cli.output import bar, console
 def add(p: Parser) -> None:
     """Adds the options of the command."""
     p.set_defaults(command=run)
-    p.add_argument("model", metavar="MODEL", help='The model: "tiny", a local Hugging Face folder or a hub id.')
+    p.add_argument(
+        "model", metavar="MODEL", help='The model: "tiny", "tiny-vision", a local Hugging Face folder or a hub id.'
+    )
     p.add_argument(
         "--out",
         required=True,

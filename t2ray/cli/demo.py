@@ -1,7 +1,8 @@
-"""`t2ray demo` runs the main job on the tiny model, from its weights to the report; its stages stand in order.
+"""`t2ray demo` runs the main job on the tiny models, from their weights to the reports; its stages stand in order.
 
 Each trained task's expert is trained on Ray; the unseen siblings meet the experts only through dispatch and few-shot
-search. Every accuracy is measured on the test split, which neither pretraining nor training has seen.
+search. Every accuracy is measured on the test split, which neither pretraining nor training has seen. A job has one
+model: the tiny model's is run whole, and then the tiny vision model's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import time
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ from t2ray.config.files import read_yaml
 from t2ray.config.search import CEMConfig
 from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import Mixture, SamplingParams
+from t2ray.prompts import OTHERS
 from t2ray.tasks import builtin
 from t2ray.tasks.build import build_task
 from t2ray.tasks.task import Task
@@ -37,69 +40,105 @@ if TYPE_CHECKING:
     from t2ray.evals.evaluate import Cell
     from t2ray.experts.heatmap import HeatMap
 
-OWN = {"math": "math", "code": "code", "pick": "pick", "math_long": "math", "code_long": "code", "pick_more": "pick"}
-TRAINED, CLASSIFIER = ("math", "code", "pick"), "dispatch"
-LABELS = (*TRAINED, "others")
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """A job of the demo, the expert of each of its tasks, its own or its sibling's, and its classification domain."""
+
+    job: str
+    own: Mapping[str, str]
+    classifier: str | None = None
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.own.values()))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return (*self.trained, OTHERS)
+
+
+PARTS = (
+    Part(
+        job="demo.yaml",
+        own={"math": "math", "code": "code", "pick": "pick", "math_long": "math", "code_long": "code",
+             "pick_more": "pick"},
+        classifier="dispatch",
+    ),
+    Part(job="demo_vision.yaml", own={"shapes": "shapes", "counts": "counts", "places": "shapes"}),
+)  # fmt: skip
 
 
 def add(p: Parser) -> None:
     """Adds the options of the command."""
     p.set_defaults(command=run)
     p.add_argument(
-        "--out", default="runs", metavar="DIR", help="The folder that receives demo/report.html, .md and .json."
+        "--out",
+        default="runs",
+        metavar="DIR",
+        help="The folder that receives demo and demo-vision, each with report.html, .md and .json.",
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="The seed of all randomness.")
     p.add_argument("--limit", type=int, default=500, metavar="N", help="How many of each task's 500 test prompts.")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Runs the stages, prints the tables and writes the report."""
+    """Runs the stages of each part, prints its tables and writes its report."""
     at_least_one(args, "limit")
-    values = read_yaml(MODEL.with_name("demo.yaml"))
-    config = resolve(values | {"out": args.out, "seed": args.seed}, where="demo.yaml")
+    from t2ray.evals.report import text_tables
 
+    for part in PARTS:
+        values = read_yaml(MODEL.with_name(part.job))
+        config = resolve(values | {"out": args.out, "seed": args.seed}, where=part.job)
+        folder = Path(config.out, config.run)
+        if (folder / "report.json").exists():
+            report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+            end = f"finished before; to run it again, delete {folder} or choose another folder by --out"
+        else:
+            report = _run(part, config, args.limit)
+            end = f"report: {folder}/report.html (also .md, .json)"
+        console.print(text_tables(report), markup=False)
+        console.print(f"\n{end}")
+
+
+def _run(part: Part, config: TrainConfig, limit: int) -> dict[str, Any]:
+    """Runs the stages of a part, writes its report and returns it."""
     import torch
 
     from t2ray.adapters.factors import decompose
     from t2ray.cli.display import TrainingDisplay
     from t2ray.cluster.train.launch import train
     from t2ray.evals.evaluate import build_report
-    from t2ray.evals.report import text_tables, write_report
+    from t2ray.evals.report import write_report
     from t2ray.runs.prepare import prepare
     from t2ray.training.domain import domain_store
     from t2ray.training.metrics import read_metrics
 
-    finished = Path(args.out, config.run, "report.json")
-    if finished.exists():
-        console.print(text_tables(json.loads(finished.read_text(encoding="utf-8"))), markup=False)
-        console.print(f"\nfinished before; to run it again, delete {finished.parent} or choose another folder by --out")
-        return
     timing: dict[str, float] = {}
     start = time.perf_counter()
-    with _stage("decompose", timing), bar("decompose") as progress:
+    with _stage("decompose", timing), bar(f"decompose {config.model}") as progress:
         config = prepare(config, resume=True)
         assert config.factors is not None
         decompose(config.model, config.factors, progress=progress)
     with _stage("train", timing), TrainingDisplay(config) as display:
         train(config, resume=True, tick=display.show)
     torch.set_num_threads(1)  # passes of this size gain little from a second, and lose much where a core is busy
-    bench = Demo(config, args.limit)
+    bench = Demo(part, config, limit)
     with _stage("adapt", timing):
-        mixtures = asyncio.run(bench.adapt(args.seed))
+        mixtures = asyncio.run(bench.adapt())
     with _stage("evaluate", timing):
         measured = asyncio.run(bench.evaluate(mixtures))
     timing["total"] = time.perf_counter() - start
     report = build_report(
-        trained=TRAINED, own=OWN, labels=LABELS, experts=TRAINED, mixtures=mixtures, timing_s=timing, seed=args.seed,
+        trained=part.trained, own=part.own, labels=part.labels, experts=part.trained, mixtures=mixtures,
+        timing_s=timing, seed=config.seed,
         machine=f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}, "
         f"Python {platform.python_version()}, torch {torch.__version__}",
         **measured,
     )  # fmt: skip
-    folder = Path(config.out, config.run)
     curves = {domain: [step.row() for step in read_metrics(domain_store(config, domain))] for domain in config.domains}
-    write_report(folder, report, curves, bench.shifts())
-    console.print(text_tables(report), markup=False)
-    console.print(f"\nreport: {folder}/report.html (also .md, .json)")
+    write_report(Path(config.out, config.run), report, curves, bench.shifts())
+    return report
 
 
 @contextmanager
@@ -112,21 +151,21 @@ def _stage(name: str, timing: dict[str, float]) -> Iterator[None]:
 
 
 class Demo:
-    """The trained model with its experts, and the six tasks."""
+    """The trained model of a part with its experts, and the part's tasks."""
 
-    def __init__(self, config: TrainConfig, limit: int) -> None:
+    def __init__(self, part: Part, config: TrainConfig, limit: int) -> None:
         from t2ray.workbench import Place, open_workbench
 
-        self.config, self.limit = config, limit
+        self.part, self.config, self.limit = part, config, limit
         place = Place(model=config.model, factors=config.factors, experts=config.experts, run=config)
         self.engine, self.registry = open_workbench(place).engine, place.registry()
-        self.tasks = {name: builtin(name) for name in OWN}
+        self.tasks = {name: builtin(name) for name in part.own}
 
-    async def adapt(self, seed: int) -> dict[str, Mixture]:
+    async def adapt(self) -> dict[str, Mixture]:
         """Searches a mixture for every task on prompts of its training split, and saves it by the name of the task."""
         from t2ray.adapt.fewshot import fewshot
 
-        settings = CEMConfig(seed=seed, iterations=ROUNDS)
+        settings = CEMConfig(seed=self.config.seed, iterations=ROUNDS)
         found = {}
         for name, task in self.tasks.items():
             with _verifier(task) as verify, bar(f"few-shot {name}") as progress:
@@ -135,7 +174,7 @@ class Demo:
                     progress(r.iteration, ROUNDS, f"accuracy {r.best.accuracy:.2f}")
 
                 result = await fewshot(
-                    self.engine.generate, self.engine.score, verify, task.examples("train", SHOTS), TRAINED,
+                    self.engine.generate, self.engine.score, verify, task.examples("train", SHOTS), self.part.trained,
                     settings=settings, sampling=SamplingParams(max_tokens=task.max_tokens), gold=task.gold,
                     progress=show,
                 )  # fmt: skip
@@ -150,15 +189,15 @@ class Demo:
         from t2ray.evals.answers import Baseline
         from t2ray.evals.evaluate import dispatch_counts
 
-        classifiers = {
-            "prompt": classify(self.engine.score, LABELS, Mixture.base()),
-            "cls": classify(self.engine.score, LABELS, Mixture.of({CLASSIFIER: 1.0}), name="cls"),
-        }
+        part, score = self.part, self.engine.score
+        classifiers = {"prompt": classify(score, part.labels, Mixture.base())}
+        if part.classifier:
+            classifiers["cls"] = classify(score, part.labels, Mixture.of({part.classifier: 1.0}), name="cls")
         singles: dict[str, dict[str, Cell]] = {}
         adaptive: dict[str, dict[str, Cell]] = {}
         with bar("evaluate") as progress:
             for done, (name, task) in enumerate(self.tasks.items()):
-                alone = {"base": Mixture.base()} | {expert: Mixture.of({expert: 1.0}) for expert in TRAINED}
+                alone = {"base": Mixture.base()} | {expert: Mixture.of({expert: 1.0}) for expert in part.trained}
                 strategies = {key: fixed(mixture) for key, mixture in alone.items()}
                 adapting = classifiers | {"fewshot": fixed(mixtures[name], name="fewshot")}
                 with _verifier(task) as verify:
@@ -166,13 +205,13 @@ class Demo:
                 singles[name] = {key: cells[key] for key in strategies}
                 adaptive[name] = {key: cells[key] for key in adapting}
                 progress(done + 1, len(self.tasks), name)
-        others = builtin("others").examples("test", self.limit)
+        others = builtin(OTHERS).examples("test", self.limit)
         return {
             "singles": singles,
             "adaptive": adaptive,
             "others": {name: await dispatch_counts(others, strategy) for name, strategy in classifiers.items()},
-            "classifier": await self._classifier(),
-            "pass1_share": await self._pass1_share(classifiers["cls"]),
+            "classifier": await self._classifier(part.classifier) if part.classifier else {},
+            "pass1_share": await self._pass1_share(classifiers["cls"]) if part.classifier else None,
             "baselines": {
                 name: Baseline.of(task.gold_readings(examples), task.options(examples))
                 for name, task in self.tasks.items()
@@ -190,13 +229,13 @@ class Demo:
             answers=Answers(task.name, "", task.reading, task.gold, keep=False),
         )  # fmt: skip
 
-    async def _classifier(self) -> dict[str, Cell]:
+    async def _classifier(self, name: str) -> dict[str, Cell]:
         """Measures the classification expert on the test split of its own task, where it writes the label."""
-        task = build_task(self.config, CLASSIFIER)
+        task = build_task(self.config, name)
         with _verifier(task) as verify:
             return {
                 "base": await self._cell(task, fixed(Mixture.base()), verify),
-                "expert": await self._cell(task, fixed(Mixture.of({CLASSIFIER: 1.0})), verify),
+                "expert": await self._cell(task, fixed(Mixture.of({name: 1.0})), verify),
             }
 
     async def _pass1_share(self, strategy: Strategy) -> float:
@@ -216,7 +255,7 @@ class Demo:
         """Returns the mean of z - 1 of each expert, per decoder layer and kind of matrix."""
         from t2ray.experts.heatmap import mean_shift
 
-        engine, names = self.engine, (*TRAINED, CLASSIFIER)
+        engine, names = self.engine, self.config.domains
         return {name: mean_shift(engine.layout, engine.vector(Mixture.of({name: 1.0}))) for name in names}
 
 

@@ -143,7 +143,7 @@ def add_model(parser: Parser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help='The model: "tiny", a local Hugging Face folder or a hub id. Default: that of the run, else tiny.',
+        help='The model: "tiny", "tiny-vision", a local folder or a hub id. Default: that of the run, else tiny.',
     )
     parser.add_argument(
         "--factors",

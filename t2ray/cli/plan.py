@@ -25,7 +25,9 @@ _COLUMNS = 8  # GPUs shown one by one
 def add(p: Parser) -> None:
     """Adds the options of the command."""
     p.set_defaults(command=run)
-    p.add_argument("model", metavar="MODEL", help='A config.json, a folder with one, "tiny" or a hub id.')
+    p.add_argument(
+        "model", metavar="MODEL", help='A config.json, a folder with one, "tiny", "tiny-vision" or a hub id.'
+    )
     p.add_argument(
         "--targets",
         nargs="+",

@@ -35,7 +35,7 @@ def add(p: Parser) -> None:
     p.add_argument(
         "--model",
         metavar="MODEL",
-        help='The model: "tiny", a local Hugging Face folder or a hub id. Default: see --config.',
+        help='The model: "tiny", "tiny-vision", a local Hugging Face folder or a hub id. Default: see --config.',
     )
     p.add_argument(
         "--experts", metavar="URI", help="The registry of experts: a folder, s3:// or gs://. Default: see --config."

@@ -133,7 +133,8 @@ class CEMJob(Strict):
 
     run: FilePath | None = Field(None, description="Folder of a training run, which has the model and the experts.")
     model: FilePath | None = Field(
-        None, description='Model, where no run is named: "tiny", a local Hugging Face folder, or a hub id.'
+        None,
+        description='Model, where no run is named: "tiny", "tiny-vision", a local Hugging Face folder, or a hub id.',
     )
     factors: FilePath | None = Field(
         None, description="Folder of the model's decomposition; without one, the run's, or one in runs/factors."

@@ -84,7 +84,8 @@ class ServeConfig(Strict):
     """One endpoint: `args` in `serve_config.yaml`."""
 
     model: FilePath = Field(
-        "tiny", description='Model to serve: "tiny", a local Hugging Face folder, or an id on the Hugging Face hub.'
+        "tiny",
+        description='Model to serve: "tiny", "tiny-vision", a local folder, or an id on the Hugging Face hub.',
     )
     name: str | None = Field(None, description="Name of the base model that users see; without one, `model`.")
     factors: FilePath | None = Field(

@@ -138,7 +138,8 @@ class TrainConfig(Strict):
     model_config = ConfigDict(serialize_by_alias=True)
 
     model: FilePath = Field(
-        "tiny", description='Model to adapt: "tiny", a local Hugging Face folder, or an id on the Hugging Face hub.'
+        "tiny",
+        description='Model to adapt: "tiny", "tiny-vision", a local folder, or an id on the Hugging Face hub.',
     )
     run: str = Field("train", description="Name of the run, and of its folder under `out`.")
     source: FilePath | None = Field(

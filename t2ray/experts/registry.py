@@ -28,7 +28,9 @@ from t2ray.store import Store
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
 MARKER = "_registry.txt"
 """Stands where something has been deleted. So an empty registry is told apart from a folder whose disk is not there."""
-SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"  # the tiny model's
+_TINY = Path(__file__).parents[1] / "tiny"
+SHIPPED = {"tiny": _TINY / "experts", "tiny-vision": _TINY / "vision_experts"}
+"""The registry that t2ray ships for a model that it ships."""
 VERSION = re.compile(r"v(\d{4,})")
 SVF = AdapterConfig()
 

@@ -8,21 +8,21 @@ from typing import Any
 import torch
 
 from t2ray.core import ModelError
-from t2ray.models.weights import is_gguf, resolve
+from t2ray.models.weights import PACKAGED, is_gguf, resolve
 
 
 def skeleton(ref: str) -> Any:
     """Returns the transformers module of a model, on the meta device.
 
     Args:
-        ref: a config.json, a folder with one, a GGUF file, "tiny" or a hub id.
+        ref: a config.json, a folder with one, a GGUF file, "tiny", "tiny-vision" or a hub id.
 
     Raises:
         ModelError: there is no such configuration, transformers knows no language model of it, or it has no attention.
     """
     from transformers import AutoConfig
 
-    source = resolve(ref) if ref == "tiny" or is_gguf(Path(ref).expanduser()) else ref
+    source = resolve(ref) if ref in PACKAGED or is_gguf(Path(ref).expanduser()) else ref
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         with torch.device("meta"):

@@ -15,13 +15,14 @@ from safetensors import safe_open
 from t2ray.core import ModelError
 
 TINY = Path(__file__).parents[1] / "tiny" / "model"
+PACKAGED = {"tiny": TINY, "tiny-vision": TINY.with_name("vision_model")}
 INDEX = "model.safetensors.index.json"
 SAMPLES, SAMPLE_BYTES = 16, 4096
 HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
 
 
 def resolve(ref: str) -> Path:
-    """Returns the local folder of a model: "tiny" (the packaged one), an existing folder, or a hub id ("org/name").
+    """Returns the local folder of a model: "tiny" or "tiny-vision" (packaged), a folder, or a hub id ("org/name").
 
     A GGUF file, or a folder with one, is dequantised first (see `t2ray.models.gguf`).
     From the hub, only safetensors, JSON, tokenizer and chat template files are fetched, never pickles or code.
@@ -31,8 +32,8 @@ def resolve(ref: str) -> Path:
             read.
         ResourceError: what reads GGUF files is not installed.
     """
-    if ref == "tiny":
-        return TINY
+    if ref in PACKAGED:
+        return PACKAGED[ref]
     path = Path(ref).expanduser()
     if is_gguf(path):
         from t2ray.models.gguf import dequantised

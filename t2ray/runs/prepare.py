@@ -15,7 +15,7 @@ from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, RunError, user
 from t2ray.experts.registry import Registry
 from t2ray.models.load import load_chat
-from t2ray.models.weights import open_weights, resolve
+from t2ray.models.weights import PACKAGED, open_weights, resolve
 from t2ray.runs.folder import begun, read_run
 from t2ray.runs.fork import starts
 from t2ray.runs.rows import check_lengths
@@ -146,7 +146,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
     }
     return config.model_copy(
         update={
-            "model": config.model if config.model == "tiny" else str(model),  # each node has its own "tiny"
+            "model": config.model if config.model in PACKAGED else str(model),  # each node has its own
             "out": out,
             "factors": str(Path(factors).absolute()),
             "code": config.code and str(Path(config.code).absolute()),

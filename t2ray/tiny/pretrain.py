@@ -5,21 +5,23 @@ Not here: the corpus (`corpus.py`).
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from t2ray.core import Message
-from t2ray.tiny.corpus import LAST_SHARES, LATER_SHARES, SYSTEM, Corpus, answers, load, messages
+from t2ray.tiny.corpus import LAST_SHARES, LATER_SHARES, SHARES, SYSTEM, Corpus, answers, load, messages
 
 PAD, BOS, END = "<|pad|>", "<|bos|>", "<|end|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -115,7 +117,7 @@ def answer_tokens(tokenizer: PreTrainedTokenizerFast, tokens_BT: Tensor) -> tupl
     return answer_BT, answer_BT & (start_BT == start_BT[:, -1:])
 
 
-def optimizers(model: LlamaForCausalLM, scale: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: torch.nn.Module, scale: float) -> list[torch.optim.Optimizer]:
     """Returns Muon for the matrices of the layers, and AdamW for the embedding and the norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     rest = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -130,15 +132,10 @@ def rate(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def train(
-    model: LlamaForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    draw: Callable[[], list[tuple[Message, ...]]],
-    steps: int,
-    scale: float,
-    log: Callable[[str], None],
+def fit(
+    model: torch.nn.Module, losses: Callable[[], Iterator[Tensor]], steps: int, scale: float, log: Callable[[str], None]
 ) -> None:
-    """Trains the model to predict the tokens of the answers in what `draw` returns; logs the loss and the time left.
+    """Trains a model: a step follows the sum of what `losses` yields; logs the loss and the time left.
 
     `scale` is a factor of the learning rates.
     """
@@ -147,15 +144,7 @@ def train(
     model.train()
     started, recent = time.monotonic(), 0.0
     for step in range(steps):
-        rows = sorted(encode(tokenizer, draw()), key=len)
-        parts = [padded(tokenizer, rows[start : start + CHUNK]) for start in range(0, BATCH, CHUNK)]
-        learned = [answer_tokens(tokenizer, tokens_BT)[0][:, 1:] for tokens_BT in parts]
-        count = sum(int(learned_BT.sum()) for learned_BT in learned)
-        for tokens_BT, learned_BT in zip(parts, learned, strict=True):
-            # padding on the right needs no mask: attention is causal
-            hidden_BTD = model.model(input_ids=tokens_BT[:, :-1], use_cache=False).last_hidden_state
-            logits_NV, targets_N = model.lm_head(hidden_BTD[learned_BT]), tokens_BT[:, 1:][learned_BT]
-            loss = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / count
+        for loss in losses():
             torch.autograd.backward(loss)
             recent += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,6 +157,29 @@ def train(
             left = spent / (step + 1) * (steps - step - 1)
             log(f"step {step + 1}/{steps}  loss {recent / 50:.4f}  {spent:.0f} s, {left:.0f} s left")
             recent = 0.0
+
+
+def losses(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    chats: list[tuple[Message, ...]],
+    seen: Callable[[list[int]], dict[str, Tensor]] = lambda part: {},
+) -> Iterator[Tensor]:
+    """Yields the loss of the answers' tokens, the mean over all of them, in parts of like length.
+
+    `seen` returns what the model gets besides the ids of these conversations.
+    """
+    ids = encode(tokenizer, chats)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    parts = [order[start : start + CHUNK] for start in range(0, len(ids), CHUNK)]
+    tokens = [padded(tokenizer, [ids[i] for i in part]) for part in parts]
+    learned = [answer_tokens(tokenizer, tokens_BT)[0][:, 1:] for tokens_BT in tokens]
+    count = sum(int(learned_BT.sum()) for learned_BT in learned)
+    for part, tokens_BT, learned_BT in zip(parts, tokens, learned, strict=True):
+        # padding on the right needs no mask: attention is causal
+        hidden_BTD = model.model(input_ids=tokens_BT[:, :-1], use_cache=False, **seen(part)).last_hidden_state
+        logits_NV, targets_N = model.lm_head(hidden_BTD[learned_BT]), tokens_BT[:, 1:][learned_BT]
+        yield torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / count
 
 
 # ---------------------------------------------------------------------------------------------------------- the quality
@@ -210,12 +222,15 @@ def measure(
 
 
 def likelihood(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, chats: list[tuple[Message, ...]]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, chats: list[tuple[Message, ...]], **seen: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Returns each last answer's probability, (B,), and whether each of its tokens is the likeliest one, (B,)."""
+    """Returns each last answer's probability, (B,), and whether each of its tokens is the likeliest one, (B,).
+
+    `seen` is what the model gets besides ids.
+    """
     tokens_BT = padded(tokenizer, encode(tokenizer, chats))
     last_BT = answer_tokens(tokenizer, tokens_BT)[1][:, 1:]
-    logp_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False).logits.log_softmax(-1)
+    logp_BTV = model(input_ids=tokens_BT[:, :-1], use_cache=False, **seen).logits.log_softmax(-1)
     targets_BT = tokens_BT[:, 1:]
     logp_BT = logp_BTV.gather(-1, targets_BT[..., None])[..., 0]
     best_BT = logp_BTV.argmax(-1) == targets_BT
@@ -234,22 +249,28 @@ def pretrain(
     tokenizer = build_tokenizer(corpus)
     model = build_model(tokenizer)
     log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps of {BATCH} conversations")
-    train(model, tokenizer, lambda: corpus.draw(BATCH), steps, 1.0, log)
-    train(model, tokenizer, lambda: corpus.draw(BATCH, LATER_SHARES), round(LATER * steps), LATER_RATE, log)
-    train(model, tokenizer, lambda: corpus.draw(BATCH, LAST_SHARES), round(LAST * steps), LAST_RATE, log)
+
+    def drawn(shares: Mapping[str, float]) -> Callable[[], Iterator[Tensor]]:
+        return lambda: losses(model, tokenizer, corpus.draw(BATCH, shares))
+
+    fit(model, drawn(SHARES), steps, 1.0, log)
+    fit(model, drawn(LATER_SHARES), round(LATER * steps), LATER_RATE, log)
+    fit(model, drawn(LAST_SHARES), round(LAST * steps), LAST_RATE, log)
     quality = measure(model, tokenizer)
     for task, row in quality.items():
         log(f"{task:10s} right in some format {row['some']:.3f}, in the wanted one {row['wanted']:.3f}, "
             f"greedy {row['greedy']:.3f}")  # fmt: skip
-    save(model, tokenizer, out)
+    save((model, tokenizer), out)
     return quality
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the Hugging Face folder beside `out` and renames it into place."""
+def save(parts: Sequence[Any], out: Path, **files: Any) -> None:
+    """Writes the parts of a Hugging Face folder beside `out`, with JSON files by name, and renames it into place."""
     fresh = out.with_name(f".{out.name}.{os.getpid()}")
-    model.save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
+    for part in parts:
+        part.save_pretrained(fresh)
+    for name, value in files.items():
+        (fresh / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     for path in fresh.iterdir():
         path.chmod(0o644)  # safetensors gives its files to their owner alone
     if out.exists():

@@ -64,11 +64,11 @@ def resolved(config: ServeConfig) -> ServeConfig:
     experts = config.experts
     if experts is None:
         demo = config.model == "tiny" and Store(RUN_EXPERTS).names()
-        if not demo and config.model != "tiny":
+        if not demo and config.model not in SHIPPED:
             raise ResourceError(
                 f"no experts were named for {config.model}; name them by --experts or `experts: FOLDER`"
             )
-        experts = RUN_EXPERTS if demo else str(SHIPPED)
+        experts = RUN_EXPERTS if demo else str(SHIPPED[config.model])
     if "://" not in experts:
         experts = str(Path(experts).absolute())
     name = config.name or (folder.name if Path(config.model).exists() else config.model)  # no path of this machine

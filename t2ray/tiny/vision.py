@@ -1,0 +1,193 @@
+"""Pretrains the tiny vision model: LLaVA with a tiny CLIP as its eyes and the tiny model as its decoder.
+
+First the eyes alone learn to name in the decoder's own words what lies in each patch of a picture; then all of it
+learns conversations about pictures. Not here: the corpus (`vision_corpus.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from t2ray.core import Message, user
+from t2ray.tasks import tiny_vision
+from t2ray.tasks.tiny_vision import COLORS, SHAPES, SIZE, Scene, corner, painted
+from t2ray.tiny import MODEL
+from t2ray.tiny.pretrain import fit, likelihood, losses, save
+from t2ray.tiny.vision_corpus import FORMS, MARK, PLACES, PROSE, Pictures
+
+WORDS = (
+    *SHAPES, *(f"{kind}s" for kind in SHAPES), *COLORS, "shape", "shapes", "color", "counts", "top", "bottom", "left",
+    "right", "corner", "what", "which", "where", "does", "Answer", "image", "contain", "present",
+    "question", "using", "single", "phrase", "yes", "no",
+)  # fmt: skip
+"""What becomes one token each, so that questions are short."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+SIDE, PATCH = 32, 8  # pixels of a picture as the eyes get it, and of a patch
+EYE_STEPS, EYE_BATCH, EYE_RATE = 600, 128, 1.0
+STEPS, BATCH, RATE = 700, 48, 0.6
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Returns the tiny model's tokenizer with `WORDS` and a picture's mark."""
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, extra_special_tokens={"image_token": MARK})
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in WORDS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """Returns the tiny model, its embedding enlarged, with freshly initialised eyes: 0.97 M parameters."""
+    decoder = AutoModelForCausalLM.from_pretrained(MODEL)
+    known_VD = decoder.get_input_embeddings().weight.data
+    decoder.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    decoder.get_input_embeddings().weight.data[len(known_VD) :].normal_(std=float(known_VD.std()))
+    eyes = CLIPVisionConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, image_size=SIDE,
+        patch_size=PATCH, projection_dim=64, initializer_factor=1.0, hidden_act="gelu",
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=eyes, text_config=decoder.config, image_token_index=tokenizer.convert_tokens_to_ids(MARK),
+        image_seq_length=PLACES, vision_feature_layer=-1, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = LlavaForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(decoder.model.state_dict())
+    model.tie_weights()
+    model.generation_config = GenerationConfig(**decoder.generation_config.to_diff_dict())
+    return model
+
+
+def build_processor() -> CLIPImageProcessorPil:
+    """Returns what makes pixels of a picture."""
+    return CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
+
+
+# --------------------------------------------------------------------------------------------------------- the training
+
+
+def pixels(processor: CLIPImageProcessorPil, scenes: list[Scene]) -> Tensor:
+    """Returns pictures as the model gets them, (B, 3, SIDE, SIDE)."""
+    found: Tensor = processor([painted(drawn) for drawn in scenes], return_tensors="pt")["pixel_values"]
+    return found
+
+
+def contents(scenes: list[Scene]) -> list[tuple[int, int, tuple[str, ...]]]:
+    """Returns what there is to see: (picture, patch, words) of each shape's centre, such as (0, 5, ("red", "circle",
+    "top", "left")).
+    """
+    found = []
+    for row, drawn in enumerate(scenes):
+        for shape in drawn["shapes"]:
+            kind, color, x, y, width, height = shape
+            column, line = ((at + size // 2) * SIDE // SIZE // PATCH for at, size in ((x, width), (y, height)))
+            found.append((row, line * (SIDE // PATCH) + column, (color, kind, *corner(shape).split())))
+    return found
+
+
+def eye_loss(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, images: Tensor,
+             scenes: list[Scene]) -> Tensor:  # fmt: skip
+    """Returns how far a patch is from what it is to be to the decoder: the sum of its words' embeddings.
+
+    A patch without a shape's centre is to be the mark's embedding. The loss is the mean squared error over the words'
+    variance, of patches with such a centre plus of those without.
+    """
+    embedding_VD = model.get_input_embeddings().weight.detach()
+    features = model.model.get_image_features(images, vision_feature_layer=-1, vision_feature_select_strategy="default")
+    seen_BPD = torch.stack(list(features.pooler_output))
+    wanted_BPD = embedding_VD[tokenizer.convert_tokens_to_ids(MARK)].expand_as(seen_BPD).clone()
+    shape_BP = torch.zeros(seen_BPD.shape[:2], dtype=torch.bool)
+    for row, patch, words in contents(scenes):
+        wanted_BPD[row, patch] = embedding_VD[tokenizer.convert_tokens_to_ids([*words])].sum(0)
+        shape_BP[row, patch] = True
+    error_BP = (seen_BPD - wanted_BPD).square().mean(-1) / wanted_BPD[shape_BP].var()
+    loss: Tensor = error_BP[shape_BP].mean() + error_BP[~shape_BP].mean()
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------------------- the quality
+
+
+@torch.no_grad()
+def measure(
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    processor: CLIPImageProcessorPil,
+    split: str = "validation",
+    count: int = 200,
+) -> dict[str, dict[str, float]]:
+    """Returns three measures per task, as `pretrain.measure` does."""
+    model.eval()
+    quality = {}
+    for task in tiny_vision.TASKS:
+        part = tiny_vision.rows(task, split)[:count]
+        images = pixels(processor, [row["scene"] for row in part])
+        before, after = tiny_vision.FORMATS[task].split("{}")
+        found = {}
+        for form in dict.fromkeys((PROSE, *FORMS, tiny_vision.FORMATS[task])):
+            chats = [
+                (*user(MARK * PLACES + row["prompt"]), Message(role="assistant", content=form.format(answer)))
+                for row in part
+                for answer in [row["answer"].removeprefix(before).removesuffix(after)]
+            ]
+            found[form] = likelihood(model, tokenizer, chats, pixel_values=images)
+        wanted, greedy = (float(value.float().mean()) for value in found[tiny_vision.FORMATS[task]])
+        some = sum(float(p.mean()) for p, _ in found.values())
+        quality[task] = {"some": some, "wanted": wanted, "greedy": greedy}
+    return quality
+
+
+# -------------------------------------------------------------------------------------------------------------- the job
+
+
+def pretrain(
+    out: Path, *, seed: int = 0, eye_steps: int = EYE_STEPS, steps: int = STEPS, log: Callable[[str], None] = print
+) -> dict[str, dict[str, float]]:
+    """Trains the model and writes it to the folder `out`, in place of one there; returns its quality (`measure`)."""
+    torch.manual_seed(seed)
+    corpus, tokenizer, processor = Pictures(seed), build_tokenizer(), build_processor()
+    model = build_model(tokenizer)
+    log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps of {BATCH} conversations")
+
+    def looked() -> Iterator[Tensor]:
+        scenes = [corpus.scene() for _ in range(EYE_BATCH)]
+        yield eye_loss(model, tokenizer, pixels(processor, scenes), scenes)
+
+    def talked() -> Iterator[Tensor]:
+        chats = corpus.draw(BATCH)
+
+        def seen(part: list[int]) -> dict[str, Tensor]:
+            scenes = [drawn for i in part for drawn in chats[i].scenes]
+            return {"pixel_values": pixels(processor, scenes)} if scenes else {}
+
+        return losses(model, tokenizer, [chat.messages for chat in chats], seen)
+
+    fit(model, looked, eye_steps, EYE_RATE, log)
+    fit(model, talked, steps, RATE, log)
+    quality = measure(model, tokenizer, processor)
+    for task, row in quality.items():
+        log(f"{task:10s} right in some format {row['some']:.3f}, in the wanted one {row['wanted']:.3f}, "
+            f"greedy {row['greedy']:.3f}")  # fmt: skip
+    settings = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    save((model, tokenizer, processor), out, processor_config=settings)
+    return quality
