@@ -46,7 +46,7 @@ CHAT_TEMPLATE = (
 
 SIDE, PATCH = 32, 8  # pixels of a picture as the eyes get it, and of a patch
 EYE_STEPS, EYE_BATCH, EYE_RATE = 600, 128, 1.0
-STEPS, BATCH, RATE = 700, 48, 0.6
+STEPS, BATCH, RATE = 700, 48, 0.6  # twice, since the eyes become useful to the decoder only late in the first part
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -165,15 +165,16 @@ def pretrain(
 ) -> dict[str, dict[str, float]]:
     """Trains the model and writes it to the folder `out`, in place of one there; returns its quality (`measure`)."""
     torch.manual_seed(seed)
-    corpus, tokenizer, processor = Pictures(seed), build_tokenizer(), build_processor()
+    first, second = Pictures(seed), Pictures(seed + 1)
+    tokenizer, processor = build_tokenizer(), build_processor()
     model = build_model(tokenizer)
     log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps of {BATCH} conversations")
 
     def looked() -> Iterator[Tensor]:
-        scenes = [corpus.scene() for _ in range(EYE_BATCH)]
+        scenes = [first.scene() for _ in range(EYE_BATCH)]
         yield eye_loss(model, tokenizer, pixels(processor, scenes), scenes)
 
-    def talked() -> Iterator[Tensor]:
+    def talked(corpus: Pictures) -> Iterator[Tensor]:
         chats = corpus.draw(BATCH)
 
         def seen(part: list[int]) -> dict[str, Tensor]:
@@ -183,7 +184,8 @@ def pretrain(
         return losses(model, tokenizer, [chat.messages for chat in chats], seen)
 
     fit(model, looked, eye_steps, EYE_RATE, log)
-    fit(model, talked, steps, RATE, log)
+    fit(model, lambda: talked(first), steps, RATE, log)
+    fit(model, lambda: talked(second), steps, RATE, log)
     quality = measure(model, tokenizer, processor)
     for task, row in quality.items():
         log(f"{task:10s} right in some format {row['some']:.3f}, in the wanted one {row['wanted']:.3f}, "
