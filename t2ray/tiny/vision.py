@@ -184,6 +184,8 @@ def pretrain(
         return losses(model, tokenizer, [chat.messages for chat in chats], seen)
 
     fit(model, looked, eye_steps, EYE_RATE, log)
+    for part in (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()):
+        part.requires_grad_(False)  # else the eyes forget the words, and the words move away from the eyes
     fit(model, lambda: talked(first), steps, RATE, log)
     fit(model, lambda: talked(second), steps, RATE, log)
     quality = measure(model, tokenizer, processor)
