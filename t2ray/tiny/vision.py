@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,6 +38,10 @@ WORDS = (
 )  # fmt: skip
 """What becomes one token each, so that questions are short."""
 
+SORTS = (SHAPES, tuple(COLORS), ("top", "bottom"), ("left", "right"))
+"""Of each of these, one word is true of a shape."""
+SHARP = 32  # so that a word's own embedding is far likelier than another's
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -45,7 +50,7 @@ CHAT_TEMPLATE = (
 )
 
 SIDE, PATCH = 32, 8  # pixels of a picture as the eyes get it, and of a patch
-EYE_STEPS, EYE_BATCH, EYE_RATE = 600, 128, 1.0
+EYE_STEPS, EYE_BATCH, EYE_RATE = 400, 128, 1.0
 STEPS, BATCH, RATE = 700, 48, 0.6  # twice, since the eyes become useful to the decoder only late in the first part
 
 
@@ -110,18 +115,26 @@ def eye_loss(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenize
     """Returns how far a patch is from what it is to be to the decoder: the sum of its words' embeddings.
 
     A patch without a shape's centre is to be the mark's embedding. The loss is the mean squared error over the words'
-    variance, of patches with such a centre plus of those without.
+    variance, of patches with such a centre plus of those without, plus the cross-entropy of each word among those of
+    its sort: in the squared error alone the kind of a shape is a small part.
     """
     embedding_VD = model.get_input_embeddings().weight.detach()
     features = model.model.get_image_features(images, vision_feature_layer=-1, vision_feature_select_strategy="default")
     seen_BPD = torch.stack(list(features.pooler_output))
     wanted_BPD = embedding_VD[tokenizer.convert_tokens_to_ids(MARK)].expand_as(seen_BPD).clone()
     shape_BP = torch.zeros(seen_BPD.shape[:2], dtype=torch.bool)
-    for row, patch, words in contents(scenes):
+    found = contents(scenes)
+    for row, patch, words in found:
         wanted_BPD[row, patch] = embedding_VD[tokenizer.convert_tokens_to_ids([*words])].sum(0)
         shape_BP[row, patch] = True
-    error_BP = (seen_BPD - wanted_BPD).square().mean(-1) / wanted_BPD[shape_BP].var()
+    scale = wanted_BPD[shape_BP].var()
+    error_BP = (seen_BPD - wanted_BPD).square().mean(-1) / scale
     loss: Tensor = error_BP[shape_BP].mean() + error_BP[~shape_BP].mean()
+    seen_SD = torch.stack([seen_BPD[row, patch] for row, patch, _ in found])
+    for sort in SORTS:
+        of_VD = embedding_VD[tokenizer.convert_tokens_to_ids([*sort])]
+        said_S = torch.tensor([next(sort.index(word) for word in words if word in sort) for *_, words in found])
+        loss = loss + cross_entropy(seen_SD @ of_VD.T / (scale * len(of_VD[0])) * SHARP, said_S)
     return loss
 
 
