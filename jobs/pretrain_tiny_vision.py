@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from t2ray.tiny import VISION
-from t2ray.tiny.vision import EYE_STEPS, STEPS, pretrain
+from t2ray.tiny.vision import EYE_STEPS, LAST_STEPS, STEPS, pretrain
 
 
 def main() -> None:
@@ -14,9 +14,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=VISION, help="the folder to write or replace")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--last-steps", type=int, default=LAST_STEPS)
     parser.add_argument("--eye-steps", type=int, default=EYE_STEPS)
     arguments = parser.parse_args()
-    pretrain(arguments.out, seed=arguments.seed, steps=arguments.steps, eye_steps=arguments.eye_steps)
+    pretrain(
+        arguments.out,
+        seed=arguments.seed,
+        steps=arguments.steps,
+        eye_steps=arguments.eye_steps,
+        last_steps=arguments.last_steps,
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The tiny vision-language model's tasks: questions about drawn shapes. No expert is trained on the third.
 
-| task | asks of a picture with one to four shapes | the wanted completion |
+| task | asks of a picture with one to three shapes | the wanted completion |
 | --- | --- | --- |
 | shapes | `what color is the circle?`, `which shape is red?` | `red`, `circle` |
-| counts | `how many red shapes are there?` | `#### 2` |
-| places | `where is the red circle?` | `top left` |
+| counts | `how many circles are there?` | `#### 2` |
+| places | `where is the red shape?` | `top left` |
 
 The wanted formats of `shapes` and `counts` conflict, as those of the tiny tasks do (`tiny`). Rows are generated, the
 same in every process, and hold what is drawn; the picture is drawn when its prompt is made. Every row has a picture of
@@ -35,21 +35,21 @@ Scene = Mapping[str, Any]
 """What is drawn: `{"ground": [250, 244, 231], "shapes": [["circle", "red", x, y, width, height], ...]}`, in pixels."""
 
 Asked = tuple[str, str]
-"""A question without its wording, and its answer: ("red circle", "top left")."""
+"""A question without its wording, and its answer: ("red shape", "top left")."""
 
 # ------------------------------------------------------------------------------------------------------------ a picture
 
 
 def scene(rng: random.Random) -> Scene:
-    """Returns one to four shapes, each in a corner of its own, on a light ground; few colours and kinds recur."""
+    """Returns one to three shapes, each of a colour and in a corner of its own, on a light ground; kinds recur."""
     kinds = rng.sample(SHAPES, rng.choice((2, 3)))
-    colors = rng.sample(tuple(COLORS), rng.choice((2, 3, 4)))
-    half = SIZE // 2
+    half, count = SIZE // 2, rng.randint(1, 3)
+    corners = rng.sample(((0, 0), (half, 0), (0, half), (half, half)), count)
     shapes = []
-    for column, line in sorted(rng.sample(((0, 0), (half, 0), (0, half), (half, half)), rng.randint(1, 4))):
+    for color, (column, line) in zip(rng.sample(tuple(COLORS), count), sorted(corners), strict=True):
         kind, width, height = _outline(rng, kinds, half - 4)
         x, y = column + rng.randint(1, half - width - 1), line + rng.randint(1, half - height - 1)
-        shapes.append([kind, rng.choice(colors), x, y, width, height])
+        shapes.append([kind, color, x, y, width, height])
     return {"ground": _ground(rng), "shapes": shapes}
 
 
@@ -118,8 +118,8 @@ def kinds(drawn: Scene) -> list[Asked]:
 
 
 def counts(drawn: Scene) -> list[Asked]:
-    """How many shapes there are: of all, of each colour and of each kind."""
-    names = [name for kind, color, *_ in drawn["shapes"] for name in ("shape", f"{color} shape", kind)]
+    """How many shapes there are: of all, and of each kind."""
+    names = [name for kind, *_ in drawn["shapes"] for name in ("shape", kind)]
     return [(name, str(names.count(name))) for name in dict.fromkeys(names)]
 
 
@@ -130,12 +130,12 @@ def corner(shape: list[Any]) -> str:
 
 
 def places(drawn: Scene) -> list[Asked]:
-    """In which corner each shape is that is the only one of its kind, of its colour, or of both."""
+    """In which corner each shape is that is the only one of its kind or of its colour."""
     named = [
         (name, corner(shape))
         for shape in drawn["shapes"]
         for kind, color, *_ in [shape]
-        for name in (kind, f"{color} shape", f"{color} {kind}")
+        for name in (kind, f"{color} shape")
     ]
     names = [name for name, _ in named]
     return [(name, where) for name, where in named if names.count(name) == 1]

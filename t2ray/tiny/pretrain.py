@@ -159,15 +159,20 @@ def fit(
             recent = 0.0
 
 
+def as_ids(rows: list[int], tokens_BT: Tensor) -> dict[str, Tensor]:
+    """Returns what a model of texts gets."""
+    return {"input_ids": tokens_BT}
+
+
 def losses(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     chats: list[tuple[Message, ...]],
-    seen: Callable[[list[int]], dict[str, Tensor]] = lambda part: {},
+    inputs: Callable[[list[int], Tensor], dict[str, Tensor]] = as_ids,
 ) -> Iterator[Tensor]:
     """Yields the loss of the answers' tokens, the mean over all of them, in parts of like length.
 
-    `seen` returns what the model gets besides the ids of these conversations.
+    `inputs` returns what the model gets of some conversations, by their indices, and their tokens.
     """
     ids = encode(tokenizer, chats)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -177,7 +182,7 @@ def losses(
     count = sum(int(learned_BT.sum()) for learned_BT in learned)
     for part, tokens_BT, learned_BT in zip(parts, tokens, learned, strict=True):
         # padding on the right needs no mask: attention is causal
-        hidden_BTD = model.model(input_ids=tokens_BT[:, :-1], use_cache=False, **seen(part)).last_hidden_state
+        hidden_BTD = model.model(**inputs(part, tokens_BT[:, :-1]), use_cache=False).last_hidden_state
         logits_NV, targets_N = model.lm_head(hidden_BTD[learned_BT]), tokens_BT[:, 1:][learned_BT]
         yield torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="sum") / count
 

@@ -1,7 +1,8 @@
 """Pretrains the tiny vision model: LLaVA with a tiny CLIP as its eyes and the tiny model as its decoder.
 
-First the eyes alone learn to name in the decoder's own words what lies in each patch of a picture; then all of it
-learns conversations about pictures. Not here: the corpus (`vision_corpus.py`).
+First the decoder learns conversations about pictures that it need not see: a patch is the sum of the embeddings of the
+words for what lies in it. Then the eyes learn to make such patches of pixels, and at last the decoder gets theirs.
+Not here: the corpus (`vision_corpus.py`).
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ CHAT_TEMPLATE = (
 )
 
 SIDE, PATCH = 32, 8  # pixels of a picture as the eyes get it, and of a patch
+STEPS, BATCH, RATE = 2_400, 32, 1.0
 EYE_STEPS, EYE_BATCH, EYE_RATE = 400, 128, 1.0
-STEPS, BATCH, RATE = 700, 48, 0.6  # twice, since the eyes become useful to the decoder only late in the first part
+LAST_STEPS, LAST_RATE = 300, 0.3
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -110,23 +112,32 @@ def contents(scenes: list[Scene]) -> list[tuple[int, int, tuple[str, ...]]]:
     return found
 
 
+def imagined(embedding_VD: Tensor, tokenizer: PreTrainedTokenizerFast, scenes: list[Scene]) -> Tensor:
+    """Returns what the decoder is to get of pictures, (B, P, D): at a shape's centre the sum of its words' embeddings,
+    at every other patch the mark's embedding.
+    """
+    of = tokenizer.convert_tokens_to_ids
+    patch_BPD = embedding_VD[of(MARK)].repeat(len(scenes), PLACES, 1)
+    for row, patch, words in contents(scenes):
+        patch_BPD[row, patch] = embedding_VD[of([*words])].sum(0)
+    return patch_BPD
+
+
 def eye_loss(model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, images: Tensor,
              scenes: list[Scene]) -> Tensor:  # fmt: skip
-    """Returns how far a patch is from what it is to be to the decoder: the sum of its words' embeddings.
+    """Returns how far the eyes' patches are from the `imagined` ones.
 
-    A patch without a shape's centre is to be the mark's embedding. The loss is the mean squared error over the words'
-    variance, of patches with such a centre plus of those without, plus the cross-entropy of each word among those of
-    its sort: in the squared error alone the kind of a shape is a small part.
+    It is the mean squared error over the words' variance, of patches with a shape's centre plus of those without, plus
+    the cross-entropy of each word among those of its sort: in the squared error alone the kind of a shape is a small
+    part.
     """
     embedding_VD = model.get_input_embeddings().weight.detach()
     features = model.model.get_image_features(images, vision_feature_layer=-1, vision_feature_select_strategy="default")
     seen_BPD = torch.stack(list(features.pooler_output))
-    wanted_BPD = embedding_VD[tokenizer.convert_tokens_to_ids(MARK)].expand_as(seen_BPD).clone()
-    shape_BP = torch.zeros(seen_BPD.shape[:2], dtype=torch.bool)
+    wanted_BPD = imagined(embedding_VD, tokenizer, scenes)
     found = contents(scenes)
-    for row, patch, words in found:
-        wanted_BPD[row, patch] = embedding_VD[tokenizer.convert_tokens_to_ids([*words])].sum(0)
-        shape_BP[row, patch] = True
+    shape_BP = torch.zeros(seen_BPD.shape[:2], dtype=torch.bool)
+    shape_BP[[row for row, *_ in found], [patch for _, patch, _ in found]] = True
     scale = wanted_BPD[shape_BP].var()
     error_BP = (seen_BPD - wanted_BPD).square().mean(-1) / scale
     loss: Tensor = error_BP[shape_BP].mean() + error_BP[~shape_BP].mean()
@@ -174,33 +185,46 @@ def measure(
 
 
 def pretrain(
-    out: Path, *, seed: int = 0, eye_steps: int = EYE_STEPS, steps: int = STEPS, log: Callable[[str], None] = print
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int = STEPS,
+    eye_steps: int = EYE_STEPS,
+    last_steps: int = LAST_STEPS,
+    log: Callable[[str], None] = print,
 ) -> dict[str, dict[str, float]]:
     """Trains the model and writes it to the folder `out`, in place of one there; returns its quality (`measure`)."""
     torch.manual_seed(seed)
-    first, second = Pictures(seed), Pictures(seed + 1)
+    corpus = Pictures(seed)
     tokenizer, processor = build_tokenizer(), build_processor()
     model = build_model(tokenizer)
     log(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, {steps} steps of {BATCH} conversations")
 
-    def looked() -> Iterator[Tensor]:
-        scenes = [first.scene() for _ in range(EYE_BATCH)]
+    def talked(inputs: Callable[[Tensor, list[Scene]], dict[str, Tensor]]) -> Iterator[Tensor]:
+        chats = corpus.draw(BATCH)
+        return losses(
+            model, tokenizer, [chat.messages for chat in chats],
+            lambda rows, tokens_BT: inputs(tokens_BT, [drawn for i in rows for drawn in chats[i].scenes]),
+        )  # fmt: skip
+
+    def imagining(tokens_BT: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+        embedding_VD = model.get_input_embeddings().weight
+        embedded_BTD = embedding_VD[tokens_BT]
+        mark_BT1 = (tokens_BT == tokenizer.convert_tokens_to_ids(MARK))[..., None]
+        return {"inputs_embeds": embedded_BTD.masked_scatter(mark_BT1, imagined(embedding_VD, tokenizer, scenes))}
+
+    def looking() -> Iterator[Tensor]:
+        scenes = [corpus.scene() for _ in range(EYE_BATCH)]
         yield eye_loss(model, tokenizer, pixels(processor, scenes), scenes)
 
-    def talked(corpus: Pictures) -> Iterator[Tensor]:
-        chats = corpus.draw(BATCH)
+    def seeing(tokens_BT: Tensor, scenes: list[Scene]) -> dict[str, Tensor]:
+        return {"input_ids": tokens_BT} | ({"pixel_values": pixels(processor, scenes)} if scenes else {})
 
-        def seen(part: list[int]) -> dict[str, Tensor]:
-            scenes = [drawn for i in part for drawn in chats[i].scenes]
-            return {"pixel_values": pixels(processor, scenes)} if scenes else {}
-
-        return losses(model, tokenizer, [chat.messages for chat in chats], seen)
-
-    fit(model, looked, eye_steps, EYE_RATE, log)
+    fit(model, lambda: talked(imagining), steps, RATE, log)
+    fit(model, looking, eye_steps, EYE_RATE, log)
     for part in (model.model.vision_tower, model.model.multi_modal_projector, model.get_input_embeddings()):
         part.requires_grad_(False)  # else the eyes forget the words, and the words move away from the eyes
-    fit(model, lambda: talked(first), steps, RATE, log)
-    fit(model, lambda: talked(second), steps, RATE, log)
+    fit(model, lambda: talked(seeing), last_steps, LAST_RATE, log)
     quality = measure(model, tokenizer, processor)
     for task, row in quality.items():
         log(f"{task:10s} right in some format {row['some']:.3f}, in the wanted one {row['wanted']:.3f}, "

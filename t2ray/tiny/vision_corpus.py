@@ -22,9 +22,9 @@ MARK, PLACES = "<image>", 16
 
 LABELS = ("shapes", "counts", OTHERS)
 PROSE, FORMS = "It is {}.", ("{}", "#### {}", "({})")
-PARTS, MOST_QUESTIONS, MOST_TURNS = (1, 1, 2), 4, 3
+PARTS, MOST_QUESTIONS, MOST_TURNS = (1, 1, 1, 2), 12, 3
 """Of a conversation, one of these; of a picture; of what is said without a picture."""
-TEXT_SHARE, CLASS_SHARE = 0.2, 0.05  # of the parts
+TEXT_SHARE, CLASS_SHARE = 0.1, 0.05  # of the parts
 ALONE_SHARE = 0.35  # of the pictures
 TELL, TELL_SHARE = "describe the image", 0.4  # of the first questions
 
