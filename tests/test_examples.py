@@ -55,7 +55,7 @@ def test_custom_reward(tmp_path: Path, installed: Mapping[str, str]) -> None:
 
 
 @pytest.mark.cluster
-@pytest.mark.long
+@pytest.mark.nodes
 def test_serve_client(tmp_path: Path, installed: Mapping[str, str]) -> None:
     """It prints what its README says that it prints."""
     _, said = done("serve_client", tmp_path, installed)
