@@ -43,11 +43,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """A job of the demo, the expert of each of its tasks, its own or its sibling's, and its classification domain."""
+    """A job of the demo, the expert of each of its tasks, its own or its sibling's, and its classification domain.
+
+    A few-shot search has `shots` labelled prompts, and `population` mixtures per round.
+    """
 
     job: str
     own: Mapping[str, str]
     classifier: str | None = None
+    shots: int = 40
+    population: int = 32
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -65,7 +70,12 @@ PARTS = (
              "pick_more": "pick"},
         classifier="dispatch",
     ),
-    Part(job="demo_vision.yaml", own={"shapes": "shapes", "counts": "counts", "places": "shapes"}),
+    Part(
+        job="demo_vision.yaml",
+        own={"shapes": "shapes", "counts": "counts", "places": "shapes"},
+        shots=20,
+        population=16,
+    ),
 )  # fmt: skip
 
 
@@ -165,7 +175,8 @@ class Demo:
         """Searches a mixture for every task on prompts of its training split, and saves it by the name of the task."""
         from t2ray.adapt.fewshot import fewshot
 
-        settings = CEMConfig(seed=self.config.seed, iterations=ROUNDS)
+        part = self.part
+        settings = CEMConfig(seed=self.config.seed, population=part.population, iterations=ROUNDS)
         found = {}
         for name, task in self.tasks.items():
             with _verifier(task) as verify, bar(f"few-shot {name}") as progress:
@@ -174,13 +185,13 @@ class Demo:
                     progress(r.iteration, ROUNDS, f"accuracy {r.best.accuracy:.2f}")
 
                 result = await fewshot(
-                    self.engine.generate, self.engine.score, verify, task.examples("train", SHOTS), self.part.trained,
+                    self.engine.generate, self.engine.score, verify, task.examples("train", part.shots), part.trained,
                     settings=settings, sampling=SamplingParams(max_tokens=task.max_tokens), gold=task.gold,
                     progress=show,
                 )  # fmt: skip
             found[name] = result.mixture
             self.registry.save_mixture(
-                name, result.mixture, {"task": name, "shots": SHOTS, "accuracy": result.accuracy}
+                name, result.mixture, {"task": name, "shots": part.shots, "accuracy": result.accuracy}
             )
         return found
 
@@ -259,8 +270,8 @@ class Demo:
         return {name: mean_shift(engine.layout, engine.vector(Mixture.of({name: 1.0}))) for name in names}
 
 
-SHOTS, ROUNDS = 40, 6
-"""Labelled prompts of a few-shot search, and its rounds: the search ends by itself at about the fifth."""
+ROUNDS = 6
+"""The greatest number of rounds of a few-shot search, which ends by itself at about the fifth."""
 
 
 def _verifier(task: Task) -> Verifier:

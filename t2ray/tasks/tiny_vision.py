@@ -2,7 +2,7 @@
 
 | task | asks of a picture with one to three shapes | the wanted completion |
 | --- | --- | --- |
-| shapes | `what color is the circle?`, `which shape is red?` | `red`, `circle` |
+| shapes | `which shape is red?`, or of a shape alone `what color is the circle?` | `circle`, `red` |
 | counts | `how many circles are there?` | `#### 2` |
 | places | `where is the red shape?` | `top left` |
 
@@ -106,9 +106,8 @@ WORDINGS = {
 
 
 def colors(drawn: Scene) -> list[Asked]:
-    """Which colour each shape has that is the only one of its kind."""
-    kinds = [kind for kind, *_ in drawn["shapes"]]
-    return [(kind, color) for kind, color, *_ in drawn["shapes"] if kinds.count(kind) == 1]
+    """Which colour a shape has that is alone: among others the model does not find it by its kind."""
+    return [(kind, color) for kind, color, *_ in drawn["shapes"] if len(drawn["shapes"]) == 1]
 
 
 def kinds(drawn: Scene) -> list[Asked]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from t2ray.core import Message, user
 from t2ray.prompts import OTHERS, dispatch_prompt
 from t2ray.tasks import tiny_vision
-from t2ray.tasks.tiny_vision import COLORS, KINDS, QUESTIONS, SHAPES, WORDINGS, Scene, corner
+from t2ray.tasks.tiny_vision import COLORS, QUESTIONS, SHAPES, WORDINGS, Scene, corner
 from t2ray.tasks.vqa import ASKED
 from t2ray.tiny.corpus import LAST_SHARES, Corpus, load
 
@@ -26,7 +26,10 @@ PARTS, MOST_QUESTIONS, MOST_TURNS = (1, 1, 1, 2), 12, 3
 """Of a conversation, one of these; of a picture; of what is said without a picture."""
 TEXT_SHARE, CLASS_SHARE = 0.1, 0.05  # of the parts
 ALONE_SHARE = 0.35  # of the pictures
-TELL, TELL_SHARE = "describe the image", 0.4  # of the first questions
+TELL = {"describe the image": "{color} {kind} {place}", "which shapes are in the image?": "{kind} {color} {place}"}
+TELL_SHARE = 0.4  # of the first questions
+ASKS = (("shapes", "color"), ("shapes", "shape"), ("counts", "counts"), ("counts", "counts"), ("places", "places"))
+"""Task and kind of a question about shapes in corners; to count is harder than to look up."""
 
 ALONE = {
     "color": ("what is the color of the {kind}?", "what color is the {kind}?", "what is the color of the shape?",
@@ -94,8 +97,11 @@ class Pictures:
         said = []
         before = MARK * PLACES
         if self.rng.random() < TELL_SHARE:
-            answer = ", ".join(f"{color} {kind} {corner([kind, color, *box])}" for kind, color, *box in drawn["shapes"])
-            said += [*user(before + TELL), Message(role="assistant", content=answer)]
+            asked = self.rng.choice(tuple(TELL))
+            answer = ", ".join(
+                TELL[asked].format(kind=shape[0], color=shape[1], place=corner(shape)) for shape in drawn["shapes"]
+            )
+            said += [*user(before + asked), Message(role="assistant", content=answer)]
             before = ""
         for _ in range(self.rng.randint(1, MOST_QUESTIONS)):
             single = len(drawn["shapes"]) == 1 and self.rng.random() < 0.7
@@ -106,8 +112,7 @@ class Pictures:
 
     def _cornered(self, drawn: Scene) -> tuple[str, str]:
         while True:
-            task = self.rng.choice(tuple(KINDS))
-            kind = self.rng.choice(KINDS[task])
+            task, kind = self.rng.choice(ASKS)
             if found := QUESTIONS[kind](drawn):
                 right = self.rng.choice(sorted({answer for _, answer in found}))
                 name = self.rng.choice([name for name, answer in found if answer == right])
