@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
+class DemoPart:
     """A job of the demo, the expert of each of its tasks, its own or its sibling's, and its classification domain.
 
     A few-shot search has `shots` labelled prompts, and `population` mixtures per round.
@@ -64,13 +64,13 @@ class Part:
 
 
 PARTS = (
-    Part(
+    DemoPart(
         job="demo.yaml",
         own={"math": "math", "code": "code", "pick": "pick", "math_long": "math", "code_long": "code",
              "pick_more": "pick"},
         classifier="dispatch",
     ),
-    Part(
+    DemoPart(
         job="demo_vision.yaml",
         own={"shapes": "shapes", "counts": "counts", "places": "shapes"},
         shots=20,
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"\n{end}")
 
 
-def _run(part: Part, config: TrainConfig, limit: int) -> dict[str, Any]:
+def _run(part: DemoPart, config: TrainConfig, limit: int) -> dict[str, Any]:
     """Runs the stages of a part, writes its report and returns it."""
     import torch
 
@@ -163,7 +163,7 @@ def _stage(name: str, timing: dict[str, float]) -> Iterator[None]:
 class Demo:
     """The trained model of a part with its experts, and the part's tasks."""
 
-    def __init__(self, part: Part, config: TrainConfig, limit: int) -> None:
+    def __init__(self, part: DemoPart, config: TrainConfig, limit: int) -> None:
         from t2ray.workbench import Place, open_workbench
 
         self.part, self.config, self.limit = part, config, limit

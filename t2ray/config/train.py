@@ -138,8 +138,7 @@ class TrainConfig(Strict):
     model_config = ConfigDict(serialize_by_alias=True)
 
     model: FilePath = Field(
-        "tiny",
-        description='Model to adapt: "tiny", "tiny-vision", a local folder, or an id on the Hugging Face hub.',
+        "tiny", description='Model to adapt: "tiny", "tiny-vision", a local folder, or a Hugging Face hub id.'
     )
     run: str = Field("train", description="Name of the run, and of its folder under `out`.")
     source: FilePath | None = Field(

@@ -44,7 +44,7 @@ ALONE = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Chat:
+class PictureChat:
     """A conversation whose texts have `PLACES` marks per picture, and its pictures in their order."""
 
     messages: tuple[Message, ...]
@@ -60,7 +60,7 @@ class Pictures:
         self.held = {repr(row["scene"]) for task in tiny_vision.TASKS for split in ("validation", "test")
                      for row in tiny_vision.rows(task, split)}  # fmt: skip
 
-    def draw(self, count: int) -> list[Chat]:
+    def draw(self, count: int) -> list[PictureChat]:
         """Returns `count` conversations of `PARTS` parts, each about a picture or without one."""
         return [self._chat() for _ in range(count)]
 
@@ -71,7 +71,7 @@ class Pictures:
             if repr(drawn) not in self.held:
                 return drawn
 
-    def _chat(self) -> Chat:
+    def _chat(self) -> PictureChat:
         said: list[Message] = []
         scenes: list[Scene] = []
         for _ in range(self.rng.choice(PARTS)):
@@ -86,7 +86,7 @@ class Pictures:
             else:
                 scenes.append(self.scene())
                 said += self._about(scenes[-1])
-        return Chat(messages=tuple(said), scenes=tuple(scenes))
+        return PictureChat(messages=tuple(said), scenes=tuple(scenes))
 
     def _of_task(self, task: str) -> str:
         while (row := tiny_vision.asked(task, tiny_vision.scene(self.rng), self.rng)) is None:
