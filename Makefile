@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PINS) $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench,dev]'
 	@touch $@
 
-demo: setup  ## the main job on the tiny model: decompose, train, adapt, evaluate; report in runs/demo
+demo: setup  ## the main job on the tiny models: decompose, train, adapt, evaluate; reports in runs/demo and runs/demo-vision
 	$(BIN)/t2ray demo
 
 real: setup  ## SVF beside LoRA on a real model of 135 M parameters from the hub, one domain, one seed; about 10 minutes

@@ -1,4 +1,4 @@
-"""Pretrains the tiny vision model that t2ray ships, in about half an hour: `python jobs/pretrain_tiny_vision.py`."""
+"""Pretrains the tiny vision model that t2ray ships, in under an hour: `python jobs/pretrain_tiny_vision.py`."""
 
 from __future__ import annotations
 

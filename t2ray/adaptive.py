@@ -56,9 +56,7 @@ class AdaptiveModel:
     def __init__(self, bench: Workbench) -> None:
         self.bench = bench
         self.experts = bench.experts
-        self.strategy = "cls" if len(bench.classifiers) == 1 else "prompt"
-        if not bench.experts:
-            self.strategy = "base"
+        self.strategy = bench.usual
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="t2ray", daemon=True)
         self._thread.start()

@@ -24,7 +24,7 @@ from t2ray.engine.choose import vllm_engine
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.manifest import ExpertManifest
-from t2ray.experts.registry import SHIPPED, Expert, Registry
+from t2ray.experts.registry import SHIPPED_WITH, Expert, Registry
 from t2ray.models.load import load_chat
 from t2ray.models.weights import open_weights
 from t2ray.runs.folder import read_run
@@ -89,8 +89,8 @@ def place_or_shipped(
 ) -> Place:
     """As `find_place`; but a model that t2ray ships comes with its experts where no others are named."""
     place = find_place(run, model, factors, experts)
-    if place.experts is None and place.model in SHIPPED:
-        return replace(place, experts=str(SHIPPED[place.model]))
+    if place.experts is None and place.model in SHIPPED_WITH:
+        return replace(place, experts=str(SHIPPED_WITH[place.model]))
     return place
 
 
@@ -133,6 +133,13 @@ class Workbench:
     experts: tuple[str, ...]
     classifiers: Mapping[str, tuple[str, ...]]
     batch_tokens: int
+
+    @property
+    def usual(self) -> str:
+        """The strategy where none is named: `cls`, `prompt` without a classification expert, `base` without experts."""
+        if not self.experts:
+            return "base"
+        return "cls" if len(self.classifiers) == 1 else "prompt"
 
     def strategy(self, name: str, *, generate_label: bool = False) -> Strategy:
         """`base`, `prompt`, `cls`, `soft` or `soft/T` (by the classification expert, where there is one, with the

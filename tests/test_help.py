@@ -21,7 +21,14 @@ from t2ray.core import ConfigError, __version__
 ROOT = Path(__file__).parents[1]
 COMMANDS = [build_parser(), *commands_of(build_parser())]
 SENTENCE = r"[A-Z]\S*( \S+){2,}\."
-FILES = ["jobs/train.yaml", "jobs/sweep.yaml", "jobs/adapt.yaml", "serve_config.yaml", "t2ray/tiny/demo.yaml"]
+FILES = [
+    "jobs/train.yaml",
+    "jobs/sweep.yaml",
+    "jobs/adapt.yaml",
+    "serve_config.yaml",
+    "t2ray/tiny/demo.yaml",
+    "t2ray/tiny/demo_vision.yaml",
+]
 
 
 @pytest.mark.parametrize("parser", COMMANDS, ids=lambda parser: parser.prog)

@@ -32,9 +32,9 @@ def add(p: Parser) -> None:
     p.set_defaults(command=run)
     p.add_argument(
         "--strategy",
-        default="cls",
         metavar="NAME",
-        help="What answers: base, prompt, cls, soft, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3.",
+        help="What answers: base, prompt, cls, soft, fewshot/NAME, an expert, or a mixture such as math:0.7,code:0.3. "
+        "Default: cls where there is a classification expert, else prompt, or base without experts.",
     )
     p.add_argument("--max-tokens", type=int, default=128, metavar="N", help="The greatest number of tokens per answer.")
     p.add_argument(
@@ -59,8 +59,9 @@ def run(args: argparse.Namespace) -> None:
     from t2ray.workbench import open_workbench
 
     bench = open_workbench(locate(args), bar)
-    talk = Talk(bench, args.strategy, sampling, generate_label=args.generate_label)
-    console.print(f"{bench.place.model}, strategy {args.strategy}; {_choices(bench)}. /help for commands", markup=False)
+    strategy = args.strategy or bench.usual
+    talk = Talk(bench, strategy, sampling, generate_label=args.generate_label)
+    console.print(f"{bench.place.model}, strategy {strategy}; {_choices(bench)}. /help for commands", markup=False)
     for line in _lines():
         if line.startswith("/"):
             if not talk.command(line):

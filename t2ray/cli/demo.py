@@ -126,7 +126,7 @@ def _run(part: DemoPart, config: TrainConfig, limit: int) -> dict[str, Any]:
 
     timing: dict[str, float] = {}
     start = time.perf_counter()
-    with _stage("decompose", timing), bar(f"decompose {config.model}") as progress:
+    with _stage("decompose", timing), bar("decompose") as progress:
         config = prepare(config, resume=True)
         assert config.factors is not None
         decompose(config.model, config.factors, progress=progress)

@@ -38,7 +38,9 @@ def add(p: Parser) -> None:
         "group.",
     )
     p.add_argument(
-        "--strategies", default="prompt,cls", metavar="NAMES", help="Which strategies: prompt, cls, or both."
+        "--strategies",
+        metavar="NAMES",
+        help="Which strategies: prompt, cls, or both. Default: both where there is a classification expert, else prompt.",
     )
     p.add_argument(
         "--split", default="test", choices=["train", "validation", "test", "all"], help="Which of a task's rows."
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     at_least_one(args, "limit")
     check_json_folder(args.json)
     check_json_folder(args.picture, "--picture")
-    strategies = args.strategies.split(",")
+    strategies = args.strategies.split(",") if args.strategies else ["prompt", "cls"]
     names = {words: dict(_pair(word) for word in words.split(",")) for words in args.names}
     if unknown := {*strategies} - {"prompt", "cls"}:
         raise ConfigError(f"--strategies {args.strategies!r}: {', '.join(sorted(unknown))} is not prompt or cls")
@@ -79,6 +81,8 @@ def run(args: argparse.Namespace) -> None:
 
     place = place_or_shipped(*(word and expanded(word) for word in (args.run, args.model, args.factors, args.experts)))
     bench = open_workbench(place)
+    if not args.strategies and not bench.classifiers:
+        strategies.remove("cls")
     found: dict[str, dict[str, Any]] = {}
     rows = _rows(args, bench.dispatch_labels(strategies[0]), place.run)
     for strategy in strategies:

@@ -95,8 +95,8 @@ class ServeConfig(Strict):
     )
     experts: FilePath | None = Field(
         None,
-        description="Registry of the experts; without one, that of runs/demo, or the experts that t2ray ships with the "
-        "tiny model.",
+        description="Registry of the experts; without one, that of runs/demo, or the experts that come with a model "
+        "that t2ray ships.",
     )
     strategy: Literal["cls", "prompt", "base"] | None = Field(
         None,

@@ -28,9 +28,9 @@ from t2ray.store import Store
 TENSORS, MANIFEST, MIXTURES = "expert.safetensors", "manifest.json", "_mixtures"
 MARKER = "_registry.txt"
 """Stands where something has been deleted. So an empty registry is told apart from a folder whose disk is not there."""
-_TINY = Path(__file__).parents[1] / "tiny"
-SHIPPED = {"tiny": _TINY / "experts", "tiny-vision": _TINY / "vision_experts"}
-"""The registry that t2ray ships for a model that it ships."""
+SHIPPED = Path(__file__).parents[1] / "tiny" / "experts"
+SHIPPED_WITH = {"tiny": SHIPPED, "tiny-vision": SHIPPED.with_name("vision_experts")}
+"""The registry that comes with a model that t2ray ships."""
 VERSION = re.compile(r"v(\d{4,})")
 SVF = AdapterConfig()
 

@@ -111,9 +111,8 @@ def colors(drawn: Scene) -> list[Asked]:
 
 
 def kinds(drawn: Scene) -> list[Asked]:
-    """Of which kind each shape is that is the only one of its colour."""
-    found = [color for _, color, *_ in drawn["shapes"]]
-    return [(color, kind) for kind, color, *_ in drawn["shapes"] if found.count(color) == 1]
+    """Of which kind the shape of each colour is."""
+    return [(color, kind) for kind, color, *_ in drawn["shapes"]]
 
 
 def counts(drawn: Scene) -> list[Asked]:
@@ -149,7 +148,7 @@ TASKS = tuple(KINDS)
 
 
 def asked(task: str, drawn: Scene, rng: random.Random) -> dict[str, Any] | None:
-    """Returns a row of a task about a scene, or None if the scene has nothing to ask for."""
+    """Returns a row of a task about a scene, or None if nothing of the drawn kind can be asked of it."""
     kind = rng.choice(KINDS[task])
     if not (found := QUESTIONS[kind](drawn)):
         return None

@@ -133,9 +133,9 @@ def rate(step: int, steps: int) -> float:
 
 
 def fit(
-    model: torch.nn.Module, losses: Callable[[], Iterator[Tensor]], steps: int, scale: float, log: Callable[[str], None]
+    model: torch.nn.Module, parts: Callable[[], Iterator[Tensor]], steps: int, scale: float, log: Callable[[str], None]
 ) -> None:
-    """Trains a model: a step follows the sum of what `losses` yields; logs the loss and the time left.
+    """Trains a model: a step follows the sum of the losses that `parts` yields; logs the loss and the time left.
 
     `scale` is a factor of the learning rates.
     """
@@ -144,7 +144,7 @@ def fit(
     model.train()
     started, recent = time.monotonic(), 0.0
     for step in range(steps):
-        for loss in losses():
+        for loss in parts():
             torch.autograd.backward(loss)
             recent += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

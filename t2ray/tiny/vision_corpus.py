@@ -1,8 +1,8 @@
 """What the tiny vision model is pretrained on: drawn shapes with questions, between what the tiny model was (`corpus`).
 
-As there, each answer has a random one of its formats. Pictures are of two kinds: shapes in the corners, with
-the questions of `t2ray.tasks.tiny_vision`; and one shape alone, with questions in easy-VQA's wording, some of them with
-the line that `t2ray.tasks.vqa` asks for a short answer by. No held-out picture occurs.
+As there, each answer has a random one of its formats. Of a picture there is perhaps a description, then questions of
+`t2ray.tasks.tiny_vision`; of a single shape mostly those in easy-VQA's wording, some with the line that
+`t2ray.tasks.vqa` asks for a short answer by. No held-out picture occurs.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from t2ray.cluster.serve.searcher import Searcher
 from t2ray.config.files import validate
 from t2ray.config.serve import ServeConfig
 from t2ray.core import ResourceError
-from t2ray.experts.registry import SHIPPED
+from t2ray.experts.registry import SHIPPED_WITH
 from t2ray.models.load import load_chat
 from t2ray.models.weights import open_weights, resolve
 from t2ray.store import Store
@@ -64,11 +64,11 @@ def resolved(config: ServeConfig) -> ServeConfig:
     experts = config.experts
     if experts is None:
         demo = config.model == "tiny" and Store(RUN_EXPERTS).names()
-        if not demo and config.model not in SHIPPED:
+        if not demo and config.model not in SHIPPED_WITH:
             raise ResourceError(
                 f"no experts were named for {config.model}; name them by --experts or `experts: FOLDER`"
             )
-        experts = RUN_EXPERTS if demo else str(SHIPPED[config.model])
+        experts = RUN_EXPERTS if demo else str(SHIPPED_WITH[config.model])
     if "://" not in experts:
         experts = str(Path(experts).absolute())
     name = config.name or (folder.name if Path(config.model).exists() else config.model)  # no path of this machine
