@@ -40,7 +40,7 @@ def add(p: Parser) -> None:
     p.add_argument(
         "--strategies",
         metavar="NAMES",
-        help="Which strategies: prompt, cls, or both. Default: both where there is a classification expert, else prompt.",
+        help="Which strategies: prompt, cls, or both. Default: both, or prompt without a classification expert.",
     )
     p.add_argument(
         "--split", default="test", choices=["train", "validation", "test", "all"], help="Which of a task's rows."
