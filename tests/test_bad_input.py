@@ -377,7 +377,7 @@ def test_an_unknown_expert_or_mixture_of_eval_adapt_and_chat(place: Path, refuse
     assert "no expert 'mth'; did you mean 'math'?" in refused(
         "adapt", "--task", "math", "--name", "x", "--only", "mth", *of
     )
-    assert "needs one classification expert, and there is none" in refused("chat", *of)
+    assert "needs one classification expert, and there is none" in refused("chat", "--strategy", "cls", *of)
     line = refused("adapt", "--task", "math", "--name", "x", "budget_prompts=3", *of)
     assert "budget_prompts is 3" in line and "raise the budget" in line
     assert Registry("experts").mixtures() == ()
