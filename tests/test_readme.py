@@ -32,14 +32,36 @@ EXEMPT = {
 }
 
 
+FIRST = """
+from t2ray.cli import demo, main
+demo.PARTS = demo.PARTS[:1]
+raise SystemExit(main.main(["demo", "--limit", "10"]))
+"""
+
+
+def ran(command: list[str], folder: Path, environment: Mapping[str, str]) -> str:
+    made = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=12 * GUARD_S)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return made.stdout
+
+
 @pytest.fixture(scope="session")
 def demo(installed: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run that `make demo` leaves, measured on fewer prompts."""
+    """A folder with the run that the first part of `make demo` leaves, measured on fewer prompts."""
     folder = tmp_path_factory.mktemp("demo")
-    command = ["t2ray", "demo", "--limit", "10"]
-    made = subprocess.run(command, cwd=folder, env=installed, capture_output=True, text=True, timeout=12 * GUARD_S)
-    assert made.returncode == 0, made.stdout + made.stderr
+    ran(["python", "-c", FIRST], folder, installed)
     return folder
+
+
+@pytest.mark.cluster
+@pytest.mark.nodes  # the second part takes a minute and a half
+def test_the_demo_goes_on_with_its_second_part_and_then_has_both_reports(
+    demo: Path, installed: Mapping[str, str]
+) -> None:
+    assert ran(["t2ray", "demo", "--limit", "10"], demo, installed).count("finished before") == 1
+    reports = [json.loads((demo / "runs" / name / "report.json").read_text()) for name in ("demo", "demo-vision")]
+    assert [{"math", "places"} & {*report["mixtures"]} for report in reports] == [{"math"}, {"places"}]
+    assert ran(["t2ray", "demo"], demo, installed).count("finished before") == 2
 
 
 def test_what_is_not_run_is_on_the_page() -> None:
