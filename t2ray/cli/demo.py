@@ -73,8 +73,8 @@ PARTS = (
     DemoPart(
         job="demo_vision.yaml",
         own={"shapes": "shapes", "counts": "counts", "places": "shapes"},
-        shots=20,
-        population=16,
+        shots=16,
+        population=10,
     ),
 )  # fmt: skip
 
