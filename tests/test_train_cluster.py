@@ -488,12 +488,16 @@ def test_a_killed_driver_is_followed_at_once_and_a_living_one_is_not(tmp_path: P
 
 
 def test_one_of_two_drivers_that_start_at_once_is_refused(tmp_path: Path, driver: Driver) -> None:
-    config = job(tmp_path, "run", "short", steps=6, workers=0, verifiers=0)
+    config = job(tmp_path, "run", "slow", steps=200, workers=0, verifiers=0)  # neither ends before the other begins
     both = [driver(config, "--resume"), driver(config, "--resume")]
-    errors = [process.communicate(timeout=120)[1] for process in both]
-    assert sorted(process.returncode for process in both) == [0, 2], errors
-    (line,) = complaints("".join(errors))
-    assert "is trained by another driver: process " in line
+    wait_for(lambda: any(process.poll() is not None for process in both))
+    refused, other = sorted(both, key=lambda process: process.poll() is None)
+    errors = refused.communicate()[1]
+    assert refused.returncode == 2, errors
+    (line,) = complaints(errors)
+    assert f"is trained by another driver: process {other.pid} " in line
+    wait_for(lambda: steps_done(config) >= 1 or other.poll() is not None)
+    interrupt(other, 0)
 
 
 def test_an_interrupt_while_libraries_are_imported_is_one_line(tmp_path: Path) -> None:
