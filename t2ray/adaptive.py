@@ -171,7 +171,7 @@ class AdaptiveModel:
         found = await fewshot(
             engine.generate, engine.score, verify, shots, experts or self.experts,
             settings=search, sampling=SamplingParams(max_tokens=max_tokens), gold=lambda row: str(row["answer"]),
-            n_layers=max(target.layer for target in engine.layout) + 1 if per_layer else None,
+            n_layers=max(target.depth for target in engine.layout) + 1 if per_layer else None,
         )  # fmt: skip
         if name is not None:
             found.check()

@@ -19,13 +19,14 @@ SQUARE = {"height": 16, "width": 16}
 SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "llava": (
         "CLIPImageProcessorPil", {"size": {"shortest_edge": 16}, "crop_size": SQUARE},
-        {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}, {},
+        {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
+        {"vision_config": {"num_hidden_layers": 3}},
     ),
     "llava_next": (
         "LlavaNextImageProcessorPil",
         {"size": {"shortest_edge": 16}, "crop_size": SQUARE, "image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
         {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1},
-        {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
+        {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]], "vision_config": {"num_hidden_layers": 3}},
     ),
     "qwen2_vl": (
         "Qwen2VLImageProcessorPil", {"patch_size": 8, "min_pixels": 256, "max_pixels": 1024}, {},
@@ -35,7 +36,10 @@ SEEING: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         "Qwen2VLImageProcessorPil", {"patch_size": 8, "min_pixels": 256, "max_pixels": 1024}, {},
         {"vision_start_token_id": 264, "video_token_id": 265},
     ),
-    "gemma3": ("Gemma3ImageProcessorPil", {"size": SQUARE}, {"image_seq_length": 4}, {"mm_tokens_per_image": 4}),
+    "gemma3": (
+        "Gemma3ImageProcessorPil", {"size": SQUARE}, {"image_seq_length": 4},
+        {"mm_tokens_per_image": 4, "vision_config": {"vision_use_head": False}},
+    ),
     "smolvlm": (
         "SmolVLMImageProcessorPil", {"size": {"longest_edge": 32}, "max_image_size": {"longest_edge": 16}},
         {"image_seq_len": 1}, {"scale_factor": 2},
@@ -52,6 +56,7 @@ def write_seeing(name: str, tokenizer: Path, folder: Path) -> Path:
     kind, of_image, of_processor, own = SEEING[name]
     config = settings(name)
     text = config["text_config"] | {"vocab_size": VOCABULARY}
+    own = own | {"vision_config": config["vision_config"] | own.get("vision_config", {})}
     write(name, tokenizer, folder, text_config=text, image_token_id=261, image_token_index=261, **own)
     mark = "<boi>" if name == "gemma3" else "<image>"
     extra = {"image_token": "<image>", "boi_token": "<boi>", "eoi_token": "<eoi>"}

@@ -101,10 +101,10 @@ def test_what_is_left_out_is_told_with_its_share() -> None:
     sizes = {kind: m * n for kind, (m, n) in KINDS.items()}
     share = (sizes["self_attn.q_proj"] + sizes["mlp.down_proj"]) / (2 * sum(sizes.values()))
     assert chosen.share == pytest.approx(share)
-    assert adapted(0.11, ["mlp.experts.down_proj"]) == (
+    assert adapted(0.11, ["mlp.experts.down_proj"], ()) == (
         "adapted: 11 % of the decoder layers' weights; left out: mlp.experts.down_proj (choose by targets and layers)"
     )
-    assert adapted(1.0, []) == "adapted: 100 % of the decoder layers' weights"
+    assert adapted(1.0, [], ()) == "adapted: 100 % of the decoder layers' weights"
 
 
 def test_patterns_and_layers_choose_together() -> None:

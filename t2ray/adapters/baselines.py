@@ -83,7 +83,7 @@ class PeftAdapter:
             if slot.input_side:
                 self.neutral[slot.span] = 0.0
         self.ranks = [target.rank for target in self.layout]
-        layers = torch.tensor([target.layer for target in self.layout])
+        layers = torch.tensor([target.depth for target in self.layout])
         self.layer_of_P = torch.repeat_interleave(layers, torch.tensor(self.ranks)).to(self.neutral.device)
         self.bank: dict[str, Tensor] = {}
         self._bound = False

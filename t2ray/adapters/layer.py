@@ -31,7 +31,7 @@ class SVFLinear(nn.Module):
 
     With nothing bound it is the base layer, bit for bit. Bound rows go through the factors, each row (or token) with
     its own z; in half precision, and with the vectors of a support alone (`additive`), on top of the dense weight.
-    Folded, it uses one mixture's dense weight.
+    Folded, it uses one mixture's dense weight. A layer `in_tower` gets pictures in place of rows, all of one mixture.
     """
 
     U_Mr: Tensor
@@ -47,6 +47,7 @@ class SVFLinear(nn.Module):
         bound: Bound,
         *,
         sparse: bool = False,
+        in_tower: bool = False,
     ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight_MN, requires_grad=False)
@@ -56,7 +57,7 @@ class SVFLinear(nn.Module):
         self.packed_factors: tuple[Tensor, Tensor] | None = None
         self.packed_weight: Tensor | None = None
         self.folded_MN: Tensor | None = None
-        self.span, self.bound = span, bound
+        self.span, self.bound, self.in_tower = span, bound, in_tower
         self.additive = sparse or is_half(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,6 +103,7 @@ class SVFLinear(nn.Module):
         gain_Rr = gain_Rr.to(x.device)  # a base that is divided over GPUs has its layers on several
         if len(gain_Rr) == 1:
             return gain_Rr
+        assert not self.in_tower, "pictures of several mixtures in one batch: nothing says which row a patch is of"
         if x.ndim == 3 and x.shape[0] == len(gain_Rr):  # (B, T, N): a gain for each row
             return gain_Rr[:, None]
         vectors = x.shape[:-1].numel()  # (1, T, N) of packed tokens, (B * T, N), (B, 1, T, N), ...

@@ -97,7 +97,8 @@ def load_model(
     Raises:
         ExpertError: the decomposition was made from another model.
         ConfigError: the adapter needs what is not installed, or does not fit the model.
-        ModelError: t2ray does not compute what this architecture computes (see `probe`).
+        ModelError: t2ray does not compute what this architecture computes, or does not show it pictures, for which the
+            adapter has matrices (see `probe`).
     """
     folder = resolve(ref)
     weights = open_weights(folder)
@@ -113,5 +114,5 @@ def load_model(
     family = Family(hf)
     probe(hf, family, made)
     model = Model(hf=hf, family=family, adapter=made, chat=chat, base_digest=weights.digest)
-    probe_pictures(hf, family, chat, model.seen, model.device)
+    probe_pictures(hf, family, made, chat, model.seen)
     return model

@@ -7,7 +7,8 @@ it is the same layer with another weight, and costs a product of whole matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,14 +43,9 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
     ids_BT = torch.randint(family.vocabulary, (2, TOKENS), generator=draw).to(device)
     mask_BT = torch.ones_like(ids_BT)
     z_RK = (1 + 0.1 * torch.randn(2, adapter.size, generator=draw)).to(device)
-    called: set[str] = set()
-    places = {target: target.name if target.expert is None else _experts(target) for target in adapter.layout}
-    hooks = [
-        hf.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
-        for name in dict.fromkeys(places.values())
-    ]
     try:
-        with torch.enable_grad():  # nothing here has a gradient; without it the layers would keep packed copies
+        # Nothing here has a gradient; without `enable_grad` the layers would keep packed copies.
+        with _called(hf, family, [target for target in adapter.layout if not target.in_tower]), torch.enable_grad():
             own = hf(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
             _same(own, family.logits(family.hidden(ids_BT, mask_BT, {})), family, "the loss's logits")
             last = family.logits(family.continued(ids_BT, mask_BT))
@@ -72,6 +68,62 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
             f"{family.architecture}: its forward fails as t2ray calls it ({type(error).__name__}: {reason}); t2ray "
             "does not support this architecture"
         ) from error
+
+
+def probe_pictures(hf: Any, family: Family, adapter: Adapter, chat: Chat, see: See) -> None:
+    """Compares a batch, of rows with a picture and without, with the model's own logits of each row.
+
+    Where pictures go through adapted matrices it does so through their factors, too. A model for which logits differ
+    goes on with text: it takes no pictures, and its chat says why. `see` makes what the model gets of conversations'
+    pictures (`Model.seen`).
+
+    Raises:
+        ModelError: it takes no pictures, for which the adapter has matrices.
+    """
+    tower = [target for target in adapter.layout if target.in_tower]
+    if chat.processor is not None:
+        device = adapter.neutral.device
+        z_1K = (1 + 0.1 * torch.randn(1, adapter.size, generator=torch.Generator().manual_seed(0))).to(device)
+        try:
+            with torch.no_grad():
+                _compare_seen(hf, family, chat, see, device)
+            if tower:
+                with _called(hf, family, tower), adapter.rows(z_1K), torch.enable_grad():
+                    _compare_seen(hf, family, chat, see, device)
+        except (T2RayError, ValueError, TypeError, RuntimeError) as error:  # whatever an unknown forward raises
+            chat.processor, chat.blind = None, " ".join(str(error).split())[:300]
+    if tower and chat.processor is None:
+        raise ModelError(
+            f"{family.architecture}: experts of {tower[0].name} need pictures, and the model takes none: {chat.blind}; "
+            "choose matrices of its decoder alone by --targets"
+        )
+
+
+def _compare_seen(hf: Any, family: Family, chat: Chat, see: See, device: torch.device) -> None:
+    rows = (user((drawn(96, 48), "1")), user("12"), user((drawn(32, 64), "123")))
+    ids = [chat.ids(messages) for messages in rows]
+    longest = max(map(len, ids))
+    ids_BT = torch.tensor([[*row, *[chat.pad_id] * (longest - len(row))] for row in ids], device=device)
+    mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
+    seen = see([pictured(messages) for messages in rows], [0, 0, 0], longest)
+    together = family.logits(family.hidden(ids_BT, mask_BT, seen))
+    for row, messages, found in zip(ids, rows, together, strict=True):
+        alone = see([pictured(messages)], [0], len(row))
+        own = hf(input_ids=torch.tensor([row], device=device), use_cache=False, **alone).logits
+        _same(own, found[None, : len(row)], family, "the logits beside other pictures")
+
+
+@contextmanager
+def _called(hf: Any, family: Family, targets: Sequence[Target]) -> Iterator[None]:
+    """Raises ModelError at its end where forwards within it have passed by the layer of one of the targets."""
+    called: set[str] = set()
+    places = {target: target.name if target.expert is None else _experts(target) for target in targets}
+    hooks = [
+        hf.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name))
+        for name in dict.fromkeys(places.values())
+    ]
+    try:
+        yield
     finally:
         for hook in hooks:
             hook.remove()
@@ -81,31 +133,6 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
             f"{family.architecture}: its forward passes by {missed[0]} and {len(missed) - 1} more adapted layers, so "
             "that experts could not change them; choose other matrices by --targets"
         )
-
-
-def probe_pictures(hf: Any, family: Family, chat: Chat, see: See, device: torch.device) -> None:
-    """Compares a batch, of rows with a picture and without, with the model's own logits of each row.
-
-    A model for which they differ goes on with text: it takes no pictures, and its chat says why. `see` makes what the
-    model gets of conversations' pictures (`Model.seen`).
-    """
-    if chat.processor is None:
-        return
-    rows = (user((drawn(96, 48), "1")), user("12"), user((drawn(32, 64), "123")))
-    try:
-        ids = [chat.ids(messages) for messages in rows]
-        longest = max(map(len, ids))
-        ids_BT = torch.tensor([[*row, *[chat.pad_id] * (longest - len(row))] for row in ids], device=device)
-        mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
-        with torch.no_grad():
-            seen = see([pictured(messages) for messages in rows], [0, 0, 0], longest)
-            together = family.logits(family.hidden(ids_BT, mask_BT, seen))
-            for row, messages, found in zip(ids, rows, together, strict=True):
-                alone = see([pictured(messages)], [0], len(row))
-                own = hf(input_ids=torch.tensor([row], device=device), use_cache=False, **alone).logits
-                _same(own, found[None, : len(row)], family, "the logits beside other pictures")
-    except (T2RayError, ValueError, TypeError, RuntimeError) as error:  # whatever an unknown forward raises
-        chat.processor, chat.blind = None, " ".join(str(error).split())[:300]
 
 
 def _experts(target: Target) -> str:

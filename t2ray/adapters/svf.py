@@ -60,7 +60,10 @@ class SVF:
             U_Mr, s_r, Vh_rN = (part.to(weight_MN.device) for part in factors.load(target.name))
             singular.append(s_r.to(torch.promote_types(weight_MN.dtype, torch.float32)))
             span = slice(width, width + len(Vh_rN))
-            layer = SVFLinear(weight_MN, bias_M, U_Mr, Vh_rN, span, self.bound, sparse=self.support_S is not None)
+            layer = SVFLinear(
+                weight_MN, bias_M, U_Mr, Vh_rN, span, self.bound, sparse=self.support_S is not None,
+                in_tower=target.in_tower,
+            )  # fmt: skip
             if target.expert is None:
                 model.set_submodule(target.name, layer)
             else:
@@ -80,21 +83,23 @@ class SVF:
         self.ranks = [target.rank for target in self.layout]
         self.few = Few(self.layout, config, self.s_K.device) if config.numbers or config.tied else None
         self.layer_of_K = torch.repeat_interleave(
-            torch.tensor([t.layer for t in self.layout]), torch.tensor(self.ranks)
+            torch.tensor([t.depth for t in self.layout]), torch.tensor(self.ranks)
         ).to(self.s_K.device)
 
     def tokens_to_fold(self) -> int:
         """From how many tokens on one fold and dense passes cost less than factored passes, in multiply-adds.
 
+        Of tokens as the decoder has them: a fold is made of a vision tower, too, and saves a text nothing there.
         In half precision there is no such number: a fold would lose small changes (see `is_half`).
         """
         if is_half(self.layers[0].weight.dtype):
             return sys.maxsize
         ranks = [len(layer.Vh_rN) for layer in self.layers]
         fold = sum(t.m * t.n * rank for t, rank in zip(self.layout, ranks, strict=True))
-        saved = sum(rank * (t.m + t.n) for t, rank in zip(self.layout, ranks, strict=True))
+        read = [(t, rank) for t, rank in zip(self.layout, ranks, strict=True) if not t.in_tower]
+        saved = sum(rank * (t.m + t.n) for t, rank in read)
         if self.support_S is None:  # the factors take the dense product's place
-            saved -= sum(t.m * t.n for t in self.layout)
+            saved -= sum(t.m * t.n for t, _ in read)
         return fold // max(saved, 1)
 
     # ------------------------------------------------------------------------------------------------ z of a forward

@@ -211,5 +211,5 @@ async def _search(
         return await fewshot(
             engine.generate, engine.score, verify, examples, experts,
             settings=settings, sampling=sampling, gold=task.gold, progress=tell,
-            n_layers=max(target.layer for target in engine.layout) + 1 if per_layer else None,
+            n_layers=max(target.depth for target in engine.layout) + 1 if per_layer else None,
         )  # fmt: skip

@@ -25,7 +25,8 @@ def add(p: Parser) -> None:
         nargs="+",
         metavar="PATTERN",
         help='Patterns of the matrices to factor, such as "*.mlp.*". Default: every linear layer of the '
-        "decoder, and no routed MoE expert.",
+        "decoder, and no routed MoE expert. One without a match there, such as '*vision_tower*', chooses among the "
+        "linear layers that pictures go through before it.",
     )
     p.add_argument(
         "--layers", metavar="RANGES", help='The decoder layers to factor, such as "0-15,20". Default: all of them.'
@@ -66,4 +67,4 @@ def run(args: argparse.Namespace) -> None:
         f"error {computed:.1e}, of the factors as stored {stored:.1e}"
     )
     if factors.manifest.share is not None:
-        console.print(adapted(factors.manifest.share, factors.manifest.left_out))
+        console.print(adapted(factors.manifest.share, factors.manifest.left_out, factors.layout))

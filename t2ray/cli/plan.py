@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         f"{shape.parameters:,} parameters in {shape.layers} layers; {len(shape.targets)} matrices with {shape.K:,} "
         f"singular values; factors {shape.factors(shape.targets) / GIB:.1f} GiB on disk"
     )
-    console.print(adapted(shape.selection.share, shape.selection.left_out))
+    console.print(adapted(shape.selection.share, shape.selection.left_out, shape.targets))
     found = {}
     for kind, loads in kinds.items():
         gpus = args.gpus or least_gpus(loads, memory, kind)

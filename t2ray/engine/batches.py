@@ -49,11 +49,13 @@ class StaticBatches:
         self.recurrent = any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.family.config).layers)
 
     def run(self, requests: Iterable[Request]) -> None:
-        """Sets the `result` of each request."""
+        """Sets the `result` of each request. In an adapted tower, the pictures of a batch have one mixture."""
         by_row = self.model.adapter.by_row
+        tower = any(target.in_tower for target in self.model.adapter.layout)
 
         def alike(request: Request) -> tuple[int, str]:
-            return request.kind, "" if by_row else str(request.mixture.weights)
+            apart = not by_row or (tower and request.pictured)  # by z: a mixture has another once experts changed
+            return request.kind, f"{request.mixture.weights} {id(request.z_K)}" if apart else ""
 
         ordered = sorted(requests, key=lambda r: (alike(r), len(r.prompt_ids)))  # rows of like length pad little
         with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from t2ray.adapters.factors import Factors
 from t2ray.config.serve import EngineConfig
-from t2ray.core import ResourceError
+from t2ray.core import ModelError, ResourceError
 from t2ray.models.load import load_chat
 from t2ray.models.weights import resolve
 
@@ -21,8 +21,12 @@ def vllm_engine(model: str, factors: Factors, config: EngineConfig, *, mode: Lit
 
     Raises:
         ResourceError: vLLM is not installed.
-        ModelError: vLLM does not run this model.
+        ModelError: vLLM does not run this model, or the factors have matrices for pictures, of which it is given none.
     """
+    if tower := [target.name for target in factors.layout if target.in_tower]:
+        raise ModelError(
+            f"{model}: the engine vllm is given no pictures, and the factors have {tower[0]} for them; use transformers"
+        )
     if find_spec("vllm") is None:
         raise ResourceError("the engine vllm needs vLLM in this environment: pip install vllm; or choose transformers")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # by itself it writes pages about every start

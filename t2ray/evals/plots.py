@@ -109,7 +109,7 @@ def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
         axes.invert_yaxis()
         axes.set_yticks(np.arange(len(kinds)) + 0.5, list(kinds))
         every = -(-len(layers) // 8)
-        axes.set_xticks(np.arange(0, len(layers), every) + 0.5, [str(x) for x in layers[::every]])
+        axes.set_xticks(np.arange(0, len(layers), every) + 0.5, ["tower" if x < 0 else str(x) for x in layers[::every]])
         axes.tick_params(length=0)
         axes.set(xlabel="layer", title=expert)
         for spine in axes.spines.values():

@@ -22,7 +22,8 @@ class HeatMap:
     """One number per decoder layer and kind of matrix: `values[i][j]` is that of `layers[i]` and `kinds[j]`.
 
     `HeatMap(layers=(0, 1), kinds=("q_proj", "v_proj"), values=((0.01, 0.0), (0.02, 0.04)))`. A kind is the last part of
-    a matrix' name. A layer without a matrix of some kind has 0 there.
+    a matrix' name. A layer without a matrix of some kind has 0 there. Layer -1 is all that pictures go through before
+    the decoder.
     """
 
     layers: tuple[int, ...]

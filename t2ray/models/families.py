@@ -48,7 +48,7 @@ class Family:
         self.vocabulary = int(self.config.vocab_size)
         self.context = context_of(self.config)
         _fix_long_rope(hf, self.config)
-        self.parameters: int = sum(parameter.numel() for parameter in self.backbone.parameters())
+        self.parameters = _numbers(self.backbone)
         self.device = next(self.backbone.parameters()).device.type
         self._keepers: list[Any] = [module for module in hf.modules() if hasattr(module, "rope_deltas")]
         self.shares_prefixes = all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
@@ -144,14 +144,35 @@ def layers_prefix(hf: Any) -> str:
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(hf).__name__} keeps its decoder's layers in no list; t2ray cannot tell them apart")
-    layers = max(lists, key=lambda module: sum(parameter.numel() for parameter in module.parameters()))
+    layers = max(lists, key=_numbers)
     return next(f"{name}." for name, module in hf.named_modules() if module is layers)
+
+
+def sees_by(hf: Any) -> dict[str, nn.Module]:
+    """What pictures go through before the language decoder, by name: the vision tower, and what connects the two.
+
+    Layers behind the last one whose states the decoder gets are left out. A model without a tower has nothing of it.
+    """
+    if getattr(hf.config, "vision_config", None) is None:
+        return {}
+    others = {*hf.get_decoder().modules(), hf.get_output_embeddings()}
+    lists = [module for module in hf.modules() if isinstance(module, nn.ModuleList) and module not in others]
+    taken = getattr(hf.config, "vision_feature_layer", None)
+    if taken is not None and lists:
+        layers = max(lists, key=_numbers)
+        last = max(i % (len(layers) + 1) for i in ([taken] if isinstance(taken, int) else taken))  # 0: what they get
+        others.update(module for layer in layers[last:] for module in layer.modules())
+    return {name: module for name, module in hf.named_modules() if module not in others}
 
 
 def layer_of(name: str, prefix: str) -> int | None:
     """The number of the decoder's layer that a module or parameter lies in; None of one that lies elsewhere."""
     number = name.removeprefix(prefix).partition(".")[0]
     return int(number) if name.startswith(prefix) and number.isdigit() else None
+
+
+def _numbers(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _is_long_rope(config: Any) -> bool:

@@ -2,7 +2,7 @@
 
 Targets lie in the numbered layers of the language decoder: the weight of every linear layer (`torch.nn.Linear`, and
 `Conv1D`, as GPT-2 calls it), and each matrix of the MoE experts, which are stored together. Embeddings, head, norms and
-what chooses between MoE experts are never targets.
+what chooses between MoE experts are never targets. By name, linear layers that pictures go through before are targets too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from t2ray.core import ConfigError, ModelError
-from t2ray.models.families import layer_of, layers_prefix
+from t2ray.models.families import layer_of, layers_prefix, sees_by
 
 ROUTERS = {"router", "gate", "shared_expert_gate"}
 """What modules are called that choose between MoE experts, where they are linear layers."""
@@ -31,8 +31,9 @@ ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_pr
 class Target:
     """One adapted matrix, m x n: `Target(name="model.layers.0.self_attn.q_proj", layer=0, m=64, n=64, rank=64)`.
 
-    `m` are its outputs, `n` its inputs, however it is stored. A matrix of an MoE expert has that one's number in its
-    name, `model.layers.0.mlp.experts.3.down_proj`, and as `expert`. A domain's expert has `rank` numbers for a matrix;
+    `m` are its outputs, `n` its inputs, however it is stored. `layer` is the decoder's, and -1 of one that pictures
+    go through before it: in the vision tower, or behind. A matrix of an MoE expert has that one's number in its name,
+    `model.layers.0.mlp.experts.3.down_proj`, and as `expert`. A domain's expert has `rank` numbers for a matrix;
     `method` says what they mean (`AdapterConfig.method`).
     """
 
@@ -43,6 +44,16 @@ class Target:
     rank: int
     expert: int | None = None
     method: str = "svf"
+
+    @property
+    def in_tower(self) -> bool:
+        """Whether it is a matrix that pictures go through before the decoder."""
+        return self.layer < 0
+
+    @property
+    def depth(self) -> int:
+        """The decoder's layer that it counts with, where a mixture has weights by layer: of the tower the first."""
+        return max(self.layer, 0)
 
     @property
     def parameter(self) -> str:
@@ -66,11 +77,13 @@ class Selection:
     left_out: tuple[str, ...]
 
 
-def adapted(share: float, left_out: Sequence[str]) -> str:
+def adapted(share: float, left_out: Sequence[str], targets: Sequence[Target]) -> str:
     """What is adapted and what is not, as a sentence; arguments as in `Selection`."""
-    percent = f"{100 * share:.0f} %" if share == 1 or 0.01 < share < 0.995 else f"{100 * share:.2f} %"
+    percent = f"{100 * share:.0f} %" if share in (0, 1) or 0.01 < share < 0.995 else f"{100 * share:.2f} %"
+    tower = sum(target.in_tower for target in targets)
+    seen = f" and {tower} matrices of the vision tower and its projector" if tower else ""
     rest = f"; left out: {', '.join(left_out)} (choose by targets and layers)" if left_out else ""
-    return f"adapted: {percent} of the decoder layers' weights{rest}"
+    return f"adapted: {percent} of the decoder layers' weights{seen}{rest}"
 
 
 def select_targets(hf: Any, patterns: Sequence[str] | None = None, layers: str | None = None) -> Selection:
@@ -79,35 +92,35 @@ def select_targets(hf: Any, patterns: Sequence[str] | None = None, layers: str |
     Args:
         hf: the transformers module, which may be on the meta device.
         patterns: globs over the names, such as "*.mlp.*" or "*.experts.*". By default all linear layers are chosen,
-            and no matrix of a routed MoE expert.
-        layers: the numbers of the layers to choose from, such as "0-3,8"; by default all.
+            and no matrix of a routed MoE expert. A pattern that no matrix of the decoder matches, such as
+            "*vision_tower*", chooses among those that pictures go through before it.
+        layers: the numbers of the decoder's layers to choose from, such as "0-3,8"; by default all. Of a vision tower
+            they choose nothing.
 
     Raises:
         ConfigError: a pattern matches no matrix, or the model does not have these layers.
         ModelError: the model has no linear layers where they are looked for.
     """
     found = sorted(_candidates(hf), key=_order)
-    if not found:
+    decoder = [target for target in found if not target.in_tower]
+    if not decoder:
         names = [name for name, module in hf.named_modules() if isinstance(module, nn.Linear)]
         raise ModelError(f"{type(hf).__name__} has no linear layers in a numbered layer of its decoder; {_some(names)}")
     if patterns is None:
-        chosen = [target for target in found if target.expert is None]
+        chosen = [target for target in decoder if target.expert is None]
     else:
-        patterns = [pattern.removesuffix(".weight") for pattern in patterns]
-        for pattern in patterns:
-            if not any(fnmatch.fnmatchcase(target.name, pattern) for target in found):
-                raise ConfigError(
-                    f"the target pattern {pattern!r} matches no matrix; {_some([target.name for target in found])}"
-                )
-        chosen = [t for t in found if any(fnmatch.fnmatchcase(t.name, pattern) for pattern in patterns)]
+        matched = {target for pattern in patterns for target in _matched(found, pattern)}
+        chosen = [target for target in found if target in matched]
     if layers is not None:
-        wanted, there = parse_layers(layers), {target.layer for target in chosen}
+        wanted, there = parse_layers(layers), {target.layer for target in chosen if not target.in_tower}
+        if not there:
+            raise ConfigError(f"layers {layers!r}: the targets are none of the decoder's; leave layers out")
         if not wanted <= there:
             raise ConfigError(
                 f"layers {layers!r}: the model has no targets in layer {min(wanted - there)}; it has them in layers "
                 f"{min(there)} to {max(there)}"
             )
-        chosen = [target for target in chosen if target.layer in wanted]
+        chosen = [target for target in chosen if target.in_tower or target.layer in wanted]
     return _selection(hf, chosen)
 
 
@@ -154,11 +167,29 @@ def parse_layers(text: str) -> set[int]:
     return layers
 
 
+def _matched(found: Sequence[Target], pattern: str) -> list[Target]:
+    """The targets that a pattern means: the decoder's where it matches any, so that the tower's are named as such.
+
+    Raises:
+        ConfigError: it matches none.
+    """
+    matched = [target for target in found if fnmatch.fnmatchcase(target.name, pattern.removesuffix(".weight"))]
+    if not matched:
+        names = [[target.name for target in found if target.in_tower is tower] for tower in (False, True)]
+        seen = f", and in its vision tower like {names[1][0]!r}" if names[1] else ""
+        raise ConfigError(f"the target pattern {pattern!r} matches no matrix; {_some(names[0])}{seen}")
+    return [target for target in matched if not target.in_tower] or matched
+
+
 def _candidates(hf: Any) -> list[Target]:
     """Every matrix that may be adapted."""
     from transformers.pytorch_utils import Conv1D
 
     prefix, found = layers_prefix(hf), list[Target]()
+    for name, module in sees_by(hf).items():
+        if isinstance(module, nn.Linear):
+            m, n = module.weight.shape
+            found.append(Target(name=name, layer=-1, m=m, n=n, rank=min(m, n)))
     for name, module in hf.named_modules():
         layer = layer_of(name, prefix)
         if layer is None:
@@ -191,7 +222,8 @@ def _selection(hf: Any, chosen: Sequence[Target]) -> Selection:
     parts = {name: numbers for name, numbers in matrices.items() if layer_of(name, prefix) is not None}
     whole = sum(parts.values())
     for target in chosen:
-        parts[target.parameter] -= target.m * target.n
+        if not target.in_tower:
+            parts[target.parameter] -= target.m * target.n
     kinds = dict.fromkeys(_kind(name.removeprefix(prefix)) for name, numbers in parts.items() if numbers)
     return Selection(targets=tuple(chosen), share=1 - sum(parts.values()) / whole, left_out=tuple(kinds))
 
@@ -202,7 +234,9 @@ def _kind(name: str) -> str:
 
 
 def _order(target: Target) -> tuple[int, int, list[tuple[int, str]]]:
-    """Sort key: by layer, then q k v o gate up down, then by name with numbers as numbers."""
+    """Sort key: by layer, then q k v o gate up down, then by name with numbers as numbers; a tower's as they are."""
+    if target.in_tower:
+        return target.layer, 0, []
     last = target.name.rpartition(".")[2]
     natural = [(int(part), "") if part.isdigit() else (-1, part) for part in target.name.split(".")]
     return target.layer, ORDER.index(last) if last in ORDER else len(ORDER), natural

@@ -140,10 +140,10 @@ def training(
         domains: number of domains on the model; their rollouts are generated at once as far as one batch takes them.
     """
     batch = max(rows, min(rows * domains, MAX_ROWS, MAX_TOKENS // tokens))
-    first = min(target.layer for target in shape.targets)
+    first = min(target.depth for target in shape.targets)
 
     def one(layer: int) -> GpuMemory:
-        mine = [target for target in shape.targets if target.layer == layer]
+        mine = [target for target in shape.targets if target.depth == layer]
         # The gradient goes from the head down to the lowest target; layers below it save nothing.
         kept = _saved(shape, mine) * micro_batch * tokens if layer >= first else 0
         return _layer(
@@ -164,7 +164,7 @@ def serving(shape: ModelShape, gpus: int, *, kv_tokens: int, rows: int, experts:
     """
 
     def one(layer: int) -> GpuMemory:
-        mine = [target for target in shape.targets if target.layer == layer]
+        mine = [target for target in shape.targets if target.depth == layer]
         return _layer(shape, layer, mine, kv=shape.kv_token_layer * kv_tokens, activations=0, folded=False)
 
     working = rows * 4 * (shape.vocabulary + 4 * shape.intermediate)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import combinations, permutations, product
 from typing import Any
 
@@ -26,7 +26,7 @@ from t2ray.tasks.task import Task
 from t2ray.tasks.tiny_code import long_programs, reward_code, short_programs
 
 __all__ = ["LABELS", "PARENT", "SPLITS", "TASKS", "gold", "reward_code", "reward_dispatch", "reward_math",
-           "reward_others", "reward_pick", "rows", "task"]  # fmt: skip
+           "reward_others", "reward_pick", "rows", "split_rows", "task"]  # fmt: skip
 
 LABELS = ("math", "code", "pick", OTHERS)
 PARENT = {"math_long": "math", "code_long": "code", "pick_more": "pick"}
@@ -141,11 +141,22 @@ def rows(task: str, split: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: there is no such task or split.
     """
-    if task not in _GENERATORS:
-        raise ConfigError(f"no tiny task {task!r}; there are {', '.join(TASKS)}")
+    return split_rows(task, split, TASKS, _splits)
+
+
+def split_rows(
+    task: str, split: str, tasks: Sequence[str], splits: Callable[[str], Mapping[str, list[dict[str, Any]]]]
+) -> list[dict[str, Any]]:
+    """Returns copies of the rows of one of the `splits` of a task.
+
+    Raises:
+        ConfigError: there is no such task among `tasks`, or no such split.
+    """
+    if task not in tasks:
+        raise ConfigError(f"no tiny task {task!r}; there are {', '.join(tasks)}")
     if split not in SPLITS:
         raise ConfigError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    return [dict(row) for row in _splits(task)[split]]
+    return [dict(row) for row in splits(task)[split]]
 
 
 @functools.cache

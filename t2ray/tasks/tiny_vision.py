@@ -19,8 +19,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from t2ray.core import ConfigError, Image, user
+from t2ray.core import Image, user
 from t2ray.tasks.task import Task
+from t2ray.tasks.tiny import split_rows
 
 SIZE = 64  # pixels of a picture's side
 SHAPES = ("circle", "rectangle", "triangle")
@@ -179,11 +180,7 @@ def rows(task: str, split: str) -> list[dict[str, Any]]:
     Raises:
         ConfigError: there is no such task or split.
     """
-    if task not in TASKS:
-        raise ConfigError(f"no task {task!r} of the tiny vision model; there are {', '.join(TASKS)}")
-    if split not in SPLITS:
-        raise ConfigError(f"no split {split!r}; there are {', '.join(SPLITS)}")
-    return [dict(row) for row in _splits(task)[split]]
+    return split_rows(task, split, TASKS, _splits)
 
 
 @functools.cache

@@ -84,7 +84,7 @@ async def _search(bench: Workbench, job: CEMJob, name: str, seed: int) -> float:
     shots = shots_at(task.examples("train"), seed, job.shots)
     experts = tuple(word.strip() for word in job.only.split(",")) if job.only else bench.experts
     sampling = bench.sampling(job.max_tokens, task)
-    layers = max(target.layer for target in bench.engine.layout) + 1 if job.per_layer else None
+    layers = max(target.depth for target in bench.engine.layout) + 1 if job.per_layer else None
     path = (bench.place.run.code or None) if bench.place.run else str(Path.cwd())
     with Verifier(task.reward, workers=_VERIFIERS, path=path, success_above=task.success_above) as verify:
         found = await fewshot(
