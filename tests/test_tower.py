@@ -144,9 +144,11 @@ def test_pictures_of_several_z_are_never_in_one_batch(tiny_llama: Path, tmp_path
         close(torch.tensor(request.result.logprobs), torch.tensor(single.result.logprobs))
     ids = model.chat.ids(SEEN[0])
     seen = model.seen([pictured(SEEN[0])] * 2, [0, 0], len(ids))
-    with pytest.raises(AssertionError, match="pictures of several mixtures"), torch.no_grad():
-        with model.adapter.rows(z_2K, torch.arange(2)):
-            model.hidden(torch.tensor([ids, ids]), torch.ones(2, len(ids)).long(), seen)
+    with (
+        pytest.raises(AssertionError, match="pictures of several mixtures"),
+        model.adapter.rows(z_2K, torch.arange(2)),
+    ):
+        model.hidden(torch.tensor([ids, ids]), torch.ones(2, len(ids)).long(), seen)
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -185,9 +187,7 @@ def test_the_layers_of_a_choice_are_the_decoders() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="layers '1': the targets are none of the decoder's; leave layers out"):
         select_targets(llava(), ["*projector*"], "1")
-    with pytest.raises(
-        ConfigError, match=r"'\*eye\*' matches no matrix; .*'model\.lang.*in its vision tower like 'model\.vision"
-    ):
+    with pytest.raises(ConfigError, match=r"'\*eye\*' matches .*'model\.lang.*in its vision tower like 'model\.vision"):
         select_targets(llava(), ["*eye*"])
 
 
@@ -220,13 +220,9 @@ def test_a_tower_that_nothing_is_shown_to_is_refused_at_load(
     decompose(str(folder), tmp_path / "factors", targets=["*vision_tower*"])
     with monkeypatch.context() as patch:
         patch.setattr(CLIPMLP, "forward", lambda self, x: x)
-        with pytest.raises(
-            ModelError, match=r"^Llava.*: experts of model.vision.* passes by model.vision_\w+.*mlp.fc\d"
-        ):
+        with pytest.raises(ModelError, match=r"^Llava.*: experts of model.vision.* passes by model.vision.*mlp.fc\d"):
             load_model(str(folder), tmp_path / "factors", device="cpu")
     for name in ("preprocessor_config.json", "processor_config.json"):
         (folder / name).unlink()
-    with pytest.raises(
-        ModelError, match=r"takes none: its folder has no preprocessor_config.json; choose .* --targets"
-    ):
+    with pytest.raises(ModelError, match=r"takes none: its folder has no preprocessor_config.json; choose .*"):
         load_model(str(folder), tmp_path / "factors", device="cpu")

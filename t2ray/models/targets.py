@@ -2,7 +2,7 @@
 
 Targets lie in the numbered layers of the language decoder: the weight of every linear layer (`torch.nn.Linear`, and
 `Conv1D`, as GPT-2 calls it), and each matrix of the MoE experts, which are stored together. Embeddings, head, norms and
-what chooses between MoE experts are never targets. By name, linear layers that pictures go through before are targets too.
+what chooses between MoE experts are never targets. By name alone, linear layers are that pictures go through before.
 """
 
 from __future__ import annotations
