@@ -164,14 +164,12 @@ class TrainConfig(Strict):
     )
     rl: RLConfig = Field(RLConfig(), description="RL settings that all domains share.")
     targets: tuple[str, ...] | None = Field(
-        None, description='Patterns of the matrices to adapt, such as "*.mlp.*"; without any, every linear layer of '
-        'the decoder and no routed MoE expert. One without a match there, such as "*vision_tower*", chooses among the '
-        "linear layers that pictures go through before it.",
+        None, description='Patterns of matrices to adapt, such as "*.mlp.*"; else all linear layers of the decoder and '
+        'no routed MoE expert. One without a match there, such as "*vision_tower*", chooses what pictures go through.',
     )  # fmt: skip
     layers: str | None = Field(
-        None, coerce_numbers_to_str=True, description='Decoder layers to adapt, such as "0-3,8"; else all of them. '
-        "Of a vision tower, `targets` alone chooses.",
-    )  # fmt: skip
+        None, coerce_numbers_to_str=True, description='Decoder layers to adapt, such as "0-3,8"; else all of them.'
+    )
     chat_template_kwargs: dict[str, Any] = Field(
         {}, description='What the model\'s chat template gets besides the messages, such as {"enable_thinking": false}.'
     )
