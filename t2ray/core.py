@@ -228,8 +228,8 @@ class Token:
     """One sampled token: `Token(id=30, text="42", logprob=-0.1, top=(Token(id=30, ...), ...))`.
 
     `text` is what it adds to the answer: of a character in several tokens, the last has all of it. `raw` are its bytes
-    where they are not the text's. `logprob` is the model's own, in nats, at temperature 1. `top` holds the likeliest
-    tokens where they were asked for.
+    where they are not the text's. `logprob` is the model's own, in nats, at temperature 1, except in rollouts by vLLM,
+    where it is the sampler's, at the sampling temperature. `top` holds the likeliest tokens where they were asked for.
     """
 
     id: int
@@ -257,7 +257,7 @@ class Completion:
 
     @property
     def logprobs(self) -> tuple[float, ...]:
-        """The log-probability of each token in nats, at temperature 1."""
+        """The log-probability of each token in nats; see `Token`."""
         return tuple(token.logprob for token in self.tokens)
 
 

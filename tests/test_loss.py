@@ -315,27 +315,65 @@ def test_an_importance_weight_is_the_ratio_of_the_probabilities_and_cut() -> Non
     assert weight_N.tolist() == pytest.approx([1.0, 0.5, 2.0]) and ratio_N.tolist() == pytest.approx([1.0, 0.5, 5.0])
 
 
-def sampled(model: Model, z_K: Tensor, over: float) -> list[Rollout]:
+def logp_of(model: Model, z_K: Tensor, one: Rollout, temperature: float) -> Tensor:
+    """The trainer's log-probabilities of all tokens, at each token of an answer, (T, V)."""
+    prompt, answer = one.completion.prompt_ids, one.completion.token_ids
+    ids_1T = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad(), model.adapter.rows(z_K.double()[None]):
+        logits_TV = model.logits(model.hidden(ids_1T, torch.ones_like(ids_1T)))[0]
+    return (logits_TV[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+
+
+def told(one: Rollout, logprobs: Sequence[float]) -> Rollout:
+    """The rollout, with what its sampler says of its tokens."""
+    pairs = zip(one.completion.tokens, logprobs, strict=True)
+    return replace(one, completion=replace(one.completion, tokens=tuple(replace(t, logprob=p) for t, p in pairs)))
+
+
+def sampled(model: Model, z_K: Tensor, over: float, temperature: float = 1.0) -> list[Rollout]:
     """The rollouts, as a sampler says them that gives every token `1 / over` of the trainer's own probability."""
     found = []
     for one in ROLLOUTS:
-        prompt, answer = one.completion.prompt_ids, one.completion.token_ids
-        ids_1T = torch.tensor([[*prompt, *answer]])
-        with torch.no_grad(), model.adapter.rows(z_K.double()[None]):
-            logp_TV = model.logits(model.hidden(ids_1T, torch.ones_like(ids_1T)))[0].log_softmax(-1)
-        at = range(len(prompt) - 1, ids_1T.shape[1] - 1)
-        tokens = tuple(
-            replace(token, logprob=float(logp_TV[i, token.id]) - math.log(over))
-            for i, token in zip(at, one.completion.tokens, strict=True)
-        )
-        found.append(replace(one, completion=replace(one.completion, tokens=tokens)))
+        token_T = torch.tensor(one.completion.token_ids)
+        logp_T = logp_of(model, z_K, one, temperature).gather(-1, token_T[:, None])[:, 0]
+        found.append(told(one, (logp_T - math.log(over)).tolist()))
     return found
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize(("over", "factor", "cut"), [(1.0, 1.0, 0), (0.5, 0.5, 0), (1.9, 1.9, 0), (3.0, 2.0, 1)])
-def test_every_advantage_is_multiplied_by_its_weight(model: Model, over: float, factor: float, cut: int) -> None:
+def test_every_advantage_is_multiplied_by_its_weight(
+    model: Model, over: float, factor: float, cut: int, temperature: float
+) -> None:
     z_K = random_z(model.adapter.size, 3)
-    plain_K, _ = gradient(model, z_K, lam=0.0)
-    weighted_K, terms = gradient(model, z_K, sampled(model, z_K, over), lam=0.0, truncate=2.0)
+    plain_K, _ = gradient(model, z_K, lam=0.0, temperature=temperature)
+    found = sampled(model, z_K, over, temperature)
+    weighted_K, terms = gradient(model, z_K, found, lam=0.0, temperature=temperature, truncate=2.0)
     torch.testing.assert_close(weighted_K, factor * plain_K, rtol=1e-4, atol=1e-6)
     assert terms.ratio / terms.tokens == pytest.approx(over, rel=1e-4) and terms.cut == cut * terms.tokens
+
+
+def test_the_weight_is_that_of_the_distribution_that_was_sampled_from(model: Model) -> None:
+    """Every token is drawn with probability 1 / V at T = 0.7, so that its weight is V e^(l / T) / sum e^(l / T)."""
+    z_K, vocabulary = random_z(model.adapter.size, 3), model.family.vocabulary
+    one = ROLLOUTS[1]
+    found = told(one, [-math.log(vocabulary)] * len(one.completion.tokens))
+    logit_TV = logp_of(model, z_K, one, 1.0).tolist()  # at T = 1, up to a constant
+    by_hand = sum(
+        vocabulary * math.exp(logit_V[id] / 0.7) / sum(math.exp(logit / 0.7) for logit in logit_V)
+        for id, logit_V in zip(one.completion.token_ids, logit_TV, strict=True)
+    )
+    _, terms = gradient(model, z_K, [found], [1.0], temperature=0.7, truncate=2.0)
+    assert terms.ratio == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_a_later_update_keeps_the_weight_of_the_first(model: Model) -> None:
+    """What z has moved meanwhile is in the surrogate's own ratio, and must not be counted twice."""
+    first_K, z_K, over = random_z(model.adapter.size, 3), random_z(model.adapter.size, 4), 1.5
+    found = sampled(model, first_K, over, 0.7)
+    _, terms = gradient(model, first_K, found, temperature=0.7)
+    more = {"before": terms.chosen_N.split([len(r.completion.tokens) for r in found]), "clip": 0.9}
+    plain_K, _ = gradient(model, z_K, found, lam=0.0, temperature=0.7, **more)
+    weighted_K, again = gradient(model, z_K, found, lam=0.0, temperature=0.7, truncate=2.0, **more)
+    torch.testing.assert_close(weighted_K, over * plain_K, rtol=1e-4, atol=1e-6)
+    assert again.ratio / again.tokens == pytest.approx(over, rel=1e-4)

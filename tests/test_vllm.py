@@ -11,12 +11,14 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
 import pytest
 import torch
+from small import rollout
 from test_grammar import FITS
 
 os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_CPU_OMP_THREADS_BIND="nobind", VLLM_NO_USAGE_STATS="1")
@@ -47,6 +49,7 @@ from t2ray.experts.registry import SHIPPED, Registry
 from t2ray.models.load import load_chat
 from t2ray.models.weights import TINY
 from t2ray.training.domain import domain_store, finished, train_domain
+from t2ray.training.loss import backward
 from t2ray.training.metrics import StepMetrics, read_metrics
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore")]  # vLLM's own warnings are not t2ray's
@@ -241,6 +244,27 @@ def test_answers_follow_their_own_grammars_as_the_offline_engines_do(
         assert FITS[grammar](answer.text) and answer.finish_reason == "stop", (grammar, answer.text)
     with pytest.raises(ConfigError, match="grammar cannot be followed"):
         answers(engine, [("17+25", MIXTURES[0])], SamplingParams(max_tokens=4, grammar="start: ("))
+
+
+def weighed(engine: VLLMEngine, model: Model, temperature: float) -> None:
+    """The probabilities that a sampler gives for what it draws are the trainer's at that temperature: weights of 1."""
+    sampling = SamplingParams(max_tokens=16, temperature=temperature, seed=3, ignore_eos=True)
+    made = answers(engine, [(text, MIXTURES[2]) for text in PROMPTS], sampling)
+    rollouts = [replace(rollout((), ()), completion=completion) for completion in made]
+    terms = backward(
+        model, experts(model)["code"][None].requires_grad_(), rollouts, [1.0] * len(rollouts),
+        lam=0.0, temperature=temperature, batch=len(rollouts), truncate=2.0,
+    )  # fmt: skip
+    drawn = torch.tensor([logprob for completion in made for logprob in completion.logprobs])
+    assert terms.chosen_N == pytest.approx(drawn, abs=CLOSE)
+    assert terms.ratio / terms.tokens == pytest.approx(1.0, abs=1e-4) and terms.cut == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_rollouts_importance_weight_is_1_at_every_temperature(
+    folding: VLLMEngine, model: Model, temperature: float
+) -> None:
+    weighed(folding, model, temperature)
 
 
 def test_a_seed_draws_the_same_answer_whatever_else_runs(folding: VLLMEngine) -> None:

@@ -30,7 +30,7 @@ CALLS: dict[str, tuple[Any, tuple[str, ...]]] = {
         seams.EngineArgs,
         ("model", "quantization", "dtype", "max_model_len", "generation_config", "hf_overrides",
          "structured_outputs_config", "max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size", "enforce_eager",
-         "distributed_executor_backend", "worker_extension_cls"),
+         "distributed_executor_backend", "worker_extension_cls", "logprobs_mode", "gpu_memory_utilization"),
     ),
     "LLMEngine": (seams.LLMEngine, ("vllm_config", "executor_class", "log_stats", "stat_loggers", "multiprocess_mode")),
     "LLMEngine.add_request": (seams.LLMEngine.add_request, ("request_id", "prompt", "params")),
@@ -76,6 +76,12 @@ PLACES: dict[str, tuple[str, ...]] = {
     "model_executor/layers/linear.py": ("self.num_kv_head_replicas", "self.output_partition_sizes",
                                         "self.input_size_per_partition"),
     "v1/core/kv_cache_utils.py": ("cache_salt",),
+    # What `kv_cache_memory_bytes` does not make void is a check of the start.
+    "v1/worker/gpu_worker.py": ("if kv_cache_memory_bytes := self.cache_config.kv_cache_memory_bytes:",
+                                "self.requested_memory = request_memory("),
+    # Both samplers say, where they are asked to, the probabilities that they draw from.
+    "v1/sample/sampler.py": ("raw_logprobs = processed_logprobs",),
+    "v1/worker/gpu/sample/sampler.py": ("if self.logprobs_mode in PROCESSED_LOGPROBS_MODES:",),
 }  # fmt: skip
 
 

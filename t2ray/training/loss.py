@@ -132,7 +132,8 @@ def importance(logp_N: Tensor, sampled_N: Tensor, at_most: float) -> tuple[Tenso
     """Returns per answer token `p / q` cut at `at_most`, and as it is, both (N,), without gradients.
 
     q is the probability with which the sampler drew the token, and p the trainer's for the same z: they differ where
-    the sampler is another program, which adds in another order or rounds a fold. Both are at temperature 1.
+    the sampler is another program, which adds in another order or rounds a fold. Both are at the sampling temperature:
+    a mean over tokens drawn from q becomes the one over p by p / q of these two distributions, and of no others.
     """
     ratio_N = (logp_N - sampled_N).detach().exp()
     return ratio_N.clamp(max=at_most), ratio_N
@@ -155,8 +156,10 @@ def backward(
     """Adds the gradient of one micro-batch to `z_1K.grad`: loss summed over tokens, divided by `batch` rollouts.
 
     With `truncate`, a token's advantage is multiplied by its importance weight, which is at most that (`importance`);
-    with `share_B`, a rollout's loss by its share; with `before`, the log-probabilities of each rollout's tokens before
-    the step's first update, `clip` bounds how far an update goes from there (`surrogate`).
+    the completions' log-probabilities are then the sampler's at `temperature`, and the weight stays what it was at the
+    step's first update, from where the `surrogate` goes on.
+    With `share_B`, a rollout's loss is multiplied by its share; with `before`, the log-probabilities of each rollout's
+    tokens before the step's first update, `clip` bounds how far an update goes from there (`surrogate`).
     The policy runs factored with `z_1K`, the reference is the same weights unbound. No gradient but z's is allocated:
     the vocabulary's part is differentiated in chunks of tokens, before the network's.
     """
@@ -179,12 +182,15 @@ def backward(
         with torch.no_grad():
             base_NV = model.logits(base_ND[part])
         logits_NV, weighted_N = model.logits(leaf_ND[part]), advantage_N[part]
+        start_N = None if before_N is None else before_N[part]
         if truncate is not None:
-            logp_N = logits_NV.detach().log_softmax(-1).gather(-1, token_N[part, None])[:, 0]
+            logp_N = start_N
+            if logp_N is None:
+                logp_NV = (logits_NV.detach() / temperature).log_softmax(-1)
+                logp_N = logp_NV.gather(-1, token_N[part, None])[:, 0]
             weight_N, ratio_N = importance(logp_N, sampled_N[part], truncate)
             weighted_N = weighted_N * weight_N
             ratio, cut = ratio + float(ratio_N.sum()), cut + float((ratio_N > truncate).sum())
-        start_N = None if before_N is None else before_N[part]
         loss_N, kl_N, chosen_N = token_losses(
             logits_NV, base_NV, token_N[part], weighted_N, lam, temperature, start_N, clip
         )

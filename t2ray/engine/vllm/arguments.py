@@ -55,6 +55,9 @@ def engine_arguments(folder: Path, factors: Factors, config: EngineConfig, mode:
         vllm_config = seams.EngineArgs(
             model=str(folder), quantization="t2ray", dtype=STORED[stored], max_model_len=context,
             generation_config="vllm",
+            # A trainer needs the probabilities of the distribution that was drawn from; callers ask for the model's.
+            logprobs_mode="processed_logprobs" if mode == "one" else "raw_logprobs",
+            gpu_memory_utilization=0.01,  # `kv_cache_memory_bytes` says it; else a start needs 92 % of the GPU free
             hf_overrides={"quantization_config_dict_json": json.dumps(options)},
             structured_outputs_config={"backend": "guidance"},  # the library, and the language, of t2ray's grammars
             max_num_seqs=config.batch_rows, max_num_batched_tokens=tokens, enable_chunked_prefill=not cpu,

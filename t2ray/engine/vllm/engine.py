@@ -1,8 +1,9 @@
 """The engine over vLLM: what `engine.protocol.Engine` asks, by vLLM's requests. For GPUs; on a CPU it gains nothing.
 
 With `mode="mixtures"` every token has the gains of its own request's mixture, beside the dense weights. With "one" all
-requests that run share a mixture, which is folded into the weights: at the base's speed, for rollouts and evaluation.
-In half precision a fold loses small changes (`lost`); what a trainer makes of it is an importance weight.
+requests that run share a mixture, which is folded into the weights: at the base's speed, for rollouts. Their
+log-probabilities are those of the distribution that is drawn from, at the sampling temperature. In half precision a
+fold loses small changes (`lost`); what a trainer makes of it is an importance weight.
 """
 
 from __future__ import annotations
