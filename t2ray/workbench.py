@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
+
+import torch
 
 from t2ray.adapt.strategies import FEWSHOT, SOFT, Strategy, classify, classify_by_generation, dispatch_labels, fixed
 from t2ray.adapters.factors import MANIFEST, Factors, decompose, factors_folder
@@ -20,7 +23,7 @@ from t2ray.config.files import nearest
 from t2ray.config.serve import EngineConfig
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, Mixture, SamplingParams, UnknownExpert
-from t2ray.engine.choose import vllm_engine
+from t2ray.engine.choose import choose, vllm_engine
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.manifest import ExpertManifest
@@ -245,8 +248,10 @@ def _with_vllm(place: Place, names: Sequence[str], bar: Bar) -> Engine:
     return engine
 
 
-def open_workbench(place: Place, bar: Bar = quiet, engine: str = "transformers") -> Workbench:
-    """Loads the model and every expert into an engine, "transformers" or "vllm".
+def open_workbench(
+    place: Place, bar: Bar = quiet, engine: Literal["auto", "transformers", "vllm"] = "transformers"
+) -> Workbench:
+    """Loads the model and every expert into an engine, "transformers", "vllm", or "auto" for what `choose` says.
 
     Raises:
         ResourceError: vLLM is not installed.
@@ -261,7 +266,9 @@ def open_workbench(place: Place, bar: Bar = quiet, engine: str = "transformers")
         )
     names = [manifest.name for manifest in manifests]
     made: Engine
-    if engine == "vllm":
+    others = {manifest.method.kind for manifest in manifests} - {"svf"}
+    against = f"vLLM runs experts of SVF, and these are of {', '.join(others)}" if others else ""
+    if choose(engine, place.model, place.factors, gpu=torch.cuda.is_available(), against=against) == "vllm":
         made, batch_tokens = _with_vllm(place, names, bar), _BATCH_TOKENS_ON_GPU
     else:
         model, _ = load_experts(place, names, bar)

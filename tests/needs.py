@@ -5,6 +5,7 @@ The suite's last lines count them.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ WALLS = {
     "bubblewrap": "needs bubblewrap (apt-get install bubblewrap)",
 }
 
+SMOLLM2 = "needs SmolLM2-135M-Instruct in float32 (name its folder by T2RAY_SMOLLM2, or have it in the hub's cache)"
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 
@@ -29,6 +32,19 @@ def real(path: str) -> Path:
     if not (SHARED / path).exists():
         pytest.skip(REAL)
     return SHARED / path
+
+
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct, named by T2RAY_SMOLLM2; skips the test where it is not there by itself."""
+    from t2ray.core import ModelError
+    from t2ray.models.weights import resolve
+
+    if named := os.environ.get("T2RAY_SMOLLM2"):
+        return resolve(named)
+    try:
+        return resolve("HuggingFaceTB/SmolLM2-135M-Instruct")
+    except ModelError:
+        pytest.skip(SMOLLM2)
 
 
 def extra(name: str, of: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""vLLM's second runner, through Triton's interpreter, and two tensor parallel processes; see `vllm_apart`."""
+"""vLLM's second runner, by Triton's interpreter, two processes, both, and a real model; see `vllm_apart`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import needs
 import pytest
 from waiting import GUARD_S
 
@@ -16,10 +17,19 @@ HERE = Path(__file__).parent
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM (make vllm)")]
 
 
-@pytest.mark.parametrize("kind", ["second", "parallel", "folded"])
-def test_24_requests_of_6_mixtures_are_the_offline_engines(kind: str) -> None:
+def compared(*what: object) -> str:
+    """What `vllm_apart` prints of a comparison that has found nothing."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    done = subprocess.run(
-        [sys.executable, HERE / "vllm_apart.py", kind], env=environment, capture_output=True, text=True, timeout=GUARD_S
-    )
-    assert done.returncode == 0 and "same 24" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+    command = [sys.executable, str(HERE / "vllm_apart.py"), *map(str, what)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=GUARD_S)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(("kind", "requests"), [("second", 24), ("parallel", 24), ("both", 6), ("folded", 6)])
+def test_requests_of_6_mixtures_are_the_offline_engines(kind: str, requests: int) -> None:
+    assert f"same {requests}" in compared(kind)
+
+
+def test_20_requests_of_5_mixtures_on_a_real_model_are_the_offline_engines() -> None:
+    assert "same 20" in compared("real", needs.smollm2())

@@ -71,9 +71,10 @@ def add(p: Parser) -> None:
     )
     p.add_argument(
         "--engine",
-        default="transformers",
-        choices=["transformers", "vllm"],
-        help="What computes. vllm has to be installed. Default: transformers.",
+        default="auto",
+        choices=["auto", "transformers", "vllm"],
+        help="What computes. vllm has to be installed; auto is vllm on a GPU where it is and fits, else transformers. "
+        "Default: auto.",
     )
     _add_form(p)
     add_unsafe_code(p)

@@ -29,7 +29,7 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
     }
     for settings in (fields, *domains.values()):
         settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
-        if settings["rl"].get("engine") == "transformers":
+        if settings["rl"].get("engine") in ("auto", "transformers"):
             settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in ("engine", "truncate")}
         if settings["rl"].get("objective") == "reinforce":
             del settings["rl"]["objective"]

@@ -72,10 +72,11 @@ class RLConfig(Strict):
         gt=0,
         description="Greatest norm of the gradient, to which a longer one is scaled down; null or .inf clips nothing.",
     )
-    engine: Literal["transformers", "vllm"] = Field(
-        "transformers",
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
         description="What samples the rollouts: the model that is trained (transformers), or vLLM beside it with the "
-        "expert folded into its weights (vllm).",
+        "expert folded into its weights (vllm); auto is vLLM where a float32 model has a GPU of its own and vLLM is "
+        "installed, else transformers (docs/vllm.md).",
     )
     truncate: float = Field(
         2.0,

@@ -21,9 +21,11 @@ VERIFIERS = {"equal": "t2ray.tasks.equal:reward", "gsm8k": "t2ray.tasks.gsm8k:re
 class EngineConfig(Strict):
     """The continuous engine of one replica."""
 
-    kind: Literal["transformers", "vllm"] = Field(
-        "transformers",
-        description="What computes: transformers, or vLLM, which has to be installed beside t2ray (docs/vllm.md).",
+    kind: Literal["auto", "transformers", "vllm"] = Field(
+        "auto",
+        description="What computes: transformers, or vLLM, which has to be installed beside t2ray; auto is vLLM on a "
+        "GPU, where it is installed and its answers for this type of model have been compared, else transformers "
+        "(docs/vllm.md).",
     )
 
     kv_tokens: int = Field(

@@ -13,6 +13,7 @@ from t2ray.adapters.factors import MANIFEST as FACTORS
 from t2ray.adapters.factors import Factors, factors_folder
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, RunError, user
+from t2ray.engine.choose import choose
 from t2ray.experts.registry import Registry
 from t2ray.models.load import load_chat
 from t2ray.models.weights import PACKAGED, open_weights, resolve
@@ -38,7 +39,7 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
         RunError: the run exists and `resume` is False, or the run was started with another configuration.
         T2RayError: the job, its data, its rewards or its model have a mistake.
     """
-    config = _as_begun(_absolute(config))
+    config = _with_sampler(_as_begun(_absolute(config)))
     check_run(config, resume)
     _check_base(config)
     check_trackers(config)
@@ -98,7 +99,34 @@ def _as_begun(config: TrainConfig) -> TrainConfig:
         rl = rl.model_copy(update={"max_tokens": _FORMER_LONGEST})
     if rl.lr is None and first is not None and first.rl.lr == _FORMER_LR:
         rl = rl.model_copy(update={"lr": _FORMER_LR})
+    if rl.engine == "auto" and first is not None:
+        rl = rl.model_copy(update={"engine": "vllm" if first.rl.engine == "vllm" else "transformers"})
     return config.model_copy(update={"date": day, "rl": rl})
+
+
+def _with_sampler(config: TrainConfig) -> TrainConfig:
+    """Returns the job with what samples its rollouts, where it leaves that open: its runs go on with the same."""
+    settings, asked = config.domain_settings, config.rl.engine
+    if "auto" not in (asked, *(rl.engine for rl in settings.values())):
+        return config
+    against = ""
+    if config.adapter.kind != "svf" or any(rl.objective == "sft" for rl in settings.values()):
+        against = "vLLM samples for SVF alone, and not for sft"
+    elif config.gpus != 1:
+        against = f"vLLM needs a GPU of its own for each worker, and this job has gpus: {config.gpus:g}"
+    elif len(config.domains) > 1 and config.domains_per_worker != 1:
+        against = "vLLM samples for one domain, and domains may share a worker's model here"
+    elif {entry.dtype for entry in open_weights(config.model).entries.values()} != {"F32"}:
+        against = "a fold into weights in half precision would lose small changes of z"
+    kind = choose("auto", config.model, config.factors, gpu=config.gpus > 0, against=against)
+    rl = config.rl.model_copy(update={"engine": kind if asked == "auto" else asked})
+    domains = {
+        name: domain.model_copy(update={"rl": domain.rl | {"engine": kind}})
+        if settings[name].engine == "auto" and "engine" in domain.rl
+        else domain
+        for name, domain in config.domains.items()
+    }
+    return config.model_copy(update={"rl": rl, "domains": domains})
 
 
 def _support(config: TrainConfig) -> str | None:

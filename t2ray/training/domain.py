@@ -220,7 +220,7 @@ def _start(store: Store, model: Model) -> Tensor | None:
 
 def _sampler(config: TrainConfig, domain: str, model: Model) -> Engine:
     """Returns what samples the rollouts: the model itself, or vLLM with the same weights and the expert folded."""
-    if config.domain_rl(domain).engine == "transformers":
+    if config.domain_rl(domain).engine != "vllm":
         return OfflineEngine(model)
     from t2ray.config.serve import EngineConfig  # most runs need neither
     from t2ray.engine.choose import vllm_engine

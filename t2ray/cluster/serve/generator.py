@@ -40,7 +40,7 @@ from t2ray.core import (
     UnknownExpert,
     check_name,
 )
-from t2ray.engine.choose import vllm_engine
+from t2ray.engine.choose import choose, vllm_engine
 from t2ray.engine.protocol import Engine
 from t2ray.engine.serving import sample, serving_engine
 from t2ray.experts.admission import check_header
@@ -68,7 +68,8 @@ class Generator:
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", PRIMITIVES)  # read at the first product
         assert self.config.factors is not None and self.config.experts is not None
         self.factors = Factors.open(self.config.factors)
-        vllm = self.config.engine.kind == "vllm"
+        kind = choose(self.config.engine.kind, self.config.model, self.config.factors, gpu=torch.cuda.is_available())
+        vllm = kind == "vllm"
         self.engine: Engine
         if vllm:
             self.engine = vllm_engine(self.config.model, self.factors, self.config.engine, mode="mixtures")
