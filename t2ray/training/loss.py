@@ -184,10 +184,8 @@ def backward(
         logits_NV, weighted_N = model.logits(leaf_ND[part]), advantage_N[part]
         start_N = None if before_N is None else before_N[part]
         if truncate is not None:
-            logp_N = start_N
-            if logp_N is None:
-                logp_NV = (logits_NV.detach() / temperature).log_softmax(-1)
-                logp_N = logp_NV.gather(-1, token_N[part, None])[:, 0]
+            logp_NV = (logits_NV.detach() / temperature).log_softmax(-1)
+            logp_N = logp_NV.gather(-1, token_N[part, None])[:, 0] if start_N is None else start_N
             weight_N, ratio_N = importance(logp_N, sampled_N[part], truncate)
             weighted_N = weighted_N * weight_N
             ratio, cut = ratio + float(ratio_N.sum()), cut + float((ratio_N > truncate).sum())
