@@ -21,7 +21,7 @@ def compared(*what: object) -> str:
     """What `vllm_apart` prints of a comparison that has found nothing."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
     command = [sys.executable, str(HERE / "vllm_apart.py"), *map(str, what)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=GUARD_S)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * GUARD_S)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
 

@@ -88,7 +88,7 @@ def real(folder: Path) -> int:
         layered = Mixture.of({"a": [i / layers for i in range(layers)], "b": 0.3})
         mixtures = (*map(Mixture.parse, ("base", "a", "b", "a:0.7,b:0.3")), layered)
         requests = [(text, mixture) for mixture in mixtures for text in PROMPTS[:4]]
-        sampling = SamplingParams(max_tokens=24, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=16, ignore_eos=True)
         wanted, found = (answers(one, requests, sampling) for one in (offline, engine))
         engine.stop()
         assert len({one.token_ids for one in wanted}) > 12  # the mixtures differ, and so can the engines
