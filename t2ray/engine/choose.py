@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["transformers", "vllm"]
+Chosen = Literal["transformers", "vllm"]
 
 RELEASES = ("0.32", "0.33")
 """The releases of vLLM that have what t2ray needs (`engine.vllm.seams`)."""
@@ -33,7 +33,7 @@ COMPARED = ("llama",)
 
 def choose(
     asked: Literal["auto", "transformers", "vllm"], model: str, factors: str | None, *, gpu: bool, against: str = ""
-) -> Kind:
+) -> Chosen:
     """Returns what computes, and logs why where that was open (`auto`).
 
     Args:
@@ -48,7 +48,7 @@ def choose(
     return kind
 
 
-def decided(*, gpu: bool, installed: str | None, against: str) -> tuple[Kind, str]:
+def decided(*, gpu: bool, installed: str | None, against: str) -> tuple[Chosen, str]:
     """Returns what computes where that is open, and why: vLLM on a GPU, where it is installed and fits.
 
     Args:
