@@ -142,7 +142,7 @@ def check_shared_prompts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
 
     plain = computed()
     with monkeypatch.context() as patch:
-        patch.setattr(layouts, "PASS", {"cpu": 0.0})
+        patch.setattr(layouts, "PASS", {"cpu": (0.0, 0)})
         shared = computed()
     scale = float(plain[0].abs().max())
     close(shared[0] / scale, plain[0] / scale)
@@ -320,7 +320,7 @@ def test_what_a_batch_saw_does_not_move_the_tokens_of_the_next(
     model = load_model(str(folder), tmp_path / "factors", device="cpu")
     engine, sampling = OfflineEngine(model), SamplingParams(max_tokens=4, ignore_eos=True)
     engine.set_experts({"math": random_z(model, 1)[0]})
-    monkeypatch.setattr(layouts, "PASS", {"cpu": 0.0})
+    monkeypatch.setattr(layouts, "PASS", {"cpu": (0.0, 0)})
     monkeypatch.setattr("t2ray.engine.batches.READ_TOKENS", 4)
 
     def texts() -> Tensor:

@@ -206,7 +206,7 @@ def test_a_prompt_is_read_once_and_rows_that_ended_leave_and_no_answer_changes(
             hook.remove()
 
     plain, all_read = answers()
-    monkeypatch.setattr(families, "PASS", {"cpu": 0.0})
+    monkeypatch.setattr(families, "PASS", {"cpu": (0.0, 0)})
     found, read = answers()
     assert [one.token_ids for one in found] == [one.token_ids for one in plain]
     for one, other in zip(found, plain, strict=True):

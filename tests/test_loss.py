@@ -259,7 +259,7 @@ def test_a_prompt_that_is_read_once_for_its_samples_changes_no_gradient(
     batch = [*ROLLOUTS, rollout([7], [3]), rollout([30, 31, 32, 33, 34, 35], [9, 9, 1, 4, 5, 6, 7])]
     advantage_B = [*ADVANTAGES, 0.5, -0.3]
     plain_K, terms = gradient(model, z_K, batch, advantage_B, lam=lam)
-    monkeypatch.setattr(families, "PASS", {"cpu": 0.0})
+    monkeypatch.setattr(families, "PASS", {"cpu": (0.0, 0)})
     read: list[int] = []
     hook = model.hf.get_input_embeddings().register_forward_hook(lambda _, args, out: read.append(args[0].numel()))
     try:

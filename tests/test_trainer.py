@@ -123,6 +123,23 @@ def test_further_updates_of_a_step_are_clipped_against_its_first(model: Model, t
     assert float((clipped_K - unclipped_K).norm()) > 0.1 * float(unclipped_K.norm())
 
 
+def test_without_means_of_earlier_gradients_each_step_moves_each_number_by_the_learning_rate(
+    model: Model, tmp_path: Path
+) -> None:
+    """AdamW with betas [0, 0] is the gradient's sign; with its own, earlier gradients shorten and lengthen a step."""
+
+    def second(**changes: Any) -> torch.Tensor:
+        trainer = trainer_of(model, tmp_path / str(len(changes)), settings(schedule="constant", **changes))
+        asyncio.run(trainer.step(1))
+        before_K = trainer.p_K.detach().clone()
+        asyncio.run(trainer.step(2))
+        assert trainer.p_K.grad is not None
+        return ((trainer.p_K.detach() - before_K) / 0.05)[trainer.p_K.grad.abs() > 1e-4].abs()
+
+    torch.testing.assert_close(moved := second(betas=(0.0, 0.0)), torch.ones_like(moved), rtol=1e-2, atol=0)
+    assert float((second() - 1).abs().mean()) > 0.1
+
+
 def test_reinforce_raises_the_reward(model: Model, tmp_path: Path) -> None:
     rows: list[StepMetrics] = []
     rl = settings(steps=25, prompts=16, samples=2, eval_every=25, micro_batch=32, lr=0.1, kl=0.0)

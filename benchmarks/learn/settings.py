@@ -18,6 +18,9 @@ from t2ray.workbench import Place, open_factors
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_reward"
 PEERS = ("rloo", "grpo")
 
+BETAS = (0.0, 0.9)
+"""Of AdamW on every side: z learns the settings in fewer steps than with torch's 0.9 and 0.999 (decision 24)."""
+
 Rates = Mapping[str, tuple[float, ...]]
 """The learning rates that each side tries, as many for each: "t2ray" and the peers."""
 
@@ -75,6 +78,8 @@ def configured(setting: Setting, name: str, model: str | None, data: str | None)
     if data:
         values["domains"][name]["data"] = data
     config = resolve(values | {"workers": 0, "cpus": 1, "verifiers": 0}, where=name, code=setting.code)
+    at_once = config.rl.prompts * config.rl.samples  # as TRL is told
+    config = config.model_copy(update={"rl": config.rl.model_copy(update={"betas": BETAS, "micro_batch": at_once})})
     factors = open_factors(Place(model=config.model, factors=None, experts=None, run=None))
     return config.model_copy(update={"factors": str(factors.folder)})
 

@@ -1,7 +1,7 @@
 """The side of TRL: RLOO or GRPO on LoRA, in TRL's own environment. `python -m benchmarks.learn.theirs JOB`.
 
 What is not given is TRL's default, but for what would make it slower or the comparison unequal: no gradient
-checkpointing, float32, AdamW's learning rate by t2ray's schedule, and t2ray's weight of the KL.
+checkpointing, float32, t2ray's betas of AdamW, its schedule of the learning rate, and its weight of the KL.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ def main(path: str) -> None:
             max_steps=rl["steps"], per_device_train_batch_size=rl["prompts"] * rl["samples"],
             num_generations=rl["samples"], temperature=rl["temperature"], beta=rl["kl"],
             max_completion_length=job["max_tokens"], learning_rate=job["rate"],
+            adam_beta1=rl["betas"][0], adam_beta2=rl["betas"][1],
             lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1},
         ),
     ).train()  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import portable
+from t2ray.config.rl import TORCH_BETAS
 
 # What does not change the z that a training job comes to, step by step: it may change when a run is resumed.
 FREE = frozenset(
@@ -33,6 +34,7 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
             settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in ("engine", "truncate")}
         if settings["rl"].get("objective") == "reinforce":
             del settings["rl"]["objective"]
+        settings["rl"] = before_betas(settings["rl"])
     rl = fields["rl"]
     if rl.get("algorithm") == "reinforce":
         del rl["algorithm"]
@@ -46,3 +48,8 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
     if not fields["chat_template_kwargs"]:
         del fields["chat_template_kwargs"]
     return portable(fields | {"domains": domains})
+
+
+def before_betas(rl: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of RL settings without `betas`, where they say what jobs did before there was such a key."""
+    return {key: value for key, value in rl.items() if key != "betas" or tuple(value) != TORCH_BETAS}

@@ -9,6 +9,11 @@ from pydantic import BeforeValidator, Field, model_validator
 from t2ray.config.files import Strict
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+TORCH_BETAS = (0.9, 0.999)
+
+
 class RLConfig(Strict):
     """REINFORCE with a KL penalty on z (paper section 3.1). Defaults for small models; `preset: paper` is Table 6."""
 
@@ -63,6 +68,11 @@ class RLConfig(Strict):
     )
     schedule: Literal["cosine", "constant"] = Field(
         "cosine", description="How the learning rate goes on from its highest: down to a tenth (cosine), or unchanged."
+    )
+    betas: tuple[Beta, Beta] = Field(
+        TORCH_BETAS,
+        description="How much of AdamW's two means, of the gradient and of its square, a step keeps: [0, 0.9] follows "
+        "the newest rollouts, which learns a format in fewer steps and nearer to the base.",
     )
     kl: float = Field(
         0.02, ge=0, description="Weight lambda of the penalty KL(policy || base), which is counted in nats per token."

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from t2ray.config.resume import before_betas
 from t2ray.config.tables import BASE, TablesConfig, job_of
 from t2ray.core import RunError
 from t2ray.integrity import Damaged, seal, unseal
@@ -90,7 +91,9 @@ def made_of(config: TablesConfig, method: str) -> str:
     if method != BASE:
         values |= {
             "adapter": job.trained.model_dump(mode="json"),
-            "rl": {name: settings.model_dump(mode="json") for name, settings in job.domain_settings.items()},
+            "rl": {
+                name: before_betas(settings.model_dump(mode="json")) for name, settings in job.domain_settings.items()
+            },
             "search": config.search.model_dump(mode="json"),
         }
     return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=12).hexdigest()

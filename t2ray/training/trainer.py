@@ -101,7 +101,7 @@ class Trainer:
         noise_K = rl.sigma * torch.randn(model.adapter.size, generator=torch.Generator().manual_seed(seed))
         self.p_K = model.adapter.initial(rl.init, noise_K, start_K).requires_grad_()
         self.lr = rl.rate(len(self.p_K))
-        self.optimiser = torch.optim.AdamW([self.p_K], lr=self.lr, weight_decay=0.0)
+        self.optimiser = torch.optim.AdamW([self.p_K], lr=self.lr, betas=rl.betas, weight_decay=0.0)
         self.progress = Progress()
         self.forked = start_K is not None
         self.faults = Counts()  # of the validations since the last step
