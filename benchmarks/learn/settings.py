@@ -62,7 +62,7 @@ def brief() -> Setting:
     job = {
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "domains": {"brief": {"task": "brief", "max_tokens": 24}},
-        "rl": {"steps": 8, "prompts": 4, "samples": 4, "temperature": 0.7},
+        "rl": {"steps": 12, "prompts": 4, "samples": 4, "temperature": 0.7},
     }
     rates = {"t2ray": (1.5e-3, 3e-3), "rloo": (5e-4, 1e-3), "grpo": (5e-4, 1e-3)}
     return Setting(job=job, code="", target=0.8, window=3, rates=rates)
