@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from t2ray.config.files import Strict
 
-
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 TORCH_BETAS = (0.9, 0.999)
