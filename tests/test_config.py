@@ -372,7 +372,8 @@ def test_where_and_by_how_many_changes_no_digest(change: dict[str, Any]) -> None
 @pytest.mark.parametrize(
     "change",
     [{"seed": 1}, {"rl": {"lr": 0.5}}, {"rl": {"betas": [0, 0.9]}}, {"model": "x"}, {"layers": "0"},
-     {"targets": ["*.mlp.*"]}, {"domains": {"math": {"task": "code"}}}, {"domains": {"math": {"task": "math", "rl": {"kl": 1}}}}],
+     {"targets": ["*.mlp.*"]}, {"domains": {"math": {"task": "code"}}},
+     {"domains": {"math": {"task": "math", "rl": {"kl": 1}}}}],
 )  # fmt: skip
 def test_what_changes_z_changes_the_digest(change: dict[str, Any]) -> None:
     assert made(change).digest != made().digest

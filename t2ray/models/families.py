@@ -29,7 +29,7 @@ _NO_LIMIT = 2048  # tokens, of an architecture without a limit of its own (ALiBi
 
 
 PASS = {"cpu": (1e7, 20), "cuda": (1e11, 130)}
-"""What a pass of its own costs, by device: the multiply-adds that Python's time per layer is good for, and the tokens in
+"""What a pass of its own costs, by device: multiply-adds that Python's time per layer is good for, and the tokens in
 whose time all weights are read. Measured on a CPU (0.4 ms at 25e9 per second; SmolLM2-135M), reckoned for a GPU."""
 
 
