@@ -111,7 +111,7 @@ class Family:
     def pays(self, saved: int, passes: int = 1) -> bool:
         """Whether to read so many tokens less is worth so many `passes` more."""
         per_layer, tokens = PASS["cpu" if self.device == "cpu" else "cuda"]
-        layers = self.config.num_hidden_layers
+        layers = int(self.config.num_hidden_layers)
         return saved * self.parameters >= passes * (layers * per_layer + tokens * self.parameters)
 
     def logits(self, hidden: Tensor) -> Tensor:
