@@ -76,7 +76,7 @@ def test_a_vision_tower_is_adapted_beside_the_decoder(name: str, tiny_llama: Pat
     """Prompts with pictures and without, with mixtures of their own, asked together: each as the model by itself."""
     model = adapted_model(name, tiny_llama, tmp_path, ["*", *EYES[name]])
     tower = {target.name for target in model.adapter.layout if target.in_tower}
-    assert len(tower) >= 6 and len(tower) < len(model.adapter.layout)
+    assert len(tower) >= 6 and len(tower) < len(model.adapter.layout) and model.family.takes_features
     base, z_K = plain(model), random_z(model, 2)[1]
     with torch.no_grad():
         ids_1T = torch.tensor([[*model.chat.ids(SEEN[2]), 70]])
@@ -124,17 +124,26 @@ def test_a_tower_alone_is_adapted_served_saved_and_exported(tiny_llama: Path, tm
         vllm_engine(folder, Factors.open(tmp_path / "factors"), EngineConfig(), mode="mixtures")
 
 
-def test_pictures_of_several_z_are_never_in_one_batch(tiny_llama: Path, tmp_path: Path) -> None:
-    """Also where one mixture has two, since its experts changed between two requests; a layer refuses what is mixed."""
+@pytest.mark.parametrize("takes_features", [True, False])
+def test_rows_of_several_z_see_by_their_own(takes_features: bool, tiny_llama: Path, tmp_path: Path) -> None:
+    """In one batch where the model takes what its tower made of each row's pictures, else in a batch for each z: also
+    where one mixture has two, since its experts changed between two requests."""
     model = adapted_model("llava", tiny_llama, tmp_path, ["*", *EYES["llava"]])
     z_2K, sampling = random_z(model, 2), SamplingParams(max_tokens=2, ignore_eos=True)
+    assert model.family.takes_features
+    model.family.takes_features = takes_features
 
     def asked(messages: tuple[Message, ...], z_K: Tensor) -> Request:
         ids = model.chat.ids(messages)
         return Request(prompt_ids=ids, mixture=MATH, pictured=pictured(messages), z_K=z_K, sampling=sampling)
 
-    requests = [asked(messages, z_K) for messages in SEEN for z_K in z_2K.unbind()]
-    StaticBatches(model).run(requests)
+    by_z = z_2K.unbind()
+    requests = [asked(messages, z_K) for messages in SEEN for z_K in by_z]
+    batches = StaticBatches(model)
+    sizes, generate = list[int](), batches._generate
+    batches._generate = lambda batch: (sizes.append(len(batch)), generate(batch))[1]  # type: ignore[method-assign]
+    batches.run(requests)
+    assert sorted(sizes) == ([6] if takes_features else [2, 2, 2])  # the texts share theirs
     for request, messages in zip(requests, [messages for messages in SEEN for _ in range(2)], strict=True):
         assert request.z_K is not None
         single = asked(messages, request.z_K)
@@ -142,11 +151,15 @@ def test_pictures_of_several_z_are_never_in_one_batch(tiny_llama: Path, tmp_path
         assert isinstance(request.result, Completion) and isinstance(single.result, Completion)
         assert request.result.token_ids == single.result.token_ids
         close(torch.tensor(request.result.logprobs), torch.tensor(single.result.logprobs))
+
+
+def test_a_layer_of_a_tower_refuses_rows_of_several_z(tiny_llama: Path, tmp_path: Path) -> None:
+    model = adapted_model("llava", tiny_llama, tmp_path, EYES["llava"])
     ids = model.chat.ids(SEEN[0])
     seen = model.seen([pictured(SEEN[0])] * 2, [0, 0], len(ids))
     with (
         pytest.raises(AssertionError, match="pictures of several mixtures"),
-        model.adapter.rows(z_2K, torch.arange(2)),
+        model.adapter.rows(random_z(model, 2), torch.arange(2)),
     ):
         model.hidden(torch.tensor([ids, ids]), torch.ones(2, len(ids)).long(), seen)
 

@@ -23,8 +23,8 @@ class Adapter(Protocol):
 
     `layout` names the adapted matrices in order, `size` is P, and `neutral` is the vector, (P,), float32, that leaves
     the model as it is. `bank` holds the experts by name, each (P,), float32, on the model's device. `by_row` says
-    whether rows of one batch may have vectors of their own; rows with pictures have one where `layout` has matrices
-    that are `in_tower`.
+    whether rows of one batch may have vectors of their own; pictures that go through matrices `in_tower` are bound by
+    themselves (`Model.featured`).
     """
 
     by_row: bool

@@ -5,7 +5,8 @@ Not here: generation (`t2ray.engine`) and the loss (`t2ray.training.loss`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,22 @@ class Model:
         floats = {name: value.to(self.hf.dtype) for name, value in found.items() if value.is_floating_point()}
         return {name: value.to(self.device) for name, value in (found | floats).items()}
 
+    def featured(
+        self,
+        conversations: Sequence[tuple[Message, ...]],
+        pads: Sequence[int],
+        length: int,
+        bound: Callable[[int], AbstractContextManager[None]],
+    ) -> dict[str, Any]:
+        """As `seen`, but what the tower makes of the pictures: of those of row i within `bound(i)`, with a z of its
+        own. For a family that `takes_features`."""
+        made = []
+        for i, messages in enumerate(conversations):
+            if messages:
+                with bound(i):
+                    made.append(self.family.features(self.seen([messages], [0], length)))
+        return self.family.featured(self.seen(conversations, pads, length), made)
+
     def hidden_behind(
         self, prefix_UP: Tensor, real_UP: Tensor, prefix_of_B: Tensor, ids_BT: Tensor, mask_BT: Tensor
     ) -> Tensor:
@@ -114,5 +131,5 @@ def load_model(
     family = Family(hf)
     probe(hf, family, made)
     model = Model(hf=hf, family=family, adapter=made, chat=chat, base_digest=weights.digest)
-    probe_pictures(hf, family, made, chat, model.seen)
+    probe_pictures(model)
     return model

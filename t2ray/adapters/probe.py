@@ -7,15 +7,14 @@ it is the same layer with another weight, and costs a product of whole matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from t2ray.core import Message, ModelError, T2RayError, user
-from t2ray.models.chat import Chat
+from t2ray.core import ModelError, T2RayError, user
 from t2ray.models.families import Family
 from t2ray.models.targets import Target
 from t2ray.pictures import drawn
@@ -23,8 +22,7 @@ from t2ray.prompts import pictured
 
 if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
-
-See = Callable[[Sequence[tuple[Message, ...]], Sequence[int], int], Mapping[str, Tensor]]
+    from t2ray.adapters.model import Model
 
 TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -70,26 +68,26 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
         ) from error
 
 
-def probe_pictures(hf: Any, family: Family, adapter: Adapter, chat: Chat, see: See) -> None:
+def probe_pictures(model: Model) -> None:
     """Compares a batch, of rows with a picture and without, with the model's own logits of each row.
 
-    Where pictures go through adapted matrices it does so through their factors, too. A model for which logits differ
-    goes on with text: it takes no pictures, and its chat says why. `see` makes what the model gets of conversations'
-    pictures (`Model.seen`).
+    A model for which they differ goes on with text: it takes no pictures, and its chat says why. Where pictures go
+    through adapted matrices, they do so with a z for all rows, and with one for each, if the model takes the features
+    that its tower made of them by row; if it does not, batches with pictures have one mixture.
 
     Raises:
         ModelError: it takes no pictures, for which the adapter has matrices.
     """
-    tower = [target for target in adapter.layout if target.in_tower]
+    chat, family = model.chat, model.family
+    tower = [target for target in model.adapter.layout if target.in_tower]
+    z_RK = 1 + 0.1 * torch.randn(2, model.adapter.size, generator=torch.Generator().manual_seed(0))
+    first, second = z_RK.to(model.device)
     if chat.processor is not None:
-        device = adapter.neutral.device
-        z_1K = (1 + 0.1 * torch.randn(1, adapter.size, generator=torch.Generator().manual_seed(0))).to(device)
         try:
-            with torch.no_grad():
-                _compare_seen(hf, family, chat, see, device)
+            _compare_seen(model, [None] * 3)
             if tower:
-                with _called(hf, family, tower), adapter.rows(z_1K), torch.enable_grad():
-                    _compare_seen(hf, family, chat, see, device)
+                with _called(model.hf, family, tower):
+                    _compare_seen(model, [first] * 3)
         except (T2RayError, ValueError, TypeError, RuntimeError) as error:  # whatever an unknown forward raises
             chat.processor, chat.blind = None, " ".join(str(error).split())[:300]
     if tower and chat.processor is None:
@@ -97,20 +95,39 @@ def probe_pictures(hf: Any, family: Family, adapter: Adapter, chat: Chat, see: S
             f"{family.architecture}: experts of {tower[0].name} need pictures, and the model takes none: {chat.blind}; "
             "choose matrices of its decoder alone by --targets"
         )
+    if tower and model.adapter.by_row:
+        with suppress(Exception):  # whatever it is, the model is used without
+            _compare_seen(model, [first, second, second])
+            family.takes_features = True
 
 
-def _compare_seen(hf: Any, family: Family, chat: Chat, see: See, device: torch.device) -> None:
+def _compare_seen(model: Model, z: Sequence[Tensor | None]) -> None:
+    """Raises ModelError where the logits of a row of three differ from its own; row i has `z[i]`, None is the base."""
     rows = (user((drawn(96, 48), "1")), user("12"), user((drawn(32, 64), "123")))
+    chat, hf, device = model.chat, model.hf, model.device
     ids = [chat.ids(messages) for messages in rows]
     longest = max(map(len, ids))
     ids_BT = torch.tensor([[*row, *[chat.pad_id] * (longest - len(row))] for row in ids], device=device)
     mask_BT = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids], device=device)
-    seen = see([pictured(messages) for messages in rows], [0, 0, 0], longest)
-    together = family.logits(family.hidden(ids_BT, mask_BT, seen))
-    for row, messages, found in zip(ids, rows, together, strict=True):
-        alone = see([pictured(messages)], [0], len(row))
-        own = hf(input_ids=torch.tensor([row], device=device), use_cache=False, **alone).logits
-        _same(own, found[None, : len(row)], family, "the logits beside other pictures")
+    conversations = [pictured(messages) for messages in rows]
+
+    def bound(i: int) -> AbstractContextManager[None]:
+        z_K = z[i]
+        return nullcontext() if z_K is None else model.adapter.rows(z_K[None])
+
+    with torch.enable_grad():  # see `probe`
+        if all(z_K is z[0] for z_K in z):
+            together, seen = bound(0), model.seen(conversations, [0, 0, 0], longest)
+        else:
+            seen = model.featured(conversations, [0, 0, 0], longest, bound)
+            together = model.adapter.rows(model.adapter.table(z), torch.arange(len(z), device=device))
+        with together:
+            logits_BTV = model.family.logits(model.family.hidden(ids_BT, mask_BT, seen))
+        for i, row in enumerate(ids):
+            alone = model.seen([conversations[i]], [0], len(row))
+            with bound(i):
+                own = hf(input_ids=torch.tensor([row], device=device), use_cache=False, **alone).logits
+            _same(own, logits_BTV[i : i + 1, : len(row)], model.family, "the logits beside other pictures")
 
 
 @contextmanager

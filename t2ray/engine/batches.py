@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, L labels of a request, R mixtures of a batch, K singul
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 
 from t2ray.adapters.model import Model
 from t2ray.core import Completion, SamplingParams, Token
-from t2ray.engine.cache import RoomyLayer, like_lengths, roomy_cache
+from t2ray.engine.cache import RoomyLayer, like_lengths, repeat, roomy_cache
 from t2ray.engine.requests import Request
 from t2ray.engine.sampling import RowEnds, RowSampler, likeliest
 
@@ -46,15 +46,16 @@ class StaticBatches:
     def __init__(self, model: Model, *, max_rows: int = MAX_ROWS, max_tokens: int = MAX_TOKENS) -> None:
         self.model = model
         self.max_rows, self.max_tokens = max_rows, max_tokens
+        self.tower = any(target.in_tower for target in model.adapter.layout)
         self.recurrent = any(hasattr(layer, "conv_states") for layer in DynamicCache(config=model.family.config).layers)
 
     def run(self, requests: Iterable[Request]) -> None:
-        """Sets the `result` of each request. In an adapted tower, the pictures of a batch have one mixture."""
+        """Sets the `result` of each request."""
         by_row = self.model.adapter.by_row
-        tower = any(target.in_tower for target in self.model.adapter.layout)
+        seen_by_row = not self.tower or self.model.family.takes_features
 
         def alike(request: Request) -> tuple[int, str]:
-            apart = not by_row or (tower and request.pictured)  # by z: a mixture has another once experts changed
+            apart = not by_row or (request.pictured and not seen_by_row)  # by z, as experts of one mixture may change
             return request.kind, f"{request.mixture.weights} {id(request.z_K)}" if apart else ""
 
         ordered = sorted(requests, key=lambda r: (alike(r), len(r.prompt_ids)))  # rows of like length pad little
@@ -118,7 +119,7 @@ class StaticBatches:
         ids_BT, mask_BT = self._left_padded(batch)
         prompt, whole = ids_BT.shape[1], sum(request.tokens for request in batch)
         longest = max(p.max_tokens for p in params)
-        seen = self.model.seen([r.pictured for r in batch], [prompt - len(r.prompt_ids) for r in batch], prompt)
+        seen = self._seen(batch, prompt)
         sampler = RowSampler(params, device, [request.guide for request in batch])
         decode = [partial(chat.decode, continues=request.continues) for request in batch]
         leaves = family.shares_prefixes and not seen  # a picture's places are computed as its batch begins
@@ -151,6 +152,13 @@ class StaticBatches:
                 sampler.keep(kept_B)
                 ends.keep(kept_B)
         return [completion for completion in found if completion is not None]
+
+    def _seen(self, batch: list[Request], prompt: int) -> Mapping[str, object]:
+        """What the model gets of a batch's pictures; an adapted tower sees each row's by that row's z."""
+        pictured, pads = [r.pictured for r in batch], [prompt - len(r.prompt_ids) for r in batch]
+        if not self.tower or not any(pictured) or len({id(request.z_K) for request in batch}) == 1:
+            return self.model.seen(pictured, pads, prompt)
+        return self.model.featured(pictured, pads, prompt, lambda i: self._bind([batch[i]], tokens=1))
 
     def _prefilled(self, batch: list[Request], prompt: int, capacity: int) -> DynamicCache:
         """The keys and values of all but the last of `prompt` tokens, where it pays to read them apart: else none.
@@ -239,14 +247,11 @@ class StaticBatches:
             if shared:
                 prefix_1T = torch.tensor([batch[0].prompt_ids[:shared]], device=ids_BT.device)
                 hf(input_ids=prefix_1T, past_key_values=cache, logits_to_keep=1)
-                _repeat(cache, 1, len(batch))
+                repeat(cache, 1, len(batch))
             first = hf(
-                input_ids=ids_BT,
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
+                input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT, past_key_values=cache,
                 logits_to_keep=1,
-            ).logits
+            ).logits  # fmt: skip
         labels = [label for request in batch for label in request.labels]
         longest = max(map(len, labels))
         label_LT = torch.tensor([[*label, *[0] * (longest - len(label))] for label in labels], device=ids_BT.device)
@@ -255,7 +260,7 @@ class StaticBatches:
         )
         logits = first.float().repeat_interleave(L, 0)
         if longest > 1:
-            _repeat(cache, len(batch), L)
+            repeat(cache, len(batch), L)
             mask = torch.cat([mask_BT.repeat_interleave(L, 0), real_LT[:, :-1]], 1)
             start = positions_BT[:, -1:].repeat_interleave(L, 0) + 1
             positions = start + torch.arange(longest - 1, device=start.device)
@@ -281,11 +286,6 @@ class StaticBatches:
             logits = model.logits(model.hidden(ids_LT, mask_LT, seen)[:, start - 1 : -1])
         logprob_LT = logits.log_softmax(-1).gather(-1, ids_LT[:, start:, None])[..., 0] * real_LT
         return tuple(logprob_LT.sum(-1).tolist())
-
-
-def _repeat(cache: DynamicCache, rows: int, times: int) -> None:
-    """Each of a cache's rows so many times, side by side; recurrent states can be reordered alone."""
-    cache.reorder_cache(torch.arange(rows).repeat_interleave(times))
 
 
 def _shared_prefix(batch: Sequence[Request]) -> int:

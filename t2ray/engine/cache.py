@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -67,6 +68,11 @@ def roomy_cache(config: Any, capacity: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [RoomyLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def repeat(cache: DynamicCache, rows: int, times: int) -> None:
+    """Each of a cache's rows so many times, side by side; recurrent states can be reordered alone."""
+    cache.reorder_cache(torch.arange(rows).repeat_interleave(times))
 
 
 def like_lengths(

@@ -6,13 +6,15 @@ a model for which the data is not right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from t2ray.core import ModelError
 
@@ -37,8 +39,11 @@ class Family:
     """The parts of a loaded causal language model.
 
     `architecture` is its class's name, `config` that of its text decoder, `backbone` the module that makes hidden
-    states, `context` the tokens that prompt and answer may have together, `vocabulary` the number of logits.
+    states, `context` the tokens that prompt and answer may have together, `vocabulary` the number of logits. It
+    `takes_features` where the probe has found that it can be given what its tower makes of pictures in their place.
     """
+
+    takes_features = False
 
     def __init__(self, hf: Any) -> None:
         self.architecture = type(hf).__name__
@@ -64,12 +69,25 @@ class Family:
         for module in self._keepers:
             module.rope_deltas = None
 
-    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, seen: Mapping[str, Tensor]) -> Tensor:
+    def hidden(self, ids_BT: Tensor, mask_BT: Tensor, seen: Mapping[str, Any]) -> Tensor:
         """The last hidden states, (B, T, D), of right-padded sequences; `mask_BT` is 1 on real tokens, `seen` is what
         the model gets of their pictures (`processor.side_by_side`)."""
         made = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False, **seen)
         states: Tensor = made.last_hidden_state
         return states
+
+    def features(self, seen: Mapping[str, Tensor]) -> Tensor | Sequence[Tensor]:
+        """What the tower makes of pictures for the decoder, as the architecture has it; `seen` as in `hidden`."""
+        look: Any = self.backbone.get_image_features
+        given = {name: seen[name] for name in inspect.signature(look).parameters if name in seen}
+        made: Tensor | Sequence[Tensor] = look(**given, return_dict=True).pooler_output
+        return made
+
+    def featured(self, seen: Mapping[str, Tensor], made: Sequence[Any]) -> dict[str, Any]:
+        """What the model gets in place of `seen`, where the `features` of each row's pictures are made already."""
+        whole = torch.cat(list(made)) if isinstance(made[0], Tensor) else [one for row in made for one in row]
+        given: dict[str, Any] = {name: value for name, value in seen.items() if name != "pixel_values"}
+        return given | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=whole)}}
 
     def continued(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """The last hidden state, (B, 1, D), of the last token of each sequence, which goes on from a cache."""
