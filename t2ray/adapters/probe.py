@@ -7,14 +7,14 @@ it is the same layer with another weight, and costs a product of whole matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from t2ray.core import ModelError, T2RayError, user
+from t2ray.core import Message, ModelError, T2RayError, user
 from t2ray.models.families import Family
 from t2ray.models.targets import Target
 from t2ray.pictures import drawn
@@ -22,11 +22,30 @@ from t2ray.prompts import pictured
 
 if TYPE_CHECKING:
     from t2ray.adapters.base import Adapter
-    from t2ray.adapters.model import Model
+    from t2ray.models.chat import Chat
 
 TOKENS = 6
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference of two logits that are computed in another order, as a share of the largest logit."""
+
+
+class Seeing(Protocol):
+    """The model that pictures are shown to: `adapters.model.Model`."""
+
+    @property
+    def hf(self) -> Any: ...
+    @property
+    def family(self) -> Family: ...
+    @property
+    def adapter(self) -> Adapter: ...
+    @property
+    def chat(self) -> Chat: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def seen(self) -> Callable[[Sequence[tuple[Message, ...]], Sequence[int], int], Mapping[str, Any]]: ...
+    @property
+    def featured(self) -> Callable[..., Mapping[str, Any]]: ...
 
 
 def probe(hf: Any, family: Family, adapter: Adapter) -> None:
@@ -68,7 +87,7 @@ def probe(hf: Any, family: Family, adapter: Adapter) -> None:
         ) from error
 
 
-def probe_pictures(model: Model) -> None:
+def probe_pictures(model: Seeing) -> None:
     """Compares a batch, of rows with a picture and without, with the model's own logits of each row.
 
     A model for which they differ goes on with text: it takes no pictures, and its chat says why. Where pictures go
@@ -101,7 +120,7 @@ def probe_pictures(model: Model) -> None:
             family.takes_features = True
 
 
-def _compare_seen(model: Model, z: Sequence[Tensor | None]) -> None:
+def _compare_seen(model: Seeing, z: Sequence[Tensor | None]) -> None:
     """Raises ModelError where the logits of a row of three differ from its own; row i has `z[i]`, None is the base."""
     rows = (user((drawn(96, 48), "1")), user("12"), user((drawn(32, 64), "123")))
     chat, hf, device = model.chat, model.hf, model.device
