@@ -43,6 +43,7 @@ from t2ray.core import (
     UnknownExpert,
     user,
 )
+from t2ray.engine import choose
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.protocol import Engine
 from t2ray.experts.registry import SHIPPED, Registry
@@ -384,13 +385,22 @@ def test_eval_answers_by_vllm_as_by_transformers(
 # What is below ends an engine of this process, and with it what vLLM has once per process: it comes last.
 
 
-def test_the_demos_code_domain_trains_with_rollouts_by_vllm(factors: Factors, tmp_path: Path) -> None:
+def test_the_demos_code_domain_trains_with_rollouts_by_vllm(
+    factors: Factors, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As the demo does it; the weights of the loss say that sampler and trainer are one policy in float32."""
+    made, plain = list[VLLMEngine](), choose.vllm_engine
+
+    def kept(*given: Any, **more: Any) -> VLLMEngine:
+        made.append(plain(*given, **more))
+        return made[-1]
+
+    monkeypatch.setattr(choose, "vllm_engine", kept)
     rl = {"prompts": 128, "samples": 1, "lr": 0.01, "kl": 0.002, "eval_prompts": 100, "steps": 20,
           "engine": "vllm"}  # fmt: skip
     config = TrainConfig.model_validate(
         {"model": "tiny", "out": str(tmp_path), "factors": str(factors.folder), "cpus": 1, "workers": 0, "rl": rl,
-         "domains": {"code": {"task": "code"}}, "unsafe_code": True}
+         "domains": {"code": {"task": "code"}}, "unsafe_code": True, "chat_template_kwargs": {"brief": True}}
     )  # fmt: skip
     rows: list[StepMetrics] = []
     train_domain(config, "code", rows.append)
@@ -399,3 +409,4 @@ def test_the_demos_code_domain_trains_with_rollouts_by_vllm(factors: Factors, tm
     every = read_metrics(domain_store(config, "code"))
     assert [row.importance for row in every] == pytest.approx([1.0] * 20, abs=0.01)
     assert {row.importance_cut for row in every} == {0.0}
+    assert [engine.chat.template for engine in made] == [{"brief": True}]

@@ -226,7 +226,10 @@ def _sampler(config: TrainConfig, domain: str, model: Model) -> Engine:
     from t2ray.engine.choose import vllm_engine
 
     assert config.factors is not None
-    return vllm_engine(config.model, Factors.open(config.factors, model.base_digest), EngineConfig(), mode="one")
+    engine = vllm_engine(config.model, Factors.open(config.factors, model.base_digest), EngineConfig(), mode="one")
+    # What the job says of its conversations: the template's variables, and the day that the tokenizer's template has.
+    engine.chat.template, engine.chat.tokenizer = model.chat.template, model.chat.tokenizer
+    return engine
 
 
 def _trackers(config: TrainConfig, domain: str, store: Store) -> Trackers | None:
