@@ -34,7 +34,7 @@ from t2ray.cli import eval as evaluate
 from t2ray.cli.main import main
 from t2ray.cluster import session
 from t2ray.cluster.train import launch as cluster_train
-from t2ray.core import Mixture
+from t2ray.core import Mixture, ResourceError
 from t2ray.experts.registry import Registry
 from t2ray.models.weights import Weights
 
@@ -479,6 +479,20 @@ def test_a_cluster_of_another_ray_or_python(attached: str, refused: Refused) -> 
             assert re.search(rf"the cluster runs Ray .*{value}.*, this is Ray .*; install the cluster's versions", line)
     finally:
         gcs.internal_kv_put(key, own, True, namespace)
+
+
+def test_a_ray_that_does_not_come_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(**_: Any) -> None:
+        raise Exception(
+            "The current node timed out during startup. This could happen because some of the raylet failed"
+        )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+        patch.setattr(ray, "init", late)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        with pytest.raises(ResourceError, match="Ray did not come up within its 30 seconds"), session.session():
+            pass
 
 
 @pytest.mark.cluster

@@ -117,6 +117,7 @@ def test_a_tower_alone_is_adapted_served_saved_and_exported(tiny_llama: Path, tm
     assert torch.equal(model.adapter.mix(Mixture.parse("math:0.5")), 1 + 0.5 * (z_K - 1))
     folder = str(tmp_path / "model")
     export_merged(Source(model=model, base=folder, mixture=MATH, experts=[loaded.manifest]), tmp_path / "out")
+    assert "AutoModelForImageTextToText.from_pretrained(" in (tmp_path / "out" / "README.md").read_text()
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         close(alone(model, exported, SEEN[0], (70,)), alone(model, reference, SEEN[0], (70,)))

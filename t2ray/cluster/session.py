@@ -67,6 +67,13 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
         raise ResourceError(f"{_versions(str(error))}; install the cluster's versions here, or submit a job") from None
     except ConnectionError as error:
         raise ResourceError(f"RAY_ADDRESS={address}: {error}; is the cluster up?") from None
+    except Exception as error:  # Ray says it by no narrower class
+        if "timed out during startup" not in str(error):
+            raise
+        raise ResourceError(
+            "Ray did not come up within its 30 seconds, as on a busy machine; try again, or start a cluster by "
+            "`ray start --head` and name it in RAY_ADDRESS"
+        ) from None
     try:
         yield _resources()
     finally:

@@ -25,6 +25,7 @@ from t2ray.core import ConfigError, Mixture, ResourceError, __version__
 from t2ray.experts.card import CARD, card, shown
 from t2ray.experts.manifest import ExpertManifest
 from t2ray.models.load import load_base
+from t2ray.models.skeleton import model_class
 from t2ray.models.targets import Target, matrix
 from t2ray.models.weights import resolve
 from t2ray.store import Store
@@ -176,6 +177,7 @@ def _leave(
     Store(folder).write_text(RECORD, json.dumps(record, indent=1))
     worst, name = max(errors.values(), default=0.0), shown(source.base)
     about += f" Of the change of a weight at most {worst:.2g} is missing; `{RECORD}` has it by matrix."
+    loading = loading.replace("AutoModelForCausalLM", model_class(source.model.hf.config).__name__)
     text = card(
         f"{name} with {source.mixture}", base=name, mixture=source.mixture, experts=source.experts,
         library=library, about=about, loading=loading,
