@@ -39,6 +39,12 @@ def test_models_that_were_not_compared_are_left_to_transformers(tiny_llama: Path
     assert "llava have not been compared" in unfit("tiny-vision", None)
 
 
+def test_a_model_that_transformers_does_not_know_is_left_to_what_loads_it(tmp_path: Path) -> None:
+    """Which refuses it in one line."""
+    (tmp_path / "config.json").write_text('{"model_type": "unheard"}')
+    assert choose.choose("auto", str(tmp_path), None, gpu=False) == "transformers"
+
+
 def test_what_is_named_is_taken_and_what_is_open_is_told(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -51,6 +57,9 @@ def test_what_is_named_is_taken_and_what_is_open_is_told(
         assert choose.choose("auto", "tiny", None, gpu=False) == "transformers"
     assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
     assert caplog.messages[1] == "engine: transformers, since there is no GPU"
+
+
+ONE = {"math": {"task": "math"}}
 
 
 def prepared(folder: Path, out: Path, run: str, **more: Any) -> tuple[str, TrainConfig]:
@@ -67,6 +76,8 @@ def prepared(folder: Path, out: Path, run: str, **more: Any) -> tuple[str, Train
         ({"domains_per_worker": 1}, "gpus: 0"),
         ({"gpus": 2.0, "domains_per_worker": 1}, "gpus: 2"),
         ({"gpus": 1.0}, "share a worker's model"),
+        ({"gpus": 1.0, "domains_per_worker": 2, "domains": ONE}, "share a worker's model"),
+        ({"gpus": 1.0, "domains_per_worker": "auto", "domains": ONE}, ""),
         ({"gpus": 1.0, "domains_per_worker": 1, "adapter": {"kind": "lora"}}, "SVF alone"),
     ],
 )

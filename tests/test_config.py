@@ -393,3 +393,13 @@ def test_another_sampler_is_another_run_and_the_first_is_as_before_there_were_tw
 def test_a_domain_that_names_the_default_engine_is_the_job_that_names_none() -> None:
     named = resolve({"domains": {"math": {"task": "math", "rl": {"engine": "transformers"}}}}, where="job")
     assert named.digest == resolve({"domains": {"math": {"task": "math"}}}, where="job").digest
+
+
+def test_betas_of_before_are_another_domain_beside_a_job_with_others() -> None:
+    def of(job: dict[str, Any], domain: dict[str, Any]) -> str:
+        values = {"domains": {"math": {"task": "math", "rl": domain}}, "rl": job}
+        return resolve(values, where="job").digest
+
+    usual, newest = {"betas": [0.9, 0.999]}, {"betas": [0, 0.9]}
+    assert of(newest, usual) != of(newest, {})
+    assert of(usual, usual) == of({}, usual) == of({}, {})

@@ -569,9 +569,11 @@ def test_an_engine_that_computes_something_else_does_not_serve(
         with pytest.raises(ModelError, match="computes other answers than the model .*differ by 1"):
             await compare(engine, model, replace(wanted, scores=scores))
         monkeypatch.setattr("t2ray.engine.serving.TOLERANCE", (-1.0, -1.0))
-        return await serving_engine(model, EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8))
+        config = EngineConfig(kv_tokens=1024, batch_tokens=64, batch_rows=8, tensor_parallel=2)
+        return await serving_engine(model, config)
 
     assert isinstance(asyncio.run(start()), OfflineEngine)
+    assert "engine.tensor_parallel: 2 changes nothing: transformers computes" in caplog.text
     assert "computes other answers" in caplog.text and "batches of whole answers instead" in caplog.text
 
 

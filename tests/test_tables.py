@@ -157,6 +157,15 @@ def test_the_base_is_measured_once_and_a_seed_comes_before_the_next(tmp_path: Pa
     assert names == ["tiny.base.0", "tiny.svf.0", "tiny.ia3.0", "tiny.svf.1", "tiny.ia3.1"]
 
 
+def test_a_grid_of_before_there_were_samplers_and_betas_to_choose_goes_on(tmp_path: Path) -> None:
+    """Its cells say the same of the settings; methods are compared by one sampler, which is transformers."""
+    values = GRID["job"] | {"rl": GRID["job"]["rl"] | {"engine": "transformers", "betas": [0.9, 0.999]}}
+    (tmp_path / "named").mkdir()
+    assert [cell.made_of for cell in cells_of(grid(tmp_path))] == [
+        cell.made_of for cell in cells_of(grid(tmp_path / "named", job=values))
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------------------- cells
 
 

@@ -91,7 +91,7 @@ def terms(work: StepWork, shape: BenchShape, factors: Factors) -> dict[str, floa
     adapted = sum(target.m * target.n for target in factors.layout)
     factored = sum(target.rank * (target.m + target.n) for target in factors.layout)
     fold = sum(target.m * target.n * target.rank for target in factors.layout)
-    dense, lowest = layer * shape.layers, min(target.layer for target in factors.layout)
+    dense, lowest = layer * shape.layers, min(target.depth for target in factors.layout)
     rows = work.rows / work.workers
     tokens, answers = rows * (work.prompt + work.answer), rows * work.answer
     folds = tokens >= fold // (factored - adapted)  # `SVF.tokens_to_fold`

@@ -28,13 +28,15 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in domain.items() if key not in FREE_DOMAIN}
         for name, domain in fields["domains"].items()
     }
+    usual = "betas" not in before_betas(fields["rl"])
     for settings in (fields, *domains.values()):
         settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
         if settings["rl"].get("engine") in ("auto", "transformers"):
             settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in ("engine", "truncate")}
         if settings["rl"].get("objective") == "reinforce":
             del settings["rl"]["objective"]
-        settings["rl"] = before_betas(settings["rl"])
+        if usual:  # else a domain that names them differs from the job
+            settings["rl"] = before_betas(settings["rl"])
     rl = fields["rl"]
     if rl.get("algorithm") == "reinforce":
         del rl["algorithm"]

@@ -159,14 +159,17 @@ def search_of(config: TablesConfig, strategy: str) -> tuple[int, CEMConfig]:
 def job_of(config: TablesConfig, model: str, method: str, seed: int) -> TrainConfig:
     """Returns the training job of a cell of the grid, which publishes every expert, better than its base or not.
 
+    Its rollouts are sampled by transformers, unless it says otherwise: methods are compared by one sampler.
+
     Raises:
         ConfigError: a key that a job does not have, or a value out of range.
     """
     where = f"tables {config.run!r}, method {method!r}"
     job = resolve_job(laid_over(config.job, config.methods.get(method, {})), where=where)
     domains = {name: domain.model_copy(update={"publish": "always"}) for name, domain in job.domains.items()}
+    rl = job.rl.model_copy(update={"engine": "transformers"}) if job.rl.engine == "auto" else job.rl
     grid = {"model": config.models[model], "seed": seed, "out": f"{config.folder}/runs", "experts": None}
-    return job.model_copy(update=grid | {"run": f"{model}.{method}.{seed}", "domains": domains})
+    return job.model_copy(update=grid | {"run": f"{model}.{method}.{seed}", "domains": domains, "rl": rl})
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> TablesConfig:

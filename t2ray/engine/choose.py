@@ -76,7 +76,10 @@ def installed() -> str | None:
 
 def unfit(model: str, factors: str | None) -> str:
     """Why vLLM is not chosen for a model by itself; empty where nothing speaks against it."""
-    kind = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False).model_type
+    try:
+        kind = AutoConfig.from_pretrained(resolve(model), trust_remote_code=False).model_type
+    except (ValueError, OSError, KeyError):  # what loads it says more
+        return "transformers does not know this model"
     if kind not in COMPARED:
         return f"models of type {kind} have not been compared in vLLM; choose it by name to try"
     if factors and (Path(factors) / MANIFEST).exists() and Factors.open(factors).manifest.support is not None:

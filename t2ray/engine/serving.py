@@ -39,6 +39,11 @@ async def serving_engine(model: Model, config: EngineConfig) -> Engine:
     Where continuous batching does not compute what the model does, and the log says why, requests that wait together
     share a batch, which ends as a whole: an answer waits for the longest beside it, and a stream comes at its end.
     """
+    if config.tensor_parallel > 1:
+        log.warning(
+            "engine.tensor_parallel: %d changes nothing: transformers computes; use engine.kind: vllm, or leave it out",
+            config.tensor_parallel,
+        )
     wanted = await sample(OfflineEngine(model))
     try:
         return await _online(model, config, wanted)

@@ -114,7 +114,7 @@ def _with_sampler(config: TrainConfig) -> TrainConfig:
         against = "vLLM samples for SVF alone, and not for sft"
     elif config.gpus != 1:
         against = f"vLLM needs a GPU of its own for each worker, and this job has gpus: {config.gpus:g}"
-    elif len(config.domains) > 1 and config.domains_per_worker != 1:
+    elif config.domains_per_worker != 1 and (len(config.domains) > 1 or config.domains_per_worker != "auto"):
         against = "vLLM samples for one domain, and domains may share a worker's model here"
     elif {entry.dtype for entry in open_weights(config.model).entries.values()} != {"F32"}:
         against = "a fold into weights in half precision would lose small changes of z"

@@ -171,9 +171,7 @@ def _run(config: TablesConfig, cell: GridCell) -> tuple[TrainConfig, dict[str, s
     """
     method = next(iter(config.methods)) if cell.method == BASE else cell.method
     job = job_of(config, cell.model, method, cell.seed)
-    engine = "transformers" if job.rl.engine == "auto" else job.rl.engine  # methods are compared by one sampler
-    rl = job.rl.model_copy(update={"engine": engine})
-    job = job.model_copy(update={"run": cell.name, "workers": 0, "cpus": job.cpus or 1.0, "rl": rl})
+    job = job.model_copy(update={"run": cell.name, "workers": 0, "cpus": job.cpus or 1.0})
     torch.set_num_threads(max(1, int(job.cpus or 1)))
     if cell.method == BASE:
         return prepare(job, resume=True), {}
