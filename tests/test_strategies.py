@@ -6,7 +6,7 @@ import math
 import pytest
 
 from t2ray.adapt.strategies import classify, classify_by_generation, fixed
-from t2ray.core import ConfigError, ContextExceeded, Message, Mixture, user
+from t2ray.core import ConfigError, ContextExceeded, Image, Message, Mixture, user
 from t2ray.prompts import dispatch_prompt
 from t2ray.testing import FakeGenerate, FakeScore
 
@@ -79,6 +79,42 @@ def test_the_last_turn_of_the_user_decides_and_a_short_one_of_no_kind_takes_the_
         dispatch = asyncio.run(classify(score, LABELS, Mixture.base())(messages))
         assert len(score.calls) == read
     assert dispatch.label == label
+
+
+PICTURE = Image(data=b"sums")
+
+
+@pytest.mark.parametrize(
+    ("content", "label", "read"),
+    [
+        ((PICTURE, "math please"), "math", [["math please"]]),
+        ((PICTURE, "what is this, others"), "code", [["what is this, others"], [PICTURE, "what is this, others"]]),
+        ((PICTURE,), "code", [[PICTURE, ""]]),
+        (("what is ", PICTURE, "this, others"), "code", [["what is this, others"], [PICTURE, "what is this, others"]]),
+    ],
+)
+def test_a_turn_is_read_with_its_pictures_where_its_words_are_of_no_kind(content, label, read):
+    def by_sight(messages, label, mixture):
+        return float(label == "code") if messages[-1].images else by_word(messages, label, mixture)
+
+    score = FakeScore(by_sight)
+    assert asyncio.run(classify(score, LABELS, Mixture.base())(user(content))).label == label
+    asked = "Which kind of request is this: math, code, others? Answer with that one word.\n\n"
+    found = [prompt[0].content for prompt, _, _ in score.calls]
+    assert found == [(asked, *parts) if PICTURE in parts else asked + parts[0] for parts in read]
+
+
+def test_pictures_that_exceed_the_context_are_left_out_before_the_request_is_given_up():
+    calls = []
+
+    async def score(prompt, labels, mixture):
+        calls.append(prompt[0])
+        if prompt[0].images:
+            raise ContextExceeded("too long", 500 + len(prompt[0].text), 4, 200)
+        return (0.0, -1.0, 2.0)
+
+    dispatch = asyncio.run(classify(score, LABELS, Mixture.base())(user((PICTURE, "a lovely day, is it not?"))))
+    assert dispatch.label == "others" and not calls[-1].images and calls[-1].text.endswith("a lovely day, is it not?")
 
 
 def test_a_question_of_one_user_turn_is_the_one_that_the_tiny_model_was_trained_on():

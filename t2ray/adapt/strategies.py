@@ -30,9 +30,8 @@ from t2ray.core import (
     SamplingParams,
     Score,
     UnknownExpert,
-    user,
 )
-from t2ray.prompts import OTHERS, dispatch_prompt, requests
+from t2ray.prompts import OTHERS, question, requests
 
 FEWSHOT = "fewshot/"
 """The prefix of a saved mixture's name in the place of a strategy's: `fewshot/sums`."""
@@ -125,7 +124,8 @@ def classify(
 ) -> Strategy:
     """A strategy that takes the likeliest label as the kind of a request (paper section 3.2, a and b).
 
-    It reads the user's last turn; of a short one that is of no kind, the kind is that of the turn before it.
+    It reads the user's last turn: its words, and where they are of no kind, with its pictures. Of a short one that is
+    of no kind, the kind is that of the turn before it.
 
     Args:
         labels: the names of the experts and "others", in the order in which the classification expert was trained on
@@ -138,8 +138,8 @@ def classify(
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
         start = time.perf_counter()
-        for text in requests(messages):
-            scores = await _asked(lambda prompt: score(prompt, labels, mixture), text, labels)
+        for turn in requests(messages):
+            scores = await _asked(lambda prompt: score(prompt, labels, mixture), turn, labels)
             top = max(scores)
             weights = [math.exp(s - top) for s in scores]
             probabilities = {label: w / sum(weights) for label, w in zip(labels, weights, strict=True)}
@@ -169,8 +169,8 @@ def classify_by_generation(
 
     async def strategy(messages: tuple[Message, ...]) -> Dispatch:
         start = time.perf_counter()
-        for text in requests(messages):
-            answer = (await _asked(lambda prompt: generate(prompt, mixture, sampling), text, labels)).text
+        for turn in requests(messages):
+            answer = (await _asked(lambda prompt: generate(prompt, mixture, sampling), turn, labels)).text
             # Not \b: a name may have '-' and '.', and "code-long" must not be read as "code".
             words = [rf"(?<![\w.-]){re.escape(label)}(?![\w-]|\.\w)" for label in labels]
             found = [x for x, word in zip(labels, words, strict=True) if re.search(word, answer, re.IGNORECASE)]
@@ -182,16 +182,21 @@ def classify_by_generation(
     return strategy
 
 
-async def _asked(ask: Callable[[tuple[Message, ...]], Awaitable[T]], text: str, labels: tuple[str, ...]) -> T:
-    """The reply to the question about `text`, without as much of its middle as the model's context has no room for."""
+async def _asked(ask: Callable[[tuple[Message, ...]], Awaitable[T]], turn: Message, labels: tuple[str, ...]) -> T:
+    """The reply to the question about a turn, without what the model's context has no room for: as much of the middle
+    of its text, or all pictures."""
+    text, images = turn.text, turn.images
     while True:
         try:
-            return await ask(dispatch_prompt(user(text), labels))
+            return await ask(question(Message(role="user", content=(*images, text) if images else text), labels))
         except ContextExceeded as error:
-            if not text:
+            if not text and not images:
                 raise ConfigError(
                     f"pass 1 asks about {len(labels)} labels, which exceed the model's context; name an expert"
                 ) from error
+            if not text:
+                text, images = turn.text, ()
+                continue
             prompt, answer, context = error.args[1:]
             keep = int(len(text) * 0.9 * max(context - answer, 0) / prompt)
             text = text[: keep - keep // 2] + text[len(text) - keep // 2 :]

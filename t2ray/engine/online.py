@@ -110,6 +110,8 @@ class OnlineEngine:
 
     async def score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         """See `core.Score`."""
+        if pictured(prompt):
+            await asyncio.to_thread(self.chat.ids, prompt)
         scores: tuple[float, ...] = await self._between_steps(scoring(self.model, prompt, labels, mixture))
         return scores
 

@@ -5,6 +5,7 @@ It holds no model: pass 1 is a scoring in some `Generator`'s batch. Not here: th
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
@@ -59,7 +60,7 @@ class Dispatcher:
         labels = dispatch_labels(strategy, answering, classifiers, "the registry")
         classifier = next(iter(classifiers)) if strategy == "cls" else None
         version = experts[classifier].version if classifier else 0
-        key = (strategy, labels, classifier, version, requests(messages))
+        key = (strategy, labels, classifier, version, *map(_known_by, requests(messages)))
         if key in self._decided:
             self._decided.move_to_end(key)
             return self._served(replace(self._decided[key], seconds=0.0, cached=True))
@@ -80,3 +81,8 @@ class Dispatcher:
     async def _score(self, prompt: Prompt, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
         scores: tuple[float, ...] = await asked(self.generator.score, prompt, labels, mixture)
         return scores
+
+
+def _known_by(turn: Message) -> tuple[object, ...]:
+    """A turn's words and the digests of its pictures, whose bytes would be too many to keep."""
+    return turn.text, *(hashlib.blake2b(image.data, digest_size=16).digest() for image in turn.images)
