@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -374,6 +375,14 @@ def test_few_numbers_scale_the_largest_singular_values_of_each_matrix_or_of_all_
     z_K.sum().backward()  # a number's gradient is the sum of those of what it scales
     assert p_P.grad is not None
     assert p_P.grad.tolist() == [z.count(value) for value in p_P.tolist()]
+
+
+def test_a_tower_and_the_decoder_have_no_numbers_in_common_where_layers_are_tied() -> None:
+    """Else rollouts without pictures would move the tower."""
+    tower = [replace(target, name=f"tower.{target.name}", layer=-1) for target in LAYOUT]
+    few = Few([*tower, *LAYOUT], AdapterConfig(numbers=1, tied="layers"), torch.device("cpu"))
+    z_K = few.spread(2 + torch.arange(float(len(few.first_P))))
+    assert z_K.tolist() == [2, 1, 1, 3, 1] * 2 + [4, 1, 1, 5, 1] * 2
 
 
 def test_few_numbers_start_from_what_they_can_say_and_refuse_the_rest(model: Model) -> None:

@@ -20,14 +20,15 @@ class Few:
     """Which trained number each singular value has; z is 1 where it has none.
 
     `config.numbers` of a matrix's largest singular values have one each, and matrices that are `config.tied` have them
-    in common: those of one kind in all layers, or all.
+    in common: those of one kind in all layers of the decoder, and in all of a vision tower, or all.
     """
 
     def __init__(self, layout: Sequence[Target], config: AdapterConfig, device: torch.device) -> None:
         places: dict[tuple[str, int], int] = {}
         place, first = list[int](), list[int]()
         for target in layout:
-            group = {None: target.name, "layers": target.name.rpartition(".")[2], "all": ""}[config.tied]
+            kind = f"{'tower.' * target.in_tower}{target.name.rpartition('.')[2]}"
+            group = {None: target.name, "layers": kind, "all": ""}[config.tied]
             few = min(config.numbers or target.rank, target.rank)
             for i in range(few):
                 if (group, i) not in places:
