@@ -103,7 +103,8 @@ class SVFLinear(nn.Module):
         gain_Rr = gain_Rr.to(x.device)  # a base that is divided over GPUs has its layers on several
         if len(gain_Rr) == 1:
             return gain_Rr
-        assert not self.in_tower, "pictures of several mixtures in one batch: nothing says which row a patch is of"
+        if self.in_tower:
+            raise RuntimeError("pictures of several mixtures in one batch: nothing says which row a patch is of")
         if x.ndim == 3 and x.shape[0] == len(gain_Rr):  # (B, T, N): a gain for each row
             return gain_Rr[:, None]
         vectors = x.shape[:-1].numel()  # (1, T, N) of packed tokens, (B * T, N), (B, 1, T, N), ...
