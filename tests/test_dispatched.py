@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from t2ray.adapt.strategies import Dispatch, Strategy, classify, weighted
+from t2ray.adapters.factors import decompose
 from t2ray.cli.main import main
 from t2ray.core import ConfigError, Mixture, user
 from t2ray.evals.dispatched import Labelled, changed, figures, name_all, told, variants
 from t2ray.evals.plots import reliability
+from t2ray.experts.registry import Registry
 from t2ray.testing import FakeScore
 
 LABELS = ("math", "code", "others")
@@ -92,7 +95,8 @@ def test_the_command_tells_draws_and_writes_what_it_measured(
     rows = [{"prompt": "17+25 and add 3 to n", "label": "math|code", "group": "two kinds"}]
     Path("rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     words = ["dispatch", "--model", "tiny", "--limit", "2", "--orders", "1", "--rows", "rows.jsonl"]
-    assert main([*words, "--json", "found.json", "--picture", "found.svg"]) == 0
+    tasks = ["--tasks", "math,code,pick,others"]
+    assert main([*words, *tasks, "--json", "found.json", "--picture", "found.svg"]) == 0
     found: dict[str, Any] = json.loads(Path("found.json").read_text())
     assert told(found) in capsys.readouterr().out
     assert [*found["strategies"]] == ["prompt", "cls"]
@@ -105,3 +109,21 @@ def test_the_command_tells_draws_and_writes_what_it_measured(
     assert reliability({"cls": cls["bins"]}).count("<svg") == 1
     assert main([*words, "--tasks", "math:sums"]) == 2
     assert "sums: no label of pass 1; it chooses from" in capsys.readouterr().err
+
+
+def test_a_file_of_requests_is_enough_and_without_any_a_line_says_what_to_name(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    factors = decompose(str(tiny_llama), "factors")
+    ones = {target.name: torch.ones(target.rank) for target in factors.layout}
+    Registry("experts").save("poems", ones, base_digest=factors.base_digest)  # a kind of which t2ray has no task
+    Path("rows.jsonl").write_text('{"prompt": "a verse about the sea", "label": "poems", "group": "verses"}\n')
+    words = ["dispatch", "--model", str(tiny_llama), "--factors", "factors", "--experts", "experts", "--orders", "0"]
+    assert main([*words, "--rows", "rows.jsonl", "--json", "found.json"]) == 0
+    assert [*json.loads(Path("found.json").read_text())["strategies"]["prompt"]["groups"]] == ["verses"]
+    capsys.readouterr()
+    assert main(words) == 2
+    assert capsys.readouterr().err.strip().endswith(
+        "no task is called poems: name labelled requests by --tasks TASK:LABEL,... or --rows FILE"
+    )

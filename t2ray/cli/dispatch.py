@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import platform
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from t2ray.cli.options import Parser, add_job, add_json, add_model, at_least_one
 from t2ray.cli.output import check_json_folder, console, write_json, write_whole
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, DataError, Message, user
+from t2ray.tasks import BUILTIN
 from t2ray.tasks.build import task_named
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ def add(p: Parser) -> None:
         "--tasks",
         metavar="NAMES",
         help="Built-in tasks or domains of the run, separated by commas, whose prompts are named; each has its own "
-        "name as its right label, or LABEL in NAME:LABEL. Default: the prompts of the run's classification domain, or "
-        "the tasks with the labels' names.",
+        "name as its right label, or LABEL in NAME:LABEL. Default: none with --rows; else the prompts of the run's "
+        "classification domain, or the tasks with the labels' names.",
     )
     p.add_argument(
         "--rows",
         metavar="FILE",
-        help="Labelled requests beside them: a file with the columns prompt, label (several right ones as a|b) and "
-        "group.",
+        help="Labelled requests, alone or beside those of --tasks: a file with the columns prompt, label (several "
+        "right ones as a|b) and group.",
     )
     p.add_argument(
         "--strategies",
@@ -115,7 +116,7 @@ def _rows(args: argparse.Namespace, labels: Sequence[str], run: TrainConfig | No
     """Returns the labelled requests of the tasks and of the file.
 
     Raises:
-        ConfigError: a label that pass 1 does not choose from.
+        ConfigError: a label that pass 1 does not choose from, or one without a task of its name where nothing is named.
         DataError: the file lacks a column.
     """
     from t2ray.evals.dispatched import Labelled
@@ -124,14 +125,14 @@ def _rows(args: argparse.Namespace, labels: Sequence[str], run: TrainConfig | No
     found: list[Labelled] = []
     domains = run.domains if run is not None else {}
     classifier = next((name for name, domain in domains.items() if domain.others is not None), None)
-    if args.tasks is None and classifier is not None:
+    if args.tasks is None and args.rows is None and classifier is not None:
         for row in task_named(classifier, run).rows(args.split):
             messages = tuple(Message(**message) for message in row["messages"])
             found.append(Labelled(messages=messages, labels=(row["label"],), group=row["label"]))
         shown = {label: [row for row in found if row.group == label][: args.limit] for label in labels}
         found = [row for rows in shown.values() for row in rows]
     else:
-        for word in args.tasks.split(",") if args.tasks else labels:
+        for word in _words(args, labels, {*domains, *BUILTIN}):
             name, _, label = word.strip().partition(":")
             examples = task_named(name, run).examples(args.split, args.limit)
             found += [Labelled(messages=x.messages, labels=(label or name,), group=name) for x in examples]
@@ -146,3 +147,16 @@ def _rows(args: argparse.Namespace, labels: Sequence[str], run: TrainConfig | No
     if not found:
         raise DataError("there are no requests to name; name tasks by --tasks or a file by --rows")
     return found
+
+
+def _words(args: argparse.Namespace, labels: Sequence[str], tasks: Collection[str]) -> Sequence[str]:
+    """Returns the tasks to ask, as `--tasks` names them; where nothing is named, those with the labels' names."""
+    if args.tasks is not None:
+        return args.tasks.split(",")
+    if args.rows is not None:
+        return ()
+    if unknown := [label for label in labels if label not in tasks]:
+        raise ConfigError(
+            f"no task is called {', '.join(unknown)}: name labelled requests by --tasks TASK:LABEL,... or --rows FILE"
+        )
+    return labels
