@@ -124,6 +124,8 @@ def test_a_file_of_requests_is_enough_and_without_any_a_line_says_what_to_name(
     assert [*json.loads(Path("found.json").read_text())["strategies"]["prompt"]["groups"]] == ["verses"]
     capsys.readouterr()
     assert main(words) == 2
-    assert capsys.readouterr().err.strip().endswith(
-        "no task is called poems: name labelled requests by --tasks TASK:LABEL,... or --rows FILE"
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .endswith("no task is called poems: name labelled requests by --tasks TASK:LABEL,... or --rows FILE")
     )

@@ -20,7 +20,6 @@ from t2ray.config.tables import TablesConfig, job_of, lender_of, search_of
 from t2ray.core import ConfigError, ExpertError, Mixture, UnknownExpert
 from t2ray.evals.cells import cell_of, load_cell, save_cell
 from t2ray.experts.registry import Registry
-from t2ray.models.targets import Target
 from t2ray.runs.folder import open_run
 from t2ray.runs.prepare import prepare
 from t2ray.workbench import Place, Workbench, open_workbench
@@ -60,7 +59,7 @@ def lending(config: TablesConfig) -> tuple[Workbench, Registry]:
     return bench, Registry(second.experts)
 
 
-def test_an_expert_is_lent_as_it_is_or_with_each_z_at_another_layer(tmp_path: Path, tiny_llama: Path) -> None:
+def test_an_expert_is_lent_as_it_is_or_with_its_components_in_another_order(tmp_path: Path, tiny_llama: Path) -> None:
     config = two(tmp_path, tiny_llama)
     bench, registry = lending(config)
     layout = bench.engine.layout
@@ -74,8 +73,7 @@ def test_an_expert_is_lent_as_it_is_or_with_each_z_at_another_layer(tmp_path: Pa
     assert lend(config, bench, cell, "transfer/second", ["pick"]) == ("second.pick",)
     assert torch.equal(bench.engine.vector(Mixture.parse("second.pick")), z_K)
     assert lend(config, bench, cell, "shuffled/second", ["pick"]) == ("second.pick",)
-    swapped = [parts[t.name.replace(f"layers.{t.layer}", f"layers.{1 - t.layer}")] for t in layout]  # of two layers
-    assert torch.equal(bench.engine.vector(Mixture.parse("second.pick")), torch.cat(swapped))
+    assert torch.equal(bench.engine.vector(Mixture.parse("second.pick")), torch.cat([*shuffled(parts, 0).values()]))
 
 
 def test_what_is_not_trained_is_not_lent_and_the_reason_is_that_of_its_cell(tmp_path: Path, tiny_llama: Path) -> None:
@@ -106,37 +104,32 @@ def test_a_cell_goes_on_when_the_model_that_lends_has_come(
     assert holes == [{"pick/transfer/second": why, "pick/fewshot/2/2x1+second": why}, {}]
     assert [*first.measured["pick"]] == ["expert", "transfer/second", "fewshot/2/2x1+second"]
     assert [*second.measured["pick"]] == ["expert", "shuffled/first"], "no model lends itself experts"
+    assert second.lacks(config) == [], "a shuffled row is measured once"
     # the mean, the base and each of two experts, and as many finalists beside the elites' mean, on two shots
     assert first.measured["pick"]["fewshot/2/2x1+second"]["search_prompts"] <= 2 * (4 + 5)
     assert {*first.variance} == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def layout_of(layers: int) -> list[Target]:
-    return [
-        Target(name=f"model.layers.{layer}.mlp.{kind}", layer=layer, m=m, n=8, rank=2)
-        for layer in range(layers)
-        for kind, m in (("up_proj", 4), ("down_proj", 8))
-    ]
-
-
-@pytest.mark.parametrize("layers", [2, 3, 7])
-def test_a_shuffle_keeps_the_kind_moves_every_vector_and_hangs_on_the_seed_alone(layers: int) -> None:
-    layout = layout_of(layers)
-    z = {target.name: torch.full((2,), float(i)) for i, target in enumerate(layout)}
-    moved = [shuffled(layout, z, seed) for seed in range(6)]
+def test_a_shuffle_keeps_each_vectors_components_and_draws_an_order_by_seed_and_matrix() -> None:
+    z = {name: torch.arange(16.0) + 100 * i for i, name in enumerate(("a.q_proj", "b.q_proj", "b.up_proj"))}
+    moved = [shuffled(z, seed) for seed in range(3)]
     for one in moved:
-        assert one.keys() == z.keys() and not any(torch.equal(one[name], z[name]) for name in z)
-        for kind in ("up_proj", "down_proj"):
-            before, after = (sorted(float(v[0]) for n, v in x.items() if n.endswith(kind)) for x in (z, one))
-            assert before == after
-    assert shuffled(layout, z, 0) == moved[0]
-    assert layers == 2 or any(not torch.equal(moved[0][name], one[name]) for one in moved for name in z)
+        assert one.keys() == z.keys()
+        for name in z:
+            assert not torch.equal(one[name], z[name])
+            assert torch.equal(one[name].sort().values, z[name]), "each component stays in its matrix"
+    orders = {tuple((one[name] % 100).tolist()) for one in moved for name in z}
+    assert len(orders) == 9, "each matrix and each seed have an order of their own"
+    assert all(torch.equal(shuffled(z, 0)[name], moved[0][name]) for name in z)
 
 
-def test_one_layer_cannot_be_shuffled() -> None:
-    layout = layout_of(1)
-    with pytest.raises(ConfigError, match="nothing to shuffle: one layer is adapted"):
-        shuffled(layout, {target.name: torch.ones(2) for target in layout}, 0)
+def test_figures_of_the_shuffle_of_layers_are_measured_again(tmp_path: Path, tiny_llama: Path) -> None:
+    config = two(tmp_path, tiny_llama, ["shuffled/second", "transfer/second"])
+    new = cell_of(config, "first", "svf", 0)
+    save_cell(config, replace(new, measured={"pick": {"shuffled/second": {}, "transfer/second": {}}}))
+    assert load_cell(config, new).lacks(config) == [("pick", "shuffled/second")]
+    save_cell(config, replace(new, measured={"pick": {"shuffled/second": {"shuffled": "components"}}}))
+    assert load_cell(config, new).lacks(config) == [("pick", "transfer/second")]
 
 
 def test_models_of_two_shapes_lend_each_other_nothing(tmp_path: Path, tiny_llama: Path) -> None:

@@ -56,8 +56,8 @@ class TableConfig(Strict):
         min_length=1,
         description="What answers: base, expert (the task's own, or that of its sibling), prompt, cls, soft, soft/T "
         "with a temperature; fewshot, fewshot/K with K shots, fewshot/K/PxI with I rounds of P mixtures; of experts of "
-        "another MODEL of the grid transfer/MODEL, shuffled/MODEL (each z at another layer), or a few-shot strategy "
-        "with +MODEL, which searches those of both.",
+        "another MODEL of the grid transfer/MODEL, shuffled/MODEL (the components of each z in another order), or a "
+        "few-shot strategy with +MODEL, which searches those of both.",
     )
     tasks: tuple[str, ...] = Field(min_length=1, description="Domains of the job, unseen tasks and texts.")
     against: str | None = Field(

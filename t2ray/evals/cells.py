@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from t2ray.config.resume import before_betas
-from t2ray.config.tables import BASE, TablesConfig, job_of
+from t2ray.config.tables import BASE, SHUFFLED, TablesConfig, job_of
 from t2ray.core import RunError
 from t2ray.integrity import Damaged, seal, unseal
 from t2ray.store import Store
@@ -107,6 +107,8 @@ def save_cell(config: TablesConfig, cell: GridCell) -> None:
 def load_cell(config: TablesConfig, new: GridCell) -> GridCell:
     """Returns a cell as its file has it, or as it begins if there is no file.
 
+    Figures of `shuffled/MODEL` that do not say what was shuffled are left out: they are of whole z at other layers.
+
     Raises:
         RunError: the file is damaged, or is of a grid with other settings.
     """
@@ -121,7 +123,11 @@ def load_cell(config: TablesConfig, new: GridCell) -> GridCell:
         raise RunError(
             f"{store.uri}/{name} was made with other settings of the job, the method or the grid; use another run=NAME"
         )
-    return cell
+    measured = {
+        task: {name: figures for name, figures in found.items() if not name.startswith(SHUFFLED) or SHUFFLED in figures}
+        for task, found in cell.measured.items()
+    }
+    return replace(cell, measured=measured)
 
 
 def load_cells(config: TablesConfig) -> list[GridCell]:

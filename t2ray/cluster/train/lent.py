@@ -7,7 +7,6 @@ them on purpose, to find out what it does there.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor
@@ -17,7 +16,6 @@ from t2ray.config.tables import SHUFFLED, TablesConfig, job_of, lender_of, lent_
 from t2ray.core import ConfigError, UnknownExpert
 from t2ray.evals.cells import GridCell, cell_of, load_cell
 from t2ray.experts.registry import Registry
-from t2ray.models.targets import Target
 from t2ray.runs.folder import read_run
 from t2ray.runs.memory import shape_of
 from t2ray.workbench import Workbench
@@ -58,7 +56,6 @@ def lend(
         UnknownExpert: the other model's cell has not trained one of them.
         RunError: it was made on another machine, and its run is not here.
         ExpertError: an expert of another shape or method.
-        ConfigError: as `shuffled`.
     """
     lender = lender_of(strategy)
     assert lender, strategy
@@ -72,27 +69,12 @@ def lend(
         assert folder, theirs.name
         z = Registry(folder).load(name, layout=bench.engine.layout).z  # of other weights: that is what is measured
         if strategy.startswith(SHUFFLED):
-            z = shuffled(bench.engine.layout, z, cell.seed)
+            z = shuffled(z, cell.seed)
         lent[lent_name(lender, name)] = joined(bench.engine.layout, z)
     bench.engine.set_experts(lent)
     return tuple(lent)
 
 
-def shuffled(layout: Sequence[Target], z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """Returns an expert's vectors, each at another matrix of the same kind and shape, drawn by the seed.
-
-    All those of one kind go round in a circle, so that none stays; a matrix that is the only one keeps its own.
-
-    Raises:
-        ConfigError: every matrix is the only one of its kind.
-    """
-    alike: dict[tuple[str, int, int], list[str]] = defaultdict(list)
-    for target in layout:
-        alike[target.name.rpartition(".")[2], target.m, target.n].append(target.name)
-    if max(map(len, alike.values())) == 1:
-        raise ConfigError("nothing to shuffle: one layer is adapted; adapt several, or leave out shuffled/MODEL")
-    rng, moved = random.Random(seed), dict(z)
-    for names in alike.values():
-        rng.shuffle(names)
-        moved |= {there: z[name] for name, there in zip(names, names[1:] + names[:1], strict=True)}
-    return moved
+def shuffled(z: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Returns an expert's vectors, (r,) each, with the components of each in an order that seed and matrix draw."""
+    return {name: z_r[random.Random(f"{seed}/{name}").sample(range(len(z_r)), len(z_r))] for name, z_r in z.items()}

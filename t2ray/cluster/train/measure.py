@@ -12,7 +12,7 @@ from t2ray.adapt.fewshot import FewShotResult, fewshot
 from t2ray.adapt.strategies import Strategy, fixed
 from t2ray.cluster.train.lent import lend
 from t2ray.cluster.train.trials import shots_at
-from t2ray.config.tables import BASE, EXPERT, FEWSHOT, TablesConfig, lender_of, search_of
+from t2ray.config.tables import BASE, EXPERT, FEWSHOT, SHUFFLED, TablesConfig, lender_of, search_of
 from t2ray.config.train import TrainConfig
 from t2ray.core import Mixture, SamplingParams
 from t2ray.evals.answers import Answers, Baseline, lopsided, shares
@@ -53,6 +53,7 @@ async def measure(
         elif lender_of(strategy):
             (lent,) = lend(config, bench, cell, strategy, [expert])
             answers_by = fixed(Mixture.of({lent: 1.0}), name=strategy)
+            more = {SHUFFLED: "components"} if strategy.startswith(SHUFFLED) else {}
         else:
             answers_by = bench.strategy({BASE: "base", EXPERT: expert}.get(strategy, strategy))
         answers = Answers(name, strategy, task.reading, task.gold, keep=False)
