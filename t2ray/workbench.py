@@ -255,7 +255,7 @@ def open_workbench(
 
     Raises:
         ResourceError: vLLM is not installed.
-        ConfigError: a registry was named that has no experts.
+        ConfigError: a registry was named that has no experts, or has those of several methods.
         ExpertError: an expert of another base model.
         ModelError: the model cannot be read.
     """
@@ -266,8 +266,8 @@ def open_workbench(
         )
     names = [manifest.name for manifest in manifests]
     made: Engine
-    others = {manifest.method.kind for manifest in manifests} - {"svf"}
-    against = f"vLLM runs experts of SVF, and these are of {', '.join(others)}" if others else ""
+    kind = _method(place, manifests).kind
+    against = f"vLLM runs experts of SVF alone, and these are of {kind}" if kind != "svf" else ""
     if choose(engine, place.model, place.factors, gpu=torch.cuda.is_available(), against=against) == "vllm":
         made, batch_tokens = _with_vllm(place, names, bar), _BATCH_TOKENS_ON_GPU
     else:

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from test_lockstep import RL, job
+from test_trainer import started
 
+from t2ray import workbench
+from t2ray.adapters.model import load_model
 from t2ray.config.train import TrainConfig
 from t2ray.engine import choose
 from t2ray.engine.choose import COMPARED, decided, unfit
+from t2ray.engine.offline import OfflineEngine
+from t2ray.experts.registry import Registry
+from t2ray.models.weights import open_weights
 from t2ray.runs.prepare import prepare
+from t2ray.training.domain import domain_store
+from t2ray.training.metrics import METRICS
+from t2ray.workbench import Place, open_workbench
 
 
 @pytest.mark.parametrize(
@@ -92,3 +102,40 @@ def test_a_job_samples_by_vllm_where_its_model_has_a_gpu_of_its_own(
     assert why in caplog.text
     assert config.rl.engine == engine  # what the run's file has, and what it goes on with
     assert prepared(tiny_llama, tmp_path, "b", **more, rl=RL | {"engine": "transformers"})[0] == "transformers"
+
+
+def test_a_domain_that_leaves_its_sampler_open_goes_on_with_that_of_its_run(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    domains = job(tiny_llama, tmp_path, "a").model_dump(mode="json", exclude_none=True)["domains"]
+    for domain in domains.values():
+        domain["rl"]["engine"] = "auto"
+    again = {"domains": domains, "gpus": 1.0, "domains_per_worker": 1}
+    for installed, later, kind in ((None, "0.33.0", "transformers"), ("0.33.0", None, "vllm")):
+        monkeypatch.setattr(choose, "installed", lambda version=installed: version)
+        engine, config = prepared(tiny_llama, tmp_path, kind, **again)
+        assert engine == kind
+        domain_store(started(config), "letters").write_text(METRICS, "{}\n")
+        monkeypatch.setattr(choose, "installed", lambda version=later: version)
+        config = prepare(job(tiny_llama, tmp_path, kind, **again), resume=True)
+        assert {rl.engine for rl in config.domain_settings.values()} == {kind}
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_experts_that_vllm_cannot_run_are_answered_with_by_transformers(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trained: bool
+) -> None:
+    """Also before there is one, where the run says what they will be."""
+    monkeypatch.setattr(choose, "installed", lambda: "0.33.0")
+    gpu = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: True))
+    monkeypatch.setattr(workbench, "torch", gpu)  # the model itself is loaded to where it can be
+    config = prepared(tiny_llama, tmp_path, "a", adapter={"kind": "lora"})[1]
+    if trained:
+        adapter = load_model(str(tiny_llama), "", adapter=(lora := config.trained)).adapter
+        digest = open_weights(str(tiny_llama)).digest
+        Registry(str(config.experts)).save("math", adapter.split(adapter.neutral), base_digest=digest, adapter=lora)
+    place = Place(model=str(tiny_llama), factors=None, experts=config.experts, run=config)
+    with caplog.at_level(logging.INFO):
+        bench = open_workbench(place, engine="auto")
+    assert isinstance(bench.engine, OfflineEngine) and bench.experts == (("math",) if trained else ())
+    assert "vLLM runs experts of SVF alone, and these are of lora" in caplog.text

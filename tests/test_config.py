@@ -395,6 +395,26 @@ def test_a_domain_that_names_the_default_engine_is_the_job_that_names_none() -> 
     assert named.digest == resolve({"domains": {"math": {"task": "math"}}}, where="job").digest
 
 
+@pytest.mark.parametrize(("key", "other"), [("objective", "sft"), ("engine", "vllm")])
+def test_a_domain_with_the_default_beside_a_job_with_another_value_is_told_apart(key: str, other: str) -> None:
+    """But not by the digest: those in checkpoints of before go on to be read."""
+
+    def of(job: dict[str, Any], domain: dict[str, Any]) -> TrainConfig:
+        return resolve({"domains": {"math": {"task": "math", "rl": domain}}, "rl": job}, where="job")
+
+    default = {"objective": "reinforce", "engine": "transformers"}[key]
+    plain, own, same = of({key: other}, {"kl": 0.5}), of({key: other}, {"kl": 0.5, key: default}), of({}, {"kl": 0.5})
+    assert plain.resume_fields() != own.resume_fields() and plain.digest == own.digest
+    assert of({}, {"kl": 0.5, key: default}).resume_fields() == same.resume_fields()
+    assert of({}, {"kl": 0.5, key: other}).digest != same.digest
+
+
+def test_digests_are_those_that_checkpoints_hold() -> None:
+    own = {"baseline": None, "betas": [0, 0.9], "objective": "sft", "engine": "auto", "truncate": 1.0}
+    values = {"domains": {"math": {"task": "math", "rl": own}, "code": {"task": "code"}}, "rl": {"engine": "vllm"}}
+    assert resolve(values, where="job").digest == "da19a51a2294276f9d230702"
+
+
 def test_betas_of_before_are_another_domain_beside_a_job_with_others() -> None:
     def of(job: dict[str, Any], domain: dict[str, Any]) -> str:
         values = {"domains": {"math": {"task": "math", "rl": domain}}, "rl": job}

@@ -149,13 +149,14 @@ def _rows(args: argparse.Namespace, labels: Sequence[str], run: TrainConfig | No
     return found
 
 
-def _words(args: argparse.Namespace, labels: Sequence[str], tasks: Collection[str]) -> Sequence[str]:
+def _words(args: argparse.Namespace, labels: Sequence[str], known: Collection[str]) -> Sequence[str]:
     """Returns the tasks to ask, as `--tasks` names them; where nothing is named, those with the labels' names."""
-    if args.tasks is not None:
-        return args.tasks.split(",")
+    tasks: str | None = args.tasks
+    if tasks is not None:
+        return tasks.split(",")
     if args.rows is not None:
         return ()
-    if unknown := [label for label in labels if label not in tasks]:
+    if unknown := [label for label in labels if label not in known]:
         raise ConfigError(
             f"no task is called {', '.join(unknown)}: name labelled requests by --tasks TASK:LABEL,... or --rows FILE"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +19,8 @@ FREE = frozenset(
 FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
 FREE_RL = frozenset({"steps", "micro_batch", "micro_tokens", "eval_every", "patience"})
 
+_UNTOLD = (("objective", "reinforce"), ("engine", "transformers"))
+
 
 def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
     """The plain values of a job that change what a step does to z.
@@ -28,15 +32,17 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
         name: {key: value for key, value in domain.items() if key not in FREE_DOMAIN}
         for name, domain in fields["domains"].items()
     }
-    usual = "betas" not in before_betas(fields["rl"])
+    shared = fields["rl"]
+    usual = "betas" not in before_betas(shared)
     for settings in (fields, *domains.values()):
-        settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
-        if settings["rl"].get("engine") in ("auto", "transformers"):
-            settings["rl"] = {key: value for key, value in settings["rl"].items() if key not in ("engine", "truncate")}
-        if settings["rl"].get("objective") == "reinforce":
-            del settings["rl"]["objective"]
-        if usual:  # else a domain that names them differs from the job
-            settings["rl"] = before_betas(settings["rl"])
+        rl = {key: value for key, value in settings["rl"].items() if key not in FREE_RL}
+        if "engine" in rl and sampler(rl["engine"]) == "transformers":
+            rl = {key: value for key, value in rl.items() if key not in ("engine", "truncate")}
+            if sampler(shared["engine"]) == "vllm":
+                rl["engine"] = "transformers"
+        if rl.get("objective") == shared["objective"] == "reinforce":
+            del rl["objective"]
+        settings["rl"] = before_betas(rl) if usual else rl  # else a domain that names them differs from the job
     rl = fields["rl"]
     if rl.get("algorithm") == "reinforce":
         del rl["algorithm"]
@@ -50,6 +56,25 @@ def lasting(job: Mapping[str, Any]) -> dict[str, Any]:
     if not fields["chat_template_kwargs"]:
         del fields["chat_template_kwargs"]
     return portable(fields | {"domains": domains})
+
+
+def digest_of(fields: Mapping[str, Any]) -> str:
+    """The digest of the values of `lasting`: 24 hex digits.
+
+    A domain's own `objective: reinforce` or `engine: transformers` is left out, though the job has another: digests in
+    checkpoints never told it, and go on to be read.
+    """
+    domains = {
+        name: domain | {"rl": {key: value for key, value in domain["rl"].items() if (key, value) not in _UNTOLD}}
+        for name, domain in fields["domains"].items()
+    }
+    values = json.dumps({**fields, "domains": domains}, sort_keys=True)
+    return hashlib.blake2b(values.encode(), digest_size=12).hexdigest()
+
+
+def sampler(engine: str) -> str:
+    """What samples the rollouts of a run that has begun: `auto` was transformers before there was another."""
+    return "vllm" if engine == "vllm" else "transformers"
 
 
 def before_betas(rl: Mapping[str, Any]) -> dict[str, Any]:

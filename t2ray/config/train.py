@@ -5,8 +5,6 @@ The resolved configuration is written into the run folder as `config.json`. Not 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -17,7 +15,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from t2ray.config.adapter import AdapterConfig
 from t2ray.config.files import FilePath, Strict, expanded, nearest, override, read_yaml, validate
-from t2ray.config.resume import lasting
+from t2ray.config.resume import digest_of, lasting
 from t2ray.config.rl import PRESETS, RLConfig
 from t2ray.core import ConfigError, check_name
 
@@ -267,8 +265,8 @@ class TrainConfig(Strict):
 
     @cached_property
     def digest(self) -> str:
-        """Equal for configurations that come to the same z step by step: 24 hex digits."""
-        return hashlib.blake2b(json.dumps(self.resume_fields(), sort_keys=True).encode(), digest_size=12).hexdigest()
+        """Equal for configurations that come to the same z step by step: as `digest_of`."""
+        return digest_of(self.resume_fields())
 
     def resume_fields(self) -> dict[str, Any]:
         """What a resume must not change, as plain values: everything that changes what a step does to z."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from t2ray.adapters.factors import MANIFEST as FACTORS
 from t2ray.adapters.factors import Factors, factors_folder
+from t2ray.config.resume import sampler
 from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, RunError, user
 from t2ray.engine.choose import choose
@@ -100,8 +101,14 @@ def _as_begun(config: TrainConfig) -> TrainConfig:
     if rl.lr is None and first is not None and first.rl.lr == _FORMER_LR:
         rl = rl.model_copy(update={"lr": _FORMER_LR})
     if rl.engine == "auto" and first is not None:
-        rl = rl.model_copy(update={"engine": "vllm" if first.rl.engine == "vllm" else "transformers"})
-    return config.model_copy(update={"date": day, "rl": rl})
+        rl = rl.model_copy(update={"engine": sampler(first.rl.engine)})
+    domains = {
+        name: domain.model_copy(update={"rl": domain.rl | {"engine": sampler(first.domain_rl(name).engine)}})
+        if first is not None and name in first.domains and domain.rl.get("engine") == "auto"
+        else domain
+        for name, domain in config.domains.items()
+    }
+    return config.model_copy(update={"date": day, "rl": rl, "domains": domains})
 
 
 def _with_sampler(config: TrainConfig) -> TrainConfig:
