@@ -72,6 +72,10 @@ NUMBERS: dict[str, list[tuple[str, str]]] = {
         ("The answer is 18 in all.", "#### ±18"),
         ("There are 18 eggs left.", "The answer is less than 18."),
         ("She has more than 10: 18.", "#### up to 18"),
+        ("#### 3 x 6 = 18", "#### 3 x 6 = 19"),
+        ("#### $6 x 3 = $18", "#### 3x6"),
+        ("#### <18>", "#### <18"),
+        ("#### <$18.00>", "#### 3 < 18 and 19 > 3"),
     ],
     "2500": [
         ("#### 2,500", "#### 2,50"),
@@ -207,6 +211,19 @@ CHOICES = [
     ("B…", "B… or C"),
     ("B。", "B、C"),
     ("Leaves are green.\n\nB. the leaf", "Leaves are green.\n\nA. a root\nB. the leaf"),
+    ("B. the leaf. A. a root is wrong.", "B. the leaf or A. a root"),
+    ("B) the leaf. It is green.", "A. a root B. the leaf C. rain D. the Moon"),
+    ("(B) the leaf", "(B) the leaf, (C) rain, and (D) the Moon"),
+    ("The answer is B. the leaf.", "The answer is A. a root, B. the leaf, C. rain or D. the Moon."),
+    ("The leaf (B)", "The leaf (C)"),
+    ("The answer is the leaf (B).", "A root (A)\nThe leaf (B)"),
+    ("B, not A", "A, not B"),
+    ("B rather than (C)", "B rather than green"),
+    ("I'd choose B over C.", "I'd choose C over B."),
+    ("The answer is definitely B", "The answer is definitely not B"),
+    ("The correct answer to this question is (B) the leaf.", "The correct answer to this question is not (B)."),
+    ("The best answer from the given options is: B", "The answer for the wrong ones is B"),
+    ("The right answer, then, is B.", "The answer here is B or C."),
 ]
 
 
@@ -281,6 +298,8 @@ CODE = {
     ],
     "other blocks": [fence("pip install x", "bash") + fence(GOOD), fence(GOOD) + "prints\n" + fence("3.14", "")],
     "use of it": [fence(GOOD) + fence("print(area(2))\nassert area(1) == 4")],
+    "use under its name": [fence(GOOD) + fence("area = area(2)\nprint(area)")],
+    "Markdown in Markdown": [fence(fence(GOOD), "markdown", "````"), fence("# Area\n" + fence(GOOD), "md", "~~~")],
     "a better one": [fence(BAD) + "No:\n" + fence(GOOD), fence("def area(r): return ...(") + fence(GOOD)],
     "parts": [
         fence("import math") + fence(BODY),

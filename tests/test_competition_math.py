@@ -49,6 +49,7 @@ ANSWERS: dict[str, list[tuple[str, str]]] = {
         (r"\frac12\sqrt{3}", r"\frac{1}{2}+\sqrt{3}"),
         (r"\dfrac{1}{2} \cdot \sqrt{3}", r"\frac{\sqrt[3]{3}}{2}"),
         (r"0.5\sqrt3", r"\sqrt{0.75}"),
+        (r"\tfrac{\sqrt3}2", r"\tfrac2{\sqrt3}"),
     ],
     r"\frac{2\pi}{3}": [
         (r"2\pi/3", r"2\pi \cdot 3"),
@@ -80,7 +81,10 @@ ANSWERS: dict[str, list[tuple[str, str]]] = {
     "1,-2": [
         ("-2, 1", "1, 2"),
         (r"1 \text{ and } -2", "1"),
-        (r"x = 1 or x = -2".replace("x = ", ""), "1, -2, 3"),
+        ("1 or -2", "1, -2, 3"),
+        ("x = 1 or x = -2", "x = 1 or y = -2"),
+        (r"x = 1 \text{ and } x = -2", "x = 1"),
+        ("x = 1, -2", "x = 1, x = -2, x = 3"),
         (r"\{1, -2\}", "(1,-2)"),
     ],
     r"3\pm\sqrt{2}": [
@@ -107,6 +111,9 @@ ANSWERS: dict[str, list[tuple[str, str]]] = {
     r"12\text{ cm}": [("12", r"12\text{ m}"), (r"12 \text{cm}", r"12\text{ cm}^2")],
     r"50\%": [("50", "0.5"), (r"50\%", r"5\%")],
     "4210_7": [("4210_{7}", "4210"), (r"4210_7", "4210_5")],
+    r"\text{6:00 PM}": [("6:00 PM", "6:00 AM"), (r"6:00\text{ PM}", "18:00 PM")],
+    r"\emptyset": [(r"\varnothing", r"\{0\}"), (r"\{\}", "0"), ("\u2205", r"\{\emptyset\}")],
+    r"\binom{5}{2}|x|": [(r"\dbinom{5}{2}\lvert x\rvert", r"\binom{2}{5}|x|")],
     r"x \le 3": [(r"x \leq 3", "x < 3"), (r"3 \ge x", r"x \ge 3")],
     r"\sin x\cos y": [(r"\cos y \sin x", r"\sin y \cos x"), (r"\sin{x}\cos{y}", r"\sin(x\cos y)")],
     r"2\sqrt{3}": [(r"2 \sqrt 3", r"\sqrt{12}"), (r"\sqrt{3} \cdot 2", r"3\sqrt{2}")],

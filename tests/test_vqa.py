@@ -12,8 +12,9 @@ from pictures import picture
 
 from t2ray.config.train import DomainConfig
 from t2ray.core import ConfigError, DataError, Image
-from t2ray.tasks import builtin
+from t2ray.tasks import builtin, vqa
 from t2ray.tasks.data import own
+from t2ray.tasks.text import settled
 from t2ray.tasks.verifier import Verifier, verify
 from t2ray.tasks.vqa import normal, reward
 
@@ -36,6 +37,24 @@ TEN = ["red"] * 3 + ["Red."] + ["blue"] * 2 + ["a blue"] + ["green", "two", "2"]
         ("yes!\n", "yes"),
         ("Dr. No?", "dr no"),
         ("", ""),
+        ("a", "a"),
+        ("A.", "a"),
+        ("the a", "the a"),
+        ("an apple a day", "apple day"),
+        ("U.S.A.", "usa"),
+        ("3.", "3"),
+        ("$5.00", "$5.00"),
+        ("1/2", "1 2"),
+        ("50 %", "50 %"),
+        ("7-up", "7 up"),
+        ("Nine O'Clock", "9 oclock"),
+        ("'quoted'", "'quoted'"),
+        ("red, blue", "red blue"),
+        ("(red)", "red"),
+        ("coca_cola", "coca cola"),
+        ("ten\tdogs \n", "10 dogs"),
+        ("twenty", "twenty"),
+        ("... !", ""),
     ],
 )
 def test_an_answer_is_compared_as_vqas_evaluation_does(answer: str, expected: str) -> None:
@@ -51,15 +70,35 @@ def test_an_answer_is_compared_as_vqas_evaluation_does(answer: str, expected: st
         ("green", 9 / 3 / 10),
         ("black", 0.0),
         ("<think>blue?</think>red", 1.0),
+        ("RED!", 1.0),
+        ("The red", 1.0),
+        ("<answer>red</answer>", 1.0),
+        ("<think>red", 0.0),
+        ("red or blue", 0.0),
+        ("red, blue, green", 0.0),
+        ("It is red.", 0.0),
+        ("reddish", 0.0),
+        ("r e d", 0.0),
+        ("", 0.0),
+        (".", 0.0),
+        ("the", 0.0),
     ],
 )
 def test_accuracy_leaves_each_of_ten_people_out_in_turn(answer: str, accuracy: float) -> None:
     """Against the definition, person by person."""
     row = {"answers": TEN}
     assert reward(answer, row) == pytest.approx(2 * accuracy - 1)
-    said = normal(answer.rpartition(">")[2])
+    said = normal(settled(answer))
     each = [min(1, sum(normal(o) == said for j, o in enumerate(TEN) if j != i) / 3) for i in range(10)]
     assert reward(answer, row) == pytest.approx(2 * sum(each) / 10 - 1)
+
+
+@pytest.mark.parametrize("gold", ["a", "?", "the", "."])
+def test_no_answer_is_never_right(gold: str) -> None:
+    """Of pictures of a letter or a mark people say no more than that, of which VQA's normal form leaves nothing."""
+    for nothing in ("", " ", "?!", "<think>a"):
+        assert vqa.same(nothing, {"answer": gold}) == reward(nothing, {"answers": [gold] * 10}) == -1.0
+    assert reward("A", {"answers": ["a"] * 10}) == 1.0 > reward("the", {"answers": ["a"] * 10})
 
 
 def rows_in(folder: Path, rows: list[dict[str, Any]]) -> str:

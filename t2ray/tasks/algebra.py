@@ -117,10 +117,8 @@ class _Reader:
         return self._symbol(token)
 
     def group(self) -> Any:
-        self.take("{")
-        value = self.sum()
-        self.take("}")
-        return value if value[0] != "sum" else _atom(value)
+        """What `\\frac` and `\\sqrt` take: one digit or symbol, or braces."""
+        return self.base() if self.next() == "{" else self._symbol(self.take())
 
 
 def _number(token: str) -> Any:

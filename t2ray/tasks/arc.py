@@ -24,8 +24,14 @@ HUB = "allenai/ai2_arc"
 COLUMNS = {"question": str, "choices": dict, "answerKey": str}
 
 _CALLED = r"(?:(?:the|option|choice|letter|label|number)\s+)*[(\[]{0,3}LABEL"
-_IS = r" ?(?:(?:is|are|(?:would|must|should|will) be|therefore|thus|clearly|likely|:|=|-(?=\s))\s*)*"
-_AMONG = r"(?: (?:among|of|from) (?:these|those|them|the \w+))?"
+_IS = (
+    r" ?(?:(?:is|are|(?:would|must|should|will) be|therefore|thus|clearly|likely|probably|definitely|certainly"
+    r"|:|=|-(?=\s))\s*)*"
+)
+_AMONG = (  # "to this question", "of the four"
+    r"(?:,? (?:(?:among|of|from|to|for|in)(?: (?!(?:not|wrong|incorrect|false)\b)\w+){1,5}"
+    r"(?=,? (?:is|would|must|should)\b| ?:)|here|then)\b,?)?"
+)
 _MOST = r"(?:(?:only|final|most (?:likely|appropriate|reasonable|suitable|plausible|accurate))\s+)?"
 _RIGHT = (
     r"\s+(?:(?:is|would be|must be|should be|has to be)\s+(?:(?:the|my|our)\s+)?"
@@ -53,7 +59,10 @@ _SPEAKS_OF_OTHERS = re.compile(
     r"|\b(?-i:[A-E]|[1-5]),? (?:and|or|nor|&) \(?(?-i:[A-E]|[1-5])\b",
     re.I,
 )
-_REASON = rf"[)\]]?[,;.]?\s*(?:because|since|as it)\b|[)\]]?{_RIGHT}"
+_REASON = (
+    rf"[)\]]?[,;.]?\s*(?:because|since|as it)\b|[)\]]?{_RIGHT}"
+    r"|[)\]]?,?\s*(?:not|over|rather than|instead of)\s+[(\[]?(?:LABEL)(?!\w)"
+)
 
 
 def easy(data: str | Sequence[str] | None = None) -> Task:
@@ -140,10 +149,10 @@ def extract(completion: str, choices: Mapping[str, list[str]]) -> str | None:
     r"""Returns the one label that a text answers with, or None if it gives none or several.
 
     It counts after the reasoning (`text.settled`), in either case ("b"). "The answer is B.", "\boxed{B}", "Option B is
-    correct" and "Therefore, (B)." count anywhere in the text, if all of them agree. Without them, the first or the last
-    line must be the label alone ("B", "(B)"), or the first line must begin with the label before its choice or a reason
-    ("B. sunlight", "B because ..."). "A or B" is no answer, nor is "2.5" for the label 2, nor prose that merely has a
-    letter ("A plant needs").
+    correct", "Therefore, (B)." and the line "Sunlight (B)" count anywhere in the text, if all of them agree. Without
+    them, the first or the last line must be the label alone ("B", "(B)"), or the first line must begin with the label
+    before its choice or a reason ("B. sunlight", "B because ..."). "A or B" is no answer, nor is "2.5" for the label 2,
+    nor a line of several choices ("A. soil B. sunlight"), nor prose that merely has a letter ("A plant needs").
     """
     text = plain(settled(completion))
     for box in boxed(text)[-1:]:
@@ -171,6 +180,7 @@ class _Answers:
         }
         self.names = {label.lower(): label for label in self.texts}
         self.label = "(?:" + "|".join(map(re.escape, self.texts)) + r")(?!\w)"
+        self.reason = _REASON.replace("LABEL", self.label)
 
     def said(self, text: str) -> set[str] | None:
         """Returns the labels that a text calls its answer, in so many words; None if it calls none so."""
@@ -179,6 +189,9 @@ class _Answers:
             for match in re.finditer(pattern.replace("LABEL", f"({self.label})"), text, re.I | re.M | re.ASCII):
                 kind = self.ending(match[1], text[match.end() :].partition("\n")[0])
                 found |= {"": set(), "several": {*self.texts}}.get(kind, {self.names[match[1].lower()]})
+        for label, choice in self.texts.items():  # "The answer is the leaf (B)."
+            bracketed = rf"(?:^|\banswer{_IS})\s*{re.escape(choice)}\s*[(\[]{re.escape(label)}[)\]](?=[.!\s]*$)"
+            found |= {label} if re.search(bracketed, text, re.I | re.M) else set()
         return found or None
 
     def of_lines(self, lines: list[str]) -> set[str]:
@@ -203,6 +216,15 @@ class _Answers:
             return alone if len(before) > 1 else alone | before
         return alone | before if ends[0] in ("text", "own") else set()
 
+    def goes_on(self, label: str, rest: str) -> bool:
+        """Whether after a label's choice another label with its choice follows: "A. a root B. the leaf C. rain"."""
+        others = "|".join(
+            rf"{re.escape(other)}[.:)\]]+\s*{re.escape(text)}" for other, text in self.texts.items() if other != label
+        )
+        next_one = rf"[\s.,;]*(?:$|(?:or|and)\b|[(\[]?{self.label}[.:)\]])"
+        listed = rf"[\s.:)\]]*{re.escape(self.texts[label])}[\s.,;]*(?:or|and)?\s*[(\[]?(?:{others})(?={next_one})"
+        return re.match(listed, rest, re.I | re.ASCII) is not None
+
     def ending(self, label: str, rest: str) -> str:
         """Says what follows a label: "alone", "own" (its choice), "text" (a reason), "comma", "several", or ""."""
         also = rf"[\s.,:;()\]/&]*(?:or\b|and\b)?\s*[(\[]?{self.label}(?=[.,:;)\]](?!\d)|\s*$)"
@@ -210,6 +232,8 @@ class _Answers:
             return "several"
         if re.fullmatch(r"[\s.,:;!)\]]*", rest):
             return "alone"
+        if self.goes_on(self.names[label.lower()], rest):
+            return "several"
         choice = _bare(rest)
         own = self.texts[self.names[label.lower()]]
         if choice in self.texts.values() and choice != own:
@@ -218,6 +242,6 @@ class _Answers:
             return "own"
         if choice.startswith(own) and not choice[len(own) : len(own) + 1].isalnum():
             return "text"
-        if re.match(_REASON, rest, re.I) or re.match(r"[)\]]?(?:[.:](?!\d)|[)\]]|\s+-+\s|\s*\()", rest):
+        if re.match(self.reason, rest, re.I) or re.match(r"[)\]]?(?:[.:](?!\d)|[)\]]|\s+-+\s|\s*\()", rest):
             return "text"
         return "comma" if re.match(r"\s*[,;](?!\d)", rest) else ""

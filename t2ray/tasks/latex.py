@@ -36,6 +36,9 @@ _TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\u222a", r"\\cup "),
         (r"\u2264|\\leqslant", r"\\le "),
         (r"\u2265|\\geqslant", r"\\ge "),
+        (r"\\varnothing(?![a-zA-Z])|\u2205|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\\[lr]vert(?![a-zA-Z])", "|"),
+        (r"\\[td]binom(?![a-zA-Z])", r"\\binom"),
         (r"\\div(?![a-zA-Z])|\u00f7", "/"),
         (r"\\!|\\(?:left|right|[bB]ig[lr]?|displaystyle|limits)(?![a-zA-Z])", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])|\\(?:hspace|vspace)\{[^{}]*\}|[\u00a0\u2009\u202f]", " "),
@@ -93,16 +96,25 @@ def same(one: str, other: str) -> bool:
     (a, unit), (b, other_unit) = _without_unit(one), _without_unit(other)
     if unit and other_unit and unit != other_unit:
         return False
-    for sign in ("=", r"\\in(?![a-z])"):  # "x = 5" is 5
+    for sign in ("=", r"\\in(?![a-z])"):
         if bool(re.search(sign, a)) != bool(re.search(sign, b)):
-            name = re.compile(rf"^\s*(?:[A-Za-z]|[a-z]\([a-z]\))\s*{sign}")
-            a, b = name.sub("", a), name.sub("", b)
+            a, b = _unnamed(a, sign), _unnamed(b, sign)
     return bool(a.strip()) and _canonical(a) == _canonical(b)
+
+
+def _unnamed(text: str, sign: str) -> str:
+    """Returns 5 for "x = 5", and the list "5, 6" for "x = 5 or x = 6"; what names different things stays."""
+    parts = _split(_AND.sub(",", text), ",")
+    named = [re.match(rf"\s*([A-Za-z]|[a-z]\([a-z]\))\s*{sign}", part) for part in parts]
+    names = {match[1] if match else "" for match in named[1:]} - {""}
+    if named[0] is None or names - {named[0][1]}:
+        return text
+    return ",".join(part[match.end() :] if match else part for part, match in zip(parts, named, strict=True))
 
 
 def _without_unit(text: str) -> tuple[str, str]:
     """Returns an answer in its tidied form and its unit: ("12", "cm") for `12\\text{ cm}.`"""
-    text = tidy(text)
+    text = tidy(re.sub(r"^\s*\\text\s*\{([^{}]*)\}\s*$", r"\1", text))
     match = _UNIT.search(text) or _PLAIN_UNIT.search(text)
     if match is None:
         return text, ""

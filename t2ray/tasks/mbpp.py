@@ -33,6 +33,7 @@ _QUOTES = re.compile(r"\s*(\'{3}|\"{3})(?:python)?\n(.*)\1\s*", re.DOTALL)
 _ENDS = re.compile(r"(?:\s*(?:<\|[^<>|\n]{1,40}\|>|</?s>|<(?:end_of_turn|eos)>))+\s*\Z")
 _TAGGED = re.compile(r"\[(BEGIN|PYTHON)\](.*?)(?:\[DONE\]|\[/PYTHON\]|\Z)", re.DOTALL)
 _PYTHON = {"", "python", "python3", "python2", "py", "py3", "ipython", "ipython3", "code"}
+_MARKDOWN = {"markdown", "md"}
 _CODE = re.compile(r"(?:def|class|import|from|async def)\s+\w|@\w|[A-Za-z_]\w*\s*=[^=]")
 _UNWANTED = {0xFEFF: None, 0x200B: None, 0xA0: " "}  # no Python outside of strings: marks of a file, wide spaces
 _MOST_ENDS, _MOST_FENCES = 200, 20
@@ -155,7 +156,7 @@ def _fenced(text: str) -> list[tuple[str, str]]:
         bodies = [textwrap.dedent(text[opening.end() : end]) for end in ends]
         whole = (i for i, body in enumerate(bodies) if kind in _PYTHON and _tree(body))
         chosen = next(whole, 0)
-        found.append((kind, bodies[chosen]))
+        found += _fenced(bodies[chosen]) if kind in _MARKDOWN else [(kind, bodies[chosen])]
         at = min(len(text), ends[chosen] + len(opening[1]))
     return found
 
@@ -168,7 +169,7 @@ def _tree(code: str) -> ast.Module | None:
 
 
 def _bound(statement: ast.AST) -> list[str]:
-    """The names that an import, a function, a class or an assignment gives to its module."""
+    """The names that an import, a function, a class or an assignment gives a module; `area = area(2)` gives none."""
     if isinstance(statement, (ast.Import, ast.ImportFrom)):
         return [(alias.asname or alias.name).partition(".")[0] for alias in statement.names]
     if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -182,6 +183,9 @@ def _bound(statement: ast.AST) -> list[str]:
             names += [part.id for part in stored]
         else:
             names += _bound(child)
+    if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Call):
+        read = {part.id for part in ast.walk(statement.value) if isinstance(part, ast.Name)}
+        names = [name for name in names if name not in read]
     return names
 
 

@@ -27,6 +27,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\n(?: ?\n)+", "\n"),
         (r"<<[^<>\n]*>>", ""),  # GSM8K's calculator: 48/2 = <<48/2=24>>24
         (r"<\|[^<>|]*\|>|</?[A-Za-z][A-Za-z0-9]*[ /]{0,2}>", " "),  # <|im_end|>, <b>, </s>
+        (r"<(-?[$€£¥₹]?\d[\d,.]*(?:/\d+)?%?)>", r" \1 "),  # <72>, as a prompt's "<number>"
         ("[\u200b-\u200f\u2060\ufe0e\ufe0f\ufeff]", ""),
         ("[❌✖✗✘🚫]", " not "),
         ("[\u2600-\u27bf\u2b00-\u2bff\U0001f000-\U0001faff]", " "),
@@ -62,6 +63,7 @@ _PLAIN: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<=\d)[$€£¥₹](?=\d)", " "),
         (r"(?:\b(?:US|CA|AU|C|A|HK))?[$€£¥₹]", ""),
         (r"\b(?:USD|EUR|GBP|INR|CAD|AUD|Rs\.?)\s*(?=[\d.-])", ""),
+        (r"(?<=\d) ?[xX] ?(?=\d)", "*"),  # 3 x 24
         (r"(?<!\d)\*+|\*+(?!\d)", " "),
         (r"[_`\"“”]|(?<![A-Za-z])'|'(?![A-Za-z])", " "),
     )

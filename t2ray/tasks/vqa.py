@@ -142,24 +142,29 @@ def consensus(row: DataRow) -> str:
 
 
 def reward(completion: str, row: dict[str, Any]) -> float:
-    """Twice the VQA accuracy of the completion less 1: 1 if four people or more gave that answer, -1 if nobody did."""
+    """Twice the VQA accuracy of the completion less 1: 1 if four people or more gave that answer, -1 if nobody did.
+
+    An answer without any word has -1.
+    """
     said, given = normal(settled(completion)), [normal(answer) for answer in row["answers"]]
     same = given.count(said)
     # of those who said it, one fewer of the others did
     share = (same * min(1.0, (same - 1) / 3) + (len(given) - same) * min(1.0, same / 3)) / len(given)
-    return 2 * share - 1
+    return 2 * share - 1 if said else -1.0
 
 
 def same(completion: str, row: dict[str, Any]) -> float:
     """+1 if the completion is the row's "answer", both as `normal` writes them, else -1."""
-    return 1.0 if normal(settled(completion)) == normal(row["answer"]) else -1.0
+    said = normal(settled(completion))
+    return 1.0 if said and said == normal(row["answer"]) else -1.0
 
 
 def normal(answer: str) -> str:
     """Returns an answer as VQA's evaluation compares it: lower case, no articles, numbers as digits, no punctuation.
 
     Punctuation goes where it stands beside a space, or anywhere if a number has a comma; else it becomes a space. A
-    full stop stays before a digit. Contractions are written without their apostrophe, whether it is there or not.
+    full stop stays before a digit. Contractions are written without their apostrophe, whether it is there or not. An
+    answer of articles alone keeps them: the letter "a" is not the same as no answer.
     """
     text = given = " ".join(answer.split())
     for sign in _PUNCTUATION:
@@ -168,4 +173,4 @@ def normal(answer: str) -> str:
     words = [_NUMBERS.get(word, word) for word in _PERIOD.sub("", text).lower().split()]
     bare = [word.replace("'", "") for word in words]
     kept = [b if b in _CONTRACTIONS else word for word, b in zip(words, bare, strict=True) if word not in _ARTICLES]
-    return " ".join(kept)
+    return " ".join(kept or words)
