@@ -32,9 +32,11 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## the main job on the tiny models: decompose, train, adapt, evaluate; reports in runs/demo and runs/demo-vision
 	$(BIN)/t2ray demo
 
+# Without a network: make real MODEL=FOLDER DATA=FILE, with ARC-Easy's rows (of the training split) as Parquet or JSON lines.
 real: setup  ## SVF beside LoRA on a real model of 135 M parameters from the hub, one domain, one seed; about 10 minutes
 	$(BIN)/t2ray tables jobs/tables_real.yaml run=real 'seeds=[0]' limit=60 'unseen={}' 'texts={}' \
-	  'job.domains={brief: {task: brief, max_tokens: 24}}' \
+	  $(if $(MODEL),'models.smollm2=$(MODEL)') \
+	  'job.domains={brief: {task: brief, max_tokens: 24}}' $(if $(DATA),'job.domains.brief.data=$(DATA)') \
 	  'tables={trained: {title: Answers of at most 12 words, methods: [svf, lora], tasks: [brief], against: svf/expert}}'
 
 test: setup  ## the test suite, in two processes
