@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import settings
+from peft import PeftModel
 from seeing import write_seeing
 from test_families import (
     MATH,
@@ -35,7 +36,7 @@ from t2ray.engine.batches import StaticBatches
 from t2ray.engine.choose import vllm_engine
 from t2ray.engine.offline import OfflineEngine
 from t2ray.engine.requests import Request
-from t2ray.experts.export import Source, export_merged
+from t2ray.experts.export import Source, export_merged, export_peft
 from t2ray.experts.registry import Registry
 from t2ray.grades import Grade, Rollout
 from t2ray.models.targets import Selection, adapted, select_targets
@@ -116,7 +117,11 @@ def test_a_tower_alone_is_adapted_served_saved_and_exported(tiny_llama: Path, tm
     model.adapter.set_experts({"math": z_K})
     assert torch.equal(model.adapter.mix(Mixture.parse("math:0.5")), 1 + 0.5 * (z_K - 1))
     folder = str(tmp_path / "model")
-    export_merged(Source(model=model, base=folder, mixture=MATH, experts=[loaded.manifest]), tmp_path / "out")
+    source = Source(model=model, base=folder, mixture=MATH, experts=[loaded.manifest])
+    export_peft(source, tmp_path / "lora", rank=64)
+    lora = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(folder), str(tmp_path / "lora"))
+    close(alone(model, lora, SEEN[0], (70,)), alone(model, reference, SEEN[0], (70,)))
+    export_merged(source, tmp_path / "out")
     assert "AutoModelForImageTextToText.from_pretrained(" in (tmp_path / "out" / "README.md").read_text()
     exported = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
@@ -222,6 +227,19 @@ def test_a_plan_counts_the_factors_of_a_tower(tmp_path: Path) -> None:
         serving(shape, 2, kv_tokens=64, rows=2, experts=1),
     ):
         assert sum(gpu.factors for gpu in loads) == shape.factors(shape.targets)
+
+
+def test_a_plan_puts_a_tower_on_the_first_gpu_before_the_layers(tmp_path: Path) -> None:
+    """There the modules' order puts it, by which accelerate divides a model."""
+    hf = llava()
+    hf.config.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    last = sum(p.nbytes for p in (hf.model.language_model.norm.weight, hf.lm_head.weight))
+    layers = sum(p.nbytes for p in hf.model.language_model.layers.parameters())
+    first = sum(p.nbytes for p in hf.parameters()) - layers - last
+    assert (shape.weight_bytes[None], shape.weight_bytes[-1]) == (first, last)
+    loads = serving(shape, 2, kv_tokens=64, rows=2, experts=1)
+    assert [gpu.weights for gpu in loads] == [first + layers // 2, layers // 2 + last]
 
 
 # --------------------------------------------------------------------------------------------------------------- probe

@@ -53,9 +53,9 @@ class GpuMemory:
 class ModelShape:
     """The sizes of a model that a plan needs.
 
-    `weight_bytes` has the bytes per layer, of the embeddings under None, of the last norm and the head under -1. `size`
-    is that of one number in bytes, `kv_token_layer` the bytes of keys and values per token and layer. `heads_width` is
-    the width of all attention heads together.
+    `weight_bytes` has the bytes per layer, of what comes before the layers (a vision tower, embeddings) under None, of
+    what comes after them (the last norm, the head) under -1. `size` is that of one number in bytes, `kv_token_layer`
+    the bytes of keys and values per token and layer. `heads_width` is the width of all attention heads together.
     """
 
     parameters: int
@@ -95,9 +95,11 @@ def shape_of(ref: str, targets: Sequence[str] | None = None, layers: str | None 
     dtype = str(getattr(text, "dtype", None) or getattr(hf.config, "dtype", None) or "float32").removeprefix("torch.")
     size = _BYTES.get(dtype, 4)
     weight_bytes: dict[int | None, int] = {}
+    before = None  # in this order the modules are divided over GPUs
     for name, parameter in hf.named_parameters():
         layer = layer_of(name, prefix)
-        where = layer if layer is not None else (None if "embed" in name or "wte" in name else -1)
+        before = before if layer is None else -1
+        where = before if layer is None else layer
         weight_bytes[where] = weight_bytes.get(where, 0) + size * parameter.numel()
     heads, width, kv_heads = _attention(text)
     return ModelShape(
@@ -218,8 +220,8 @@ def _saved(shape: ModelShape, mine: Sequence[Target]) -> int:
 
 
 def _spread(shape: ModelShape, gpus: int, layers: Sequence[GpuMemory], *, last: int, z: int) -> list[GpuMemory]:
-    """Spreads the layers in order over the GPUs, about evenly. The first also has the embeddings, the last norm, head
-    and logits.
+    """Spreads the layers in order over the GPUs, about evenly. The first also has what comes before the layers, the
+    last what comes after them, and the logits.
     """
     if not 1 <= gpus <= len(layers):
         raise ConfigError(f"gpus is {gpus}; a model of {len(layers)} layers spreads over 1 to {len(layers)}")
