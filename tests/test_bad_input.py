@@ -477,6 +477,7 @@ def test_a_cluster_of_another_ray_or_python(attached: str, refused: Refused) -> 
             gcs.internal_kv_put(key, json.dumps(json.loads(own) | {name: value}).encode(), True, namespace)
             line = refused("train", "job.yaml", "workers=1", "cpus=1")
             assert re.search(rf"the cluster runs Ray .*{value}.*, this is Ray .*; install the cluster's versions", line)
+            assert ray._private.worker.global_worker.node is None, "nothing is left of the attempt"
     finally:
         gcs.internal_kv_put(key, own, True, namespace)
 

@@ -50,6 +50,15 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
     if ray.is_initialized():
         yield _resources()
         return
+    try:
+        _join(num_cpus)
+        yield _resources()
+    finally:  # of a Ray that refuses or comes too late, too, a part is there
+        ray.shutdown()
+
+
+def _join(num_cpus: int | None) -> None:
+    """Connects with `RAY_ADDRESS`'s cluster or starts a private one; raises as `session`."""
     # "local": without an address Ray would join whatever cluster was started on this machine last.
     address = os.environ.get("RAY_ADDRESS") or "local"
     private = {"num_cpus": num_cpus, "include_dashboard": False, "resources": {PRIVATE: 1}}
@@ -74,10 +83,6 @@ def session(num_cpus: int | None = None) -> Iterator[dict[str, float]]:
             "Ray did not come up within its 30 seconds, as on a busy machine; try again, or start a cluster by "
             "`ray start --head` and name it in RAY_ADDRESS"
         ) from None
-    try:
-        yield _resources()
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
