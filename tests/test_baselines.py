@@ -340,11 +340,34 @@ def test_an_answer_beyond_the_context_is_refused(tiny_llama: Path) -> None:
         ({"adapter": {"kind": "lora", "rank": 0}}, "adapter.rank"),
         ({"adapter": {"kind": "lora", "targets": ["*.mlp.*"]}, "targets": ["*"]}, "say the same; leave one out"),
         ({"rl": {"objective": "sftt"}}, "rl.objective"),
+        ({"adapter": "lora"}, r"adapter: a mapping of keys \(kind, rank, .*\), not 'lora'"),
+        ({"adapter": {"kind": "lora", "alpha": -1}}, "adapter.alpha: .* greater than 0, not -1"),
+        ({"adapter": {"kind": "lora", "targets": []}}, "adapter.targets: .* at least 1 item"),
+        ({"targets": []}, "targets: .* at least 1 item"),
     ],
 )
 def test_a_wrong_adapter_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         resolve(job(tmp_path, **changes), where="job")
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        ({"kind": "lora", "targets": ["*.nothing"]}, r"'\*\.nothing' matches no matrix; its names look like"),
+        ({"kind": "ia3", "layers": "99"}, "no targets in layer 99"),
+        ({"kind": "lora", "rank": 129}, "adapter.rank: 129, and no matrix of this model has a rank above 128"),
+        ({"kind": "tinylora", "rank": 1000}, "adapter.rank: 1000"),
+    ],
+)
+def test_a_baseline_that_does_not_fit_the_model_is_told_before_the_run_begins(
+    adapter: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    from t2ray.cluster.train.launch import train
+
+    with pytest.raises(ConfigError, match=message):
+        train(resolve(job(tmp_path, adapter=adapter), where="job"))
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_golds_are_needed_for_next_token_training(tmp_path: Path) -> None:

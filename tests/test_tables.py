@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import math
+import re
 import shlex
 from dataclasses import replace
 from math import comb
@@ -22,7 +24,7 @@ from t2ray.core import ConfigError, RunError
 from t2ray.evals.cells import CELLS, GridCell, cells_of, load_cells, save_cell
 from t2ray.evals.intervals import over_seeds, paired, wilson
 from t2ray.evals.pictures import named, pictures, searched
-from t2ray.evals.plots import by_numbers, confusion, explained
+from t2ray.evals.plots import alphas, by_numbers, confusion, explained, learning
 from t2ray.evals.tabled import markdown
 from t2ray.evals.tables import summary
 from t2ray.models.weights import open_weights
@@ -119,6 +121,19 @@ def test_a_comparison_the_other_way_round_says_the_opposite() -> None:
 def test_what_is_equal_everywhere_does_not_differ() -> None:
     same = paired([[True, False]], [[True, False]])
     assert (same.gain, same.p) == (0.0, 1.0)
+    assert (same.low, same.high) == pytest.approx((wilson(2, 2)[0] - 1, 1 - wilson(2, 2)[0])), "of two examples"
+
+
+def test_a_difference_of_accuracies_ends_at_100_points_and_is_never_certain() -> None:
+    ninety_nine = paired([[True] * 100], [[False] * 99 + [True]])
+    assert ninety_nine.gain == 0.99 and ninety_nine.high == 1.0 and ninety_nine.low == pytest.approx(0.97, abs=0.001)
+    every, none = paired([[True] * 24], [[False] * 24]), paired([[True] * 24], [[True] * 24])
+    unseen = 1 - wilson(24, 24)[0]
+    assert (every.low, every.high) == pytest.approx((1 - 2 * unseen, 1.0))
+    assert (none.low, none.high) == pytest.approx((-unseen, unseen))
+    losses = paired([[1.0, 9.0]], [[3.0, 4.0]], math.inf)
+    assert losses.low < -1 and losses.high > 1, "a loss has no such end"
+    assert paired([[3.0] * 4], [[1.0] * 4], math.inf).low == 2.0
 
 
 # -------------------------------------------------------------------------------------------------------- configuration
@@ -350,7 +365,7 @@ def test_a_table_of_several_sizes_is_drawn_by_numbers_one_line_for_each_kind() -
         for method, numbers in (("few", 13), ("all", 3584), ("lora", 900))
     ]  # fmt: skip
     base = {"model": "tiny", "method": "base", "strategy": "base", "training": None, "tasks": {}}
-    table = {"tasks": ["pick"], "rows": [base, *rows]}
+    table = {"title": "Few", "tasks": ["pick"], "rows": [base, *rows]}
     drawn = by_numbers(table, {"few": "svf", "all": "svf", "lora": "lora"})
     assert drawn.count(">svf<") == drawn.count(">lora<") == 1
     assert "trained numbers" in drawn
@@ -398,6 +413,47 @@ def test_what_pass_1_chose_is_summed_over_seeds_and_a_search_has_a_weight_for_ea
 def test_a_confusion_has_a_number_for_each_task_and_label() -> None:
     drawn = confusion("tiny svf cls", {"math": {"math": 41}, "code": {"code": 37, "others": 5}})
     assert [drawn.count(f">{what}<") for what in (41, 37, 5, 0, "others", "tiny svf cls")] == [1, 1, 1, 3, 1, 1]
+
+
+def texts_of(svg: str) -> list[tuple[str, float, float]]:
+    """Returns each horizontal text of a picture with where it begins and about where it ends, in points."""
+    found = re.findall(
+        r'<text style="font-size: ([\d.]+)px[^>]*text-anchor: start[^>]* x="([-\d.]+)"[^>]*>([^<]*)<', svg
+    )
+    return [(text, float(x), float(x) + 0.55 * float(size) * len(text)) for size, x, text in found]
+
+
+def test_no_title_and_no_name_of_a_line_is_cut_off() -> None:
+    methods = ["svf", "svf-mlp", "svf-attention", "svf-sft", "lora", "lora-rl", "ia3", "dora"]
+    curves = [
+        {"model": "m", "method": name, "seed": 0, "domain": "d", "base": 0.1, "rows": [[1, 2.0, 0.1, 0.2, 0.0]]}
+        for name in methods
+    ]
+    experts = ["gsm8k", "mbpp", "arc_easy", "llama3-8b.gsm8k", "llama3-8b.mbpp", "llama3-8b.arc_easy"]
+    title = "HuggingFaceTB-SmolLM2-135M-Instruct svf prompt and more"
+    drawn = {
+        learning(title, curves): methods,
+        alphas({"arc": dict.fromkeys(experts, 0.5)}, title): experts,
+        confusion(title, {"arc": dict.fromkeys(experts, 1)}): [],
+        explained(title, {name: [[1, 0.5], [2, 1.0]] for name in ["experts.gate_up_proj", *methods]}): methods,
+    }
+    for svg, names in drawn.items():
+        (size,) = re.findall(r'viewBox="0 0 ([\d.]+) ', svg)
+        texts = texts_of(svg)
+        assert {*names} <= {text for text, _, _ in texts}
+        lines = [text for text in re.findall(r">([^<]+)</text>", svg) if text in title and " " in text]
+        assert " ".join(lines) == title and max(map(len, lines)) < 50
+        assert [text for text, start, end in texts if start < 0 or end > float(size)] == []
+
+
+def test_of_several_models_each_has_its_learning_curves(tmp_path: Path) -> None:
+    config = grid(tmp_path, models={"tiny": "tiny", "other": "tiny"})
+    curve = {"base": 0.0, "curve": [[1, 1.0, 0.0, 0.5, 0.0]], "numbers": 3, "validation": 0.5, "seconds": 1.0,
+             "peak_gib": 1.0, "kl": 0.0}  # fmt: skip
+    cells = [replace(new, trained={"pick": curve}) if new.method != "base" else new for new in cells_of(config)]
+    drawn = pictures(config, cells, summary(config, cells))
+    assert [*drawn] == ["tiny.pick.svg", "other.pick.svg"]
+    assert drawn["tiny.pick.svg"].count(">svf<") == drawn["tiny.pick.svg"].count(">tiny pick<") == 1
 
 
 def test_every_kind_of_matrix_has_its_line_of_explained_variance() -> None:

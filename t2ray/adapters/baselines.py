@@ -8,6 +8,7 @@ Shapes: P numbers of an expert, R vectors.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class PeftAdapter:
             seed: of the numbers that training starts from, where the method draws them.
 
         Raises:
-            ConfigError: peft is not installed, or has no such layer for a target.
+            ConfigError: as `check_baseline`, or peft has no such layer for a target.
         """
         self.config = config
         self.layers, slots = _inject(model, config, targets, seed), list[Slot]()
@@ -212,12 +213,24 @@ class PeftAdapter:
         return p_P
 
 
+def check_baseline(config: AdapterConfig, targets: Sequence[Target]) -> None:
+    """Checks what needs no weights of a model.
+
+    Raises:
+        ConfigError: peft is not installed, or LoRA's rank is beyond that of every target.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ConfigError(f"adapter: {config.kind} needs peft; pip install 't2ray[baselines]'")
+    rank, most = config.settings.get("rank", 0), max(min(target.m, target.n) for target in targets)
+    if rank > most:
+        raise ConfigError(f"adapter.rank: {rank}, and no matrix of this model has a rank above {most}; choose less")
+
+
 def _inject(model: nn.Module, config: AdapterConfig, targets: Sequence[Target], seed: int) -> list[Any]:
     """PEFT's layers in place of the targets', in their order."""
-    try:
-        from peft import get_peft_model
-    except ImportError:
-        raise ConfigError(f"adapter: {config.kind} needs peft; pip install 't2ray[baselines]'") from None
+    check_baseline(config, targets)
+    from peft import get_peft_model
+
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses an older name of transformers
         torch.manual_seed(seed)

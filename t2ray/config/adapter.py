@@ -50,7 +50,7 @@ class AdapterConfig(Strict):
         description="Share of TinyLoRA's matrices with numbers in common, from none (0) to all (1); 0 without one.",
     )
     targets: tuple[str, ...] | None = Field(
-        None, description="Patterns of the matrices to adapt; without any, the job's `targets`."
+        None, min_length=1, description="Patterns of the matrices to adapt; without any, the job's `targets`."
     )
     layers: str | None = Field(
         None,

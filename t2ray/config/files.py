@@ -184,6 +184,8 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"the key {path!r} is missing"
     message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "model_type":
+        message = f"a mapping of keys ({', '.join(_keys(model, first['loc']))})"
     given = f", not {first['input']!r}" if first["loc"] and first["type"] != "value_error" else ""
     return f"{path + ': ' if path else ''}{message}{given}"
 

@@ -162,7 +162,8 @@ class TrainConfig(Strict):
     )
     rl: RLConfig = Field(RLConfig(), description="RL settings that all domains share.")
     targets: tuple[str, ...] | None = Field(
-        None, description='Patterns of matrices to adapt, such as "*.mlp.*"; else all linear layers of the decoder and '
+        None, min_length=1,
+        description='Patterns of matrices to adapt, such as "*.mlp.*"; else all linear layers of the decoder and '
         'no routed MoE expert. One without a match there, such as "*vision_tower*", chooses what pictures go through.',
     )  # fmt: skip
     layers: str | None = Field(

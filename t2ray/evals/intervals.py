@@ -66,16 +66,21 @@ def spread(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], draws: int = 10_000) -> Difference:
+def paired(
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], most: float = 1.0, draws: int = 10_000
+) -> Difference:
     """Compares two methods example by example, each by its mean over its seeds.
 
     p is that of the paired randomisation test (Fisher 1935): the share of random exchanges of the two methods' results,
     example by example, that differ at least as much. With one seed each that is McNemar's test. It is about other
-    examples and these experts; the interval is also about other seeds, as in `over_seeds`.
+    examples and these experts; the interval is also about other seeds, as in `over_seeds`. It is the normal one within
+    what is possible. Where all n examples gain the same, it has room for the share of others that Wilson's interval
+    leaves to what was seen n times of n.
 
     Args:
         first, second: for each seed what each example came to, such as 1 for a right answer; the same examples in the
             same order.
+        most: greatest gain that an example can have: 1 of accuracies, infinite of losses.
         draws: number of random exchanges; the least p is 1 / (draws + 1).
     """
     ours_SN, theirs_SN = np.array(first, dtype=float), np.array(second, dtype=float)
@@ -88,7 +93,12 @@ def paired(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], 
     of_seeds = sum(_of_seeds(right_SN) for right_SN in (ours_SN, theirs_SN))
     of_examples = float(gains_N.var(ddof=1)) / len(gains_N) if len(gains_N) > 1 else 0.0
     half = 1.96 * math.sqrt(of_examples + of_seeds)
-    return Difference(gain=gain, low=gain - half, high=gain + half, p=(1 + int(as_far.sum())) / (1 + draws))
+    low, high = gain - half, gain + half
+    if of_examples == 0 and most < math.inf:
+        others = 1 - wilson(len(gains_N), len(gains_N))[0]
+        low, high = min(low, gain - others * (most + gain)), max(high, gain + others * (most - gain))
+    p = (1 + int(as_far.sum())) / (1 + draws)
+    return Difference(gain=gain, low=max(-most, low), high=min(most, high), p=p)
 
 
 def _variance(right_SN: NDArray[np.float64]) -> float:

@@ -25,8 +25,10 @@ def pictures(config: TablesConfig, cells: Sequence[GridCell], found: Mapping[str
         found: the figures of the cells (`tables.summary`).
     """
     drawn = {}
-    for domain in dict.fromkeys(curve["domain"] for curve in found["curves"]):
-        drawn[f"{domain}.svg"] = learning(domain, [curve for curve in found["curves"] if curve["domain"] == domain])
+    for model, domain in dict.fromkeys((curve["model"], curve["domain"]) for curve in found["curves"]):
+        mine = [curve for curve in found["curves"] if (curve["model"], curve["domain"]) == (model, domain)]
+        name = f"{model}.{domain}" if len(config.models) > 1 else domain
+        drawn[f"{name}.svg"] = learning(f"{model} {domain}", mine)
     kinds = {name: job_of(config, next(iter(config.models)), name, 0).adapter.kind for name in config.methods}
     for name, table in found["tables"].items():
         sizes = {row["training"]["numbers"] for row in table["rows"] if row["training"]}
@@ -36,14 +38,16 @@ def pictures(config: TablesConfig, cells: Sequence[GridCell], found: Mapping[str
         if curves := {kind: curve for cell in cells if cell.model == model for kind, curve in cell.variance.items()}:
             drawn[f"{model}.variance.svg"] = explained(model, curves)
         for method in config.methods:
-            mine = [cell for cell in cells if (cell.model, cell.method) == (model, method)]
+            its = [cell for cell in cells if (cell.model, cell.method) == (model, method)]
             for strategy in NAMING:
-                if counts := named(mine, strategy):
+                if counts := named(its, strategy):
                     title = f"{model} {method} {strategy}"
                     drawn[f"{model}.{method}.{strategy}.svg"] = confusion(title, counts)
-            weights = searched(mine)
+            weights = searched(its)
             if any(weights.values()):
-                drawn[f"{model}.{method}.alpha.svg"] = alphas(weights)
+                drawn[f"{model}.{method}.alpha.svg"] = alphas(
+                    weights, f"{model} {method}: weights of few-shot searches"
+                )
     return {name: by_itself(svg) for name, svg in drawn.items()}
 
 

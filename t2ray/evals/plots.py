@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from t2ray.prompts import OTHERS
 
 INK, LINE = "#010203", "#040506"  # stand for the page's colours until the SVG is written
 SERIES = ("#3b82c4", "#d97706", "#2f9e6e", "#b05cc6", "#d14d6b", "#7a8b2a")
+DASHES = ("-", "--", ":", "-.")
 WIDTH = 3.95  # inches of 96 px
 
 
@@ -40,6 +42,25 @@ def _svg(name: str, height: float, draw: Callable[[Figure], None]) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, count=1, flags=re.DOTALL)
     head, bracket, body = svg.partition(">")
     return re.sub(r' (width|height)="[^"]*"', "", head) + bracket + body  # the page sets the size
+
+
+def _series(i: int) -> dict[str, Any]:
+    """The colour of a line and its dashes, which are others where the colours begin again."""
+    return {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i // len(SERIES) % len(DASHES)]}
+
+
+def _legend(figure: Figure) -> None:
+    """Puts the names of the lines below all axes, in as many columns as there is room for, and makes room for them."""
+    lines = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
+    longest = max((len(name) for name in lines), default=1)
+    columns = max(1, min(4, int(72 * WIDTH / (44 + 4.6 * longest))))  # points: the line's sample, the letters
+    figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=columns, fontsize=7.5)
+    figure.set_figheight(figure.get_figheight() + 0.17 * -(-len(lines) // columns))
+
+
+def _title(figure: Figure, title: str) -> None:
+    """Puts a title above all axes, in as many lines as it takes."""
+    figure.suptitle(textwrap.fill(title, 48), x=0.02, ha="left", fontsize=10)
 
 
 def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -65,7 +86,7 @@ def curves(domain: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return _svg(f"curves-{domain}", 2.9, draw)
 
 
-def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
+def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]], title: str = "") -> str:
     """Draws one group of bars per task, one bar per expert; of weights per layer or seed, their mean and range."""
     experts = list(dict.fromkeys(name for row in mixtures.values() for name in row))
     step = 0.8 / max(1, len(experts))
@@ -77,8 +98,10 @@ def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str
             mean = np.array([w.mean() for w in weights])
             reach = np.array([(w.mean() - w.min(), w.max() - w.mean()) for w in weights]).T
             at = np.arange(len(mixtures)) + (i - (len(experts) - 1) / 2) * step
-            color = SERIES[i % len(SERIES)]
-            axes.barh(at, mean, step * 0.9, color=color, label=expert, xerr=reach if reach.any() else None, ecolor=INK)
+            axes.barh(
+                at, mean, step * 0.9, color=SERIES[i % len(SERIES)], hatch="/" * 3 * (i // len(SERIES)), label=expert,
+                xerr=reach if reach.any() else None, error_kw={"ecolor": INK, "elinewidth": 0.8},
+            )  # fmt: skip
             for y, (value, beyond) in zip(at, zip(mean, reach[1], strict=True), strict=True):
                 axes.text(max(value + beyond, 0.0) + 0.015, y, f"{value:.2f}", va="center", fontsize=7.5)
         axes.set_yticks(range(len(mixtures)), list(mixtures))
@@ -88,9 +111,10 @@ def alphas(mixtures: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str
         axes.set(xlabel="alpha")
         axes.grid(axis="x", lw=0.5)
         axes.set_axisbelow(True)
-        figure.legend(loc="outside upper left", ncols=4, fontsize=8)
+        _title(figure, title)
+        _legend(figure)
 
-    return _svg("alphas", 0.9 + 0.22 * len(mixtures) * max(2, len(experts)), draw)
+    return _svg(f"alphas-{title}", 0.8 + 0.22 * len(mixtures) * max(2, len(experts)), draw)
 
 
 def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
@@ -125,30 +149,30 @@ def heat_map(expert: str, heat: HeatMap, limit: float) -> str:
     return _svg(f"heat-{expert}", 0.85 + 0.27 * len(kinds), draw)
 
 
-def learning(domain: str, curves: Sequence[Mapping[str, Any]]) -> str:
-    """Draws greedy validation of a domain's trainings by step and by second: one line per seed, one colour per method.
+def learning(title: str, curves: Sequence[Mapping[str, Any]]) -> str:
+    """Draws greedy validation of a model's trainings by step and by second: one line per seed, one colour per method.
 
     Args:
+        title: of the domain.
         curves: as `tables.summary` has them; `rows` are [step, seconds so far, accuracy, validation or None, KL].
     """
-    names = list(dict.fromkeys(f"{curve['model']} {curve['method']}" for curve in curves))
+    names = list(dict.fromkeys(curve["method"] for curve in curves))
 
     def draw(figure: Figure) -> None:
         for axes, at, label in zip(figure.subplots(1, 2, sharey=True), (0, 1), ("step", "second"), strict=True):
             for curve in curves:
-                name = f"{curve['model']} {curve['method']}"
                 checked = [(0, 0.0, None, curve["base"]), *(row for row in curve["rows"] if row[3] is not None)]
                 axes.plot(
                     [row[at] for row in checked], [row[3] for row in checked], marker="o", ms=3, lw=1.3,
-                    color=SERIES[names.index(name) % len(SERIES)], label=name,
+                    label=curve["method"], **_series(names.index(curve["method"])),
                 )  # fmt: skip
             axes.set(ylim=(-0.03, 1.03), xlabel=label)
             axes.grid(lw=0.5)
-        figure.axes[0].set(ylabel="validation accuracy", title=domain)
-        lines = dict(zip(*figure.axes[0].get_legend_handles_labels()[::-1], strict=True))
-        figure.legend(lines.values(), lines.keys(), loc="outside lower left", ncols=3, fontsize=8)
+        figure.axes[0].set(ylabel="validation accuracy")
+        _title(figure, title)
+        _legend(figure)
 
-    return _svg(f"learning-{domain}", 2.7, draw)
+    return _svg(f"learning-{title}", 2.6, draw)
 
 
 def reliability(bins: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -179,24 +203,26 @@ def by_numbers(table: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
         table: as `tables.summary` has it.
         kinds: method -> its line; methods of one kind are joined.
     """
-    (task, *_), rows = table["tasks"], [row for row in table["rows"] if row["training"]]
+    task = table["tasks"][0]
+    rows = [row for row in table["rows"] if row["training"] and task in row["tasks"]]
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        for color, kind in zip(SERIES, dict.fromkeys(kinds.values()), strict=False):
-            mine = [row for row in rows if kinds[row["method"]] == kind and task in row["tasks"]]
+        for i, kind in enumerate(dict.fromkeys(kinds[row["method"]] for row in rows)):
+            mine = [row for row in rows if kinds[row["method"]] == kind]
             mine.sort(key=lambda row: row["training"]["numbers"])
             cells = [row["tasks"][task] for row in mine]
             reach = [[one["acc"] - one["low"] for one in cells], [one["high"] - one["acc"] for one in cells]]
             numbers = [row["training"]["numbers"] for row in mine]
             axes.errorbar(
-                numbers, [one["acc"] for one in cells], yerr=reach, color=color, marker="o", ms=3.5, lw=1.3, label=kind
+                numbers, [one["acc"] for one in cells], yerr=reach, marker="o", ms=3.5, lw=1.3, label=kind, **_series(i)
             )
         axes.set(xscale="log", ylim=(-0.03, 1.03), xlabel="trained numbers", ylabel=f"accuracy on {task}")
         axes.grid(lw=0.5)
-        axes.legend(loc="lower right", fontsize=8)
+        _title(figure, table["title"])
+        _legend(figure)
 
-    return _svg("numbers", 2.9, draw)
+    return _svg("numbers", 2.8, draw)
 
 
 def confusion(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
@@ -208,6 +234,7 @@ def confusion(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
         counts: task -> label -> number of prompts.
     """
     labels = sorted(dict.fromkeys(label for row in counts.values() for label in row), key=lambda one: one == OTHERS)
+    many = len(labels) > 6
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -215,15 +242,18 @@ def confusion(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
         shares = grid / grid.sum(1, keepdims=True)
         axes.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="none")
         axes.invert_yaxis()
-        axes.set_xticks(np.arange(len(labels)) + 0.5, labels, rotation=30, ha="right")
+        turned: Any = {"rotation": 90} if many else {"rotation": 30, "ha": "right"}
+        axes.set_xticks(np.arange(len(labels)) + 0.5, labels, **turned)
         axes.set_yticks(np.arange(len(counts)) + 0.5, list(counts))
         axes.tick_params(length=0)
-        axes.set(title=title, xlabel="taken for")
+        axes.set(xlabel="taken for")
+        _title(figure, title)
         for (y, x), share in np.ndenumerate(shares):
             ink = "#ffffff" if share > 0.5 else "#111111"
-            axes.text(x + 0.5, y + 0.5, f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=7.5, color=ink)
+            size = min(7.5, 60 / len(labels))
+            axes.text(x + 0.5, y + 0.5, f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=size, color=ink)
 
-    return _svg(f"confusion-{title}", 1.3 + 0.27 * len(counts), draw)
+    return _svg(f"confusion-{title}", 1.3 + 0.27 * len(counts) + 0.06 * many * max(map(len, labels)), draw)
 
 
 def explained(model: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> str:
@@ -237,15 +267,15 @@ def explained(model: str, curves: Mapping[str, Sequence[Sequence[float]]]) -> st
         axes = figure.subplots()
         for i, (kind, points) in enumerate(curves.items()):
             ranks, shares = zip(*points, strict=True)
-            dashes = "-" if i < len(SERIES) else "--"
-            axes.plot(ranks, shares, dashes, color=SERIES[i % len(SERIES)], marker="o", ms=3, lw=1.2, label=kind)
+            axes.plot(ranks, shares, marker="o", ms=3, lw=1.2, label=kind, **_series(i))
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(ylim=(-0.03, 1.03), xlabel="largest singular values (r)", ylabel="share of variance", title=model)
+        axes.set(ylim=(-0.03, 1.03), xlabel="largest singular values (r)", ylabel="share of variance")
         axes.grid(lw=0.5)
-        axes.legend(loc="lower right", fontsize=8)
+        _title(figure, model)
+        _legend(figure)
 
-    return _svg(f"explained-{model}", 2.9, draw)
+    return _svg(f"explained-{model}", 2.8, draw)
 
 
 def by_itself(svg: str) -> str:

@@ -6,6 +6,7 @@ what the tables look like (`tabled`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -67,7 +68,9 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
                 other = _values(mine, reference, its_strategy, task)
                 if other and (method, strategy) != (reference, its_strategy):
                     ours, theirs = _in_all(values, other)
-                    row["tasks"][task]["difference"] = asdict(paired(ours, theirs))
+                    row["tasks"][task]["difference"] = asdict(
+                        paired(ours, theirs, math.inf if task in config.texts else 1.0)
+                    )
             row["training"] = _training(mine, method, table.tasks) if strategy == EXPERT else None
             row["pass1"] = _pass1(mine, method, strategy, table.tasks)
             row["search"] = _search(mine, method, strategy, table.tasks)

@@ -9,6 +9,7 @@ import json
 from datetime import date
 from pathlib import Path
 
+from t2ray.adapters.baselines import check_baseline
 from t2ray.adapters.factors import MANIFEST as FACTORS
 from t2ray.adapters.factors import Factors, factors_folder
 from t2ray.config.resume import sampler
@@ -17,6 +18,8 @@ from t2ray.core import ConfigError, RunError, user
 from t2ray.engine.choose import choose
 from t2ray.experts.registry import Registry
 from t2ray.models.load import load_chat
+from t2ray.models.skeleton import skeleton
+from t2ray.models.targets import select_targets
 from t2ray.models.weights import PACKAGED, open_weights, resolve
 from t2ray.runs.folder import begun, read_run
 from t2ray.runs.fork import starts
@@ -143,7 +146,8 @@ def _support(config: TrainConfig) -> str | None:
 
 
 def _check_base(config: TrainConfig) -> None:
-    """Raises a T2RayError if the factors or the registry belong to another model than the job's."""
+    """Raises a T2RayError if the factors or the registry belong to another model than the job's, or a baseline does not
+    fit it."""
     assert config.factors is not None and config.experts is not None
     digest, registry = open_weights(config.model).digest, Registry(config.experts)
     chat, _ = load_chat(resolve(config.model))
@@ -151,6 +155,9 @@ def _check_base(config: TrainConfig) -> None:
     chat.encode(user("?"))
     if config.adapter.kind == "svf" and Path(config.factors, FACTORS).exists():
         Factors.open(config.factors, digest)
+    if config.adapter.kind != "svf":  # as decomposing does of SVF's
+        chosen = select_targets(skeleton(config.model), config.trained.targets, config.trained.layers)
+        check_baseline(config.trained, chosen.targets)
     for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base
         registry.load(name, base_digest=digest)
 
