@@ -27,7 +27,7 @@ from t2ray.config import tables
 from t2ray.config import train as config
 from t2ray.evals.dispatched import told
 from t2ray.evals.measured import table
-from t2ray.evals.tabled import differences, spent, table_text
+from t2ray.evals.tabled import differences, spent, table_text, times
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("*.md", "docs/**/*.md", "examples/**/*.md")
@@ -338,6 +338,7 @@ def test_the_results_page_shows_the_tables_of_every_file_of_figures(path: Path) 
     for one in found.get("tables", {}).values():
         texts += [table_text(one), *([differences(one)] if one["against"] else [])]
         texts += [spent(one)] if any(row.get("search") for row in one["rows"]) else []
+        texts += [times(one)] if any(row.get("pass1") for row in one["rows"]) else []
     if "strategies" in found:
         texts += told(found).split("\n\n")
     if "tasks" in found:

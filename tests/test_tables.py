@@ -136,6 +136,18 @@ def test_a_difference_of_accuracies_ends_at_100_points_and_is_never_certain() ->
     assert paired([[3.0] * 4], [[1.0] * 4], math.inf).low == 2.0
 
 
+def test_two_strategies_over_the_same_experts_are_not_told_apart_by_how_much_the_experts_differ() -> None:
+    good, bad = [True] * 8, [False] * 8
+    same = paired([good, bad], [good, bad], alike=True)
+    few = 1 - wilson(8, 8)[0]  # what eight examples leave open
+    assert (same.low, same.high) == pytest.approx((-few, few))
+    other = paired([good, bad], [good, bad])
+    assert (other.low, other.high) == (-1.0, 1.0)
+    # the seeds' gains, 0.5 and 0, vary by 0.125; the examples' gains, half of them 0.5 and half 0, by 1 / 14
+    moved = paired([good, bad], [[True, False] * 4, bad], alike=True)
+    assert moved.high - moved.gain == pytest.approx(1.96 * (1 / 14 / 8 + 0.125 / 2) ** 0.5)
+
+
 # -------------------------------------------------------------------------------------------------------- configuration
 
 

@@ -67,7 +67,12 @@ def spread(values: Sequence[Sequence[float]]) -> tuple[float, float, float]:
 
 
 def paired(
-    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], most: float = 1.0, draws: int = 10_000
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    most: float = 1.0,
+    *,
+    alike: bool = False,
+    draws: int = 10_000,
 ) -> Difference:
     """Compares two methods example by example, each by its mean over its seeds.
 
@@ -81,6 +86,8 @@ def paired(
         first, second: for each seed what each example came to, such as 1 for a right answer; the same examples in the
             same order.
         most: greatest gain that an example can have: 1 of accuracies, infinite of losses.
+        alike: whether a seed has the same experts on both sides, as two strategies have: then what counts in the
+            interval is how much the seeds' gains differ, and not how much their experts do.
         draws: number of random exchanges; the least p is 1 / (draws + 1).
     """
     ours_SN, theirs_SN = np.array(first, dtype=float), np.array(second, dtype=float)
@@ -90,7 +97,7 @@ def paired(
     moved = gains_N[gains_N != 0]
     signs = np.random.default_rng(0).integers(0, 2, (draws, len(moved)), dtype=np.int8) * 2 - 1
     as_far = np.abs(signs @ moved) >= abs(moved.sum()) - 1e-9
-    of_seeds = sum(_of_seeds(right_SN) for right_SN in (ours_SN, theirs_SN))
+    of_seeds = _of_seeds(ours_SN - theirs_SN) if alike else _of_seeds(ours_SN) + _of_seeds(theirs_SN)
     of_examples = float(gains_N.var(ddof=1)) / len(gains_N) if len(gains_N) > 1 else 0.0
     half = 1.96 * math.sqrt(of_examples + of_seeds)
     low, high = gain - half, gain + half

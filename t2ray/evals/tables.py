@@ -68,9 +68,9 @@ def _table(config: TablesConfig, table: TableConfig, cells: Sequence[GridCell]) 
                 other = _values(mine, reference, its_strategy, task)
                 if other and (method, strategy) != (reference, its_strategy):
                     ours, theirs = _in_all(values, other)
-                    row["tasks"][task]["difference"] = asdict(
-                        paired(ours, theirs, math.inf if task in config.texts else 1.0)
-                    )
+                    most = math.inf if task in config.texts else 1.0
+                    alike = method == reference and values.keys() == other.keys()
+                    row["tasks"][task]["difference"] = asdict(paired(ours, theirs, most, alike=alike))
             row["training"] = _training(mine, method, table.tasks) if strategy == EXPERT else None
             row["pass1"] = _pass1(mine, method, strategy, table.tasks)
             row["search"] = _search(mine, method, strategy, table.tasks)
