@@ -77,7 +77,12 @@ def _core() -> argparse.ArgumentParser:
 
 
 def _serve() -> argparse.ArgumentParser:
-    return _parser(" serve", "endpoint", "serve", "Compares a private endpoint with its engine alone.")
+    p = _parser(" serve", "endpoint", "serve", "Compares a private endpoint with its engine alone.")
+    p.add_argument(
+        "--model", metavar="FOLDER", help="Measure the throughput of this model in place of the tiny one's figures."
+    )
+    p.add_argument("--experts", metavar="FOLDER", help="A registry of two or more of its experts.")
+    return p
 
 
 def _soak() -> argparse.ArgumentParser:

@@ -32,9 +32,10 @@ from benchmarks.harness import Measure
 from t2ray.adapters.factors import decompose
 from t2ray.adapters.svf import SVF
 from t2ray.cli.main import main
-from t2ray.core import Busy, GenerationError, ResourceError
+from t2ray.core import Busy, ConfigError, GenerationError, ResourceError
 from t2ray.evals import load
 from t2ray.evals.load import Client, Outcome, chat, closed_loop, open_loop, percentile, summary
+from t2ray.experts.registry import SHIPPED, Registry
 
 
 @asynccontextmanager
@@ -456,6 +457,18 @@ def test_the_endpoints_benches_give_every_figure(
     assert (
         written["first_token"]["p99_ms"]["value"] > 0 and written["throughput"]["whole_one_tokens_per_s"]["value"] > 0
     )
+
+
+def test_another_models_mixtures_are_four_of_its_own_experts(tmp_path: Path, capsys: Any) -> None:
+    assert serving.mixtures_of(SHIPPED) == ("code", "math", "pick", "code:0.7,math:0.3")  # and none of `dispatch`
+    registry = Registry(tmp_path)
+    for name in ("b", "a"):
+        with pytest.raises(ConfigError, match=r"name a registry of two or more by --experts"):
+            serving.mixtures_of(tmp_path)
+        registry.save(name, {"x": torch.ones(1)}, base_digest="0")
+    assert serving.mixtures_of(tmp_path) == ("a", "b", "a:0.7,b:0.3", "a:0.3,b:0.7")
+    assert benchmarks(["serve", "--model", "tiny"]) == 2
+    assert "benchmarks: --model and --experts go together" in capsys.readouterr().err
 
 
 def test_figures_by_round_are_medians_of_equal_parts() -> None:

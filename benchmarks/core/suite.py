@@ -53,6 +53,24 @@ def run(
         torch.set_num_threads(before)
 
 
+def serve_model(model: str, experts: Path) -> dict[str, Figures]:
+    """Returns what an endpoint of another model keeps of its engine's speed, with one thread.
+
+    Raises:
+        ConfigError: there are fewer than two experts.
+        ResourceError: the endpoint does not start, or a request failed.
+    """
+    torch.set_num_threads(1)
+    mixtures = serving.mixtures_of(experts)
+    with tempfile.TemporaryDirectory() as name, asyncio.Runner() as runner:
+        folder = Path(name)
+        decompose(model, folder / "factors")
+        with serving.paired(
+            folder, folder / "factors", runner, serving.OF_A_MODEL, model=model, experts=experts, mixtures=mixtures
+        ) as pair:
+            return {"throughput": serving.throughput(pair)}
+
+
 def as_json(results: Mapping[str, Figures], threads: int) -> dict[str, Any]:
     """Returns what `--json` writes: the figures per bench, the machine, and the date."""
     figures = {name: {key: value.as_json() for key, value in rows.items()} for name, rows in results.items()}

@@ -70,9 +70,9 @@ class Unfolded(OnlineEngine):
 
 
 @contextmanager
-def started(factors: Path, kind: type[OnlineEngine] = OnlineEngine) -> Iterator[OnlineEngine]:
-    """Yields a started engine of the tiny model, as in a replica. Its model is its own, so that it shares no fold."""
-    engine = kind(load_model("tiny", factors, device="cpu"))
+def started(factors: Path, kind: type[OnlineEngine] = OnlineEngine, *, model: str = "tiny") -> Iterator[OnlineEngine]:
+    """Yields a started engine of a model, as in a replica. Its model is its own, so that it shares no fold."""
+    engine = kind(load_model(model, factors, device="cpu"))
     engine.start()
     try:
         yield engine

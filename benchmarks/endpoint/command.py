@@ -23,13 +23,25 @@ SEARCH_S = 45.0
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Prints the figures of a private endpoint of the tiny model, compared with those of the engine alone."""
-    check_json_folder(args.json)
-    from benchmarks.core.suite import as_json
-    from benchmarks.core.suite import serve as measured
+    """Prints the figures of a private endpoint, of the tiny model or another, compared with those of the engine alone.
 
-    console.print("the tiny model, one thread; a private endpoint and the engine alone; about five minutes")
-    results = measured(progress=print_figures)
+    Raises:
+        ConfigError: a model is named without experts, or experts without a model.
+    """
+    check_json_folder(args.json)
+    if (args.model is None) != (args.experts is None):
+        raise ConfigError("--model and --experts go together: a model's folder, and a registry of its experts")
+    from benchmarks.core.suite import as_json, serve_model
+    from benchmarks.core.suite import serve as measured
+    from t2ray.models.weights import resolve
+
+    name = "the tiny model" if args.model is None else args.model
+    console.print(f"{name}, one thread; a private endpoint and the engine alone; about five minutes")
+    if args.model is None:
+        results = measured(progress=print_figures)
+    else:
+        results = serve_model(str(resolve(args.model).absolute()), Path(args.experts).absolute())
+        print_figures("throughput", results["throughput"])
     write_json(args.json, as_json(results, threads=1))
 
 

@@ -1,4 +1,4 @@
-"""A private endpoint: `t2ray serve` with the tiny model in a process of its own, on a registry that a bench may change.
+"""A private endpoint: `t2ray serve` in a process of its own, on a registry that a bench may change.
 
 It starts a Ray of its own and ends it. Not here: the requests to it (`serving`, `soak`).
 """
@@ -49,11 +49,14 @@ class Endpoint:
 
 
 @contextmanager
-def private(folder: Path, factors: Path, generator: Mapping[str, Any] | None = None) -> Iterator[Endpoint]:
-    """Starts an endpoint in `folder`, with the shipped configuration and a copy of the shipped experts, and ends it.
+def private(
+    folder: Path, factors: Path, generator: Mapping[str, Any] | None = None, *, model: str = "tiny",
+    experts: Path = SHIPPED,
+) -> Iterator[Endpoint]:  # fmt: skip
+    """Starts an endpoint in `folder`, with the shipped configuration and a copy of the experts, and ends it.
 
     Args:
-        factors: the tiny model's decomposition.
+        factors: the model's decomposition.
         generator: options of the deployment `Generator`, in place of its autoscaling.
 
     Raises:
@@ -61,9 +64,9 @@ def private(folder: Path, factors: Path, generator: Mapping[str, Any] | None = N
     """
     document = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     registry, config, printed = folder / "experts", folder / "serve_config.yaml", folder / "serve.log"
-    shutil.copytree(SHIPPED, registry)
+    shutil.copytree(experts, registry)
     (application,) = document["applications"]
-    application["args"] = {"model": "tiny", "factors": str(factors), "experts": str(registry)}
+    application["args"] = {"model": model, "factors": str(factors), "experts": str(registry)}
     if generator is not None:
         (deployment,) = [each for each in application["deployments"] if each["name"] == "Generator"]
         del deployment["autoscaling_config"]

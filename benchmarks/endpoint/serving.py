@@ -1,4 +1,4 @@
-"""The cost of Serve and HTTP: a private endpoint compared with the engine alone, on the tiny model.
+"""The cost of Serve and HTTP: a private endpoint compared with the engine alone.
 
 The endpoint is `t2ray serve` with one `Generator`. This process asks it over HTTP, and runs the engine alone too. One
 works while the other waits, so that each has the machine to itself. Not here: the engine alone (`many`), and starting
@@ -21,7 +21,7 @@ from benchmarks.endpoint.alone import Size, burst, by_round, started, sums
 from benchmarks.endpoint.private import SHIPPED, Endpoint, private
 from benchmarks.endpoint.processes import pss
 from benchmarks.harness import Figures, Times, Work, interleaved, measure, ratio
-from t2ray.core import Mixture, ResourceError
+from t2ray.core import ConfigError, Mixture, ResourceError
 from t2ray.engine.online import OnlineEngine
 from t2ray.evals.load import Client, Outcome, chat, closed_loop, open_loop, percentile
 from t2ray.experts.follow import Follower
@@ -30,6 +30,9 @@ from t2ray.experts.registry import Registry
 ONE = "math"
 SPREAD = ("math", "code", "pick", "math:0.7,code:0.3")
 """Mixtures of the shipped experts: `ONE` for all requests, or those of `SPREAD` in turn."""
+
+OF_A_MODEL = Size(rounds=3, tokens=48)
+"""How much is measured of another model, which is slower."""
 
 LOADED = 0.7
 """The share of the endpoint's capacity at which its first tokens are timed."""
@@ -40,13 +43,17 @@ REGISTERED_ROUNDS = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """The same model as an endpoint and as an engine. Each of `prompts` is asked once, so that no pass 1 is cached."""
+    """The same model as an endpoint and as an engine. Each of `prompts` is asked once, so that no pass 1 is cached.
+
+    `mixtures` are those of a load of several; all requests of another have the first.
+    """
 
     endpoint: Endpoint
     client: Client
     engine: OnlineEngine
     runner: asyncio.Runner
     size: Size
+    mixtures: tuple[str, ...] = SPREAD
     prompts: Iterator[str] = field(default_factory=sums)
 
     def alone(self, mixtures: tuple[str, ...], rows: int = 1, each: int = 1) -> None:
@@ -78,17 +85,39 @@ class Pair:
 
 
 @contextmanager
-def paired(folder: Path, factors: Path, runner: asyncio.Runner, size: Size) -> Iterator[Pair]:
-    """Starts an endpoint and an engine, both with the shipped experts."""
-    with private(folder, factors, {"num_replicas": 1}) as endpoint, started(factors) as engine:
-        follower = Follower(Registry(SHIPPED), engine.base_digest, engine.layout, engine.model.adapter.join)
+def paired(
+    folder: Path, factors: Path, runner: asyncio.Runner, size: Size, *, model: str = "tiny", experts: Path = SHIPPED,
+    mixtures: tuple[str, ...] = SPREAD,
+) -> Iterator[Pair]:  # fmt: skip
+    """Starts an endpoint and an engine, both with the same experts."""
+    replica = {"num_replicas": 1}
+    with (
+        private(folder, factors, replica, model=model, experts=experts) as endpoint,
+        started(factors, model=model) as engine,
+    ):
+        follower = Follower(Registry(experts), engine.base_digest, engine.layout, engine.model.adapter.join)
         follower.sync()
         engine.set_experts(follower.snapshot.tensors)
         client = runner.run(Client(endpoint.url).__aenter__())
         try:
-            yield Pair(endpoint=endpoint, client=client, engine=engine, runner=runner, size=size)
+            yield Pair(
+                endpoint=endpoint, client=client, engine=engine, runner=runner, size=size, mixtures=mixtures
+            )  # fmt: skip
         finally:
             runner.run(client.__aexit__(None, None, None))
+
+
+def mixtures_of(experts: Path) -> tuple[str, ...]:
+    """Returns four mixtures of the experts in a registry, the first of one expert alone.
+
+    Raises:
+        ConfigError: there are fewer than two experts.
+    """
+    names = [manifest.name for manifest in Registry(experts).list() if not manifest.labels]
+    if len(names) < 2:
+        raise ConfigError(f"{experts} holds {len(names)} experts; name a registry of two or more by --experts")
+    first, second, *_ = names
+    return (*names[:3], f"{first}:0.7,{second}:0.3", f"{first}:0.3,{second}:0.7")[:4]
 
 
 def checked(outcomes: list[Outcome], tokens: int) -> list[Outcome]:
@@ -139,12 +168,12 @@ def added(pair: Pair) -> Figures:
 def throughput(pair: Pair) -> Figures:
     """Returns the tokens per second of `size.rows` requests at a time, over those of the engine alone.
 
-    `mixed`: four mixtures in turn. `one`: one mixture, which is folded.
+    `mixed`: four mixtures in turn. `one`: one mixture, which is folded where that pays.
     """
     size = pair.size
     rows, each = size.rows, size.each
     sides: dict[str, Work] = {}
-    for kind, names in (("mixed", SPREAD), ("one", (ONE,))):
+    for kind, names in (("mixed", pair.mixtures), ("one", pair.mixtures[:1])):
         sides[f"engine_{kind}"] = partial(pair.alone, names, rows=rows, each=each)
         sides[f"whole_{kind}"] = partial(pair.http, names, rows=rows, each=each)
         sides[f"stream_{kind}"] = partial(pair.http, names, rows=rows, each=each, stream=True)
