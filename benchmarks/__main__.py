@@ -8,6 +8,7 @@
 | `python -m benchmarks soak` | hours of mixed load on a private endpoint: no error, no growth |
 | `python -m benchmarks gpu` | both engines and a training step on one GPU, a model of 8 B parameters |
 | `python -m benchmarks experts` | 4 to 64 experts: pass 1, and the few-shot search |
+| `python -m benchmarks fifth` | a fifth domain after four: what is kept, named, answered and found |
 | `python -m benchmarks learn [SETTING]` | RL on z beside TRL's RLOO and GRPO on LoRA, at equal rollouts |
 | `python -m benchmarks scaling [PART ...]` | the gain of more cores and workers, and cost models |
 
@@ -58,7 +59,7 @@ def _parser(name: str, module: str, function: str, text: str) -> argparse.Argume
 
 def _core() -> argparse.ArgumentParser:
     p = _parser("", "core", "core", "Compares the core with the plain model, PEFT and the reference's algorithm.")
-    p.epilog = "Other commands: serve, soak, scaling, gpu, experts, learn; each has its own --help."
+    p.epilog = "Other commands: serve, soak, scaling, gpu, experts, fifth, learn; each has its own --help."
     p.add_argument(
         "benches",
         nargs="*",
@@ -115,6 +116,15 @@ def _experts() -> argparse.ArgumentParser:
     return p
 
 
+def _fifth() -> argparse.ArgumentParser:
+    p = _parser(" fifth", "fifth", "fifth", "Trains four domains and then a fifth, and measures before and after it.")
+    p.add_argument("--prompts", type=int, default=100, metavar="N", help="Test prompts per kind (default: 100).")
+    p.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="How many times, with seeds 0, 1, ... (default: 3)."
+    )
+    return p
+
+
 def _learn() -> argparse.ArgumentParser:
     p = _parser(" learn", "learn", "learn", "Trains z beside TRL's RLOO and GRPO on LoRA: time, rollouts, KL, memory.")
     p.add_argument(
@@ -134,7 +144,7 @@ def _learn() -> argparse.ArgumentParser:
 
 _KINDS = {
     "core": _core, "serve": _serve, "soak": _soak, "scaling": _scaling, "gpu": _gpu, "experts": _experts,
-    "learn": _learn,
+    "fifth": _fifth, "learn": _learn,
 }  # fmt: skip
 
 if __name__ == "__main__":

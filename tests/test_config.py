@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 import t2ray.config
 from t2ray.config import search
+from t2ray.config.domain import DomainConfig
 from t2ray.config.files import Strict, dump_yaml, nearest, override, read_yaml, validate
 from t2ray.config.rl import PRESETS, RLConfig
-from t2ray.config.train import DomainConfig, TrainConfig, load, resolve
+from t2ray.config.train import TrainConfig, load, resolve
 from t2ray.core import ConfigError
 
 MINIMAL: dict[str, Any] = {"domains": {"math": {"task": "math"}}}

@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from t2ray.config.train import DomainConfig
+from t2ray.config.domain import DomainConfig
 from t2ray.core import ConfigError, DataError, Message, user
 from t2ray.tasks.columns import part
 from t2ray.tasks.data import own

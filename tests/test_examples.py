@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pages import ROOT, Reader, blocks
 
+from t2ray.experts.registry import Registry
 from t2ray.store import Store
 from t2ray.training.metrics import read_metrics
 
@@ -52,6 +53,20 @@ def test_custom_reward(tmp_path: Path, installed: Mapping[str, str]) -> None:
     rewards = [row.reward_mean for row in read_metrics(Store(tmp_path / "runs/larger/domains/larger"))]
     assert rewards[0] < -0.3 and min(rewards[-5:]) > 0.8
     assert re.search(r"^B\n\[larger:1 .*^A\n\[larger:1", said, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.cluster
+@pytest.mark.nodes
+def test_fifth_domain(tmp_path: Path, installed: Mapping[str, str]) -> None:
+    """The classification expert names all five kinds, of which the base knows three; the four are as they were."""
+    (said,) = done("fifth_domain", tmp_path, installed)
+    for name in ("math", "code", "pick", "add", "middle"):
+        shares = re.search(rf"^\| {name} +\| 50 +\| ([\d.]+) .*?\| ([\d.]+) ", said, re.MULTILINE)
+        assert shares and (float(shares[1]) > 90) == (name not in ("add", "middle")) and float(shares[2]) > 90, said
+    registry = Registry(str(tmp_path / "runs/four/experts"))
+    assert {name: len(registry.versions(name)) for name in registry.names()} == {
+        "add": 1, "code": 1, "dispatch": 2, "math": 1, "middle": 1, "pick": 1,
+    }  # fmt: skip
 
 
 @pytest.mark.cluster

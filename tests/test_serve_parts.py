@@ -291,6 +291,37 @@ def test_a_damaged_classification_expert_is_no_label() -> None:
     assert isinstance(result, Dispatch) and set(result.probabilities) == {"math", "others"}
 
 
+def test_an_expert_more_and_a_classifier_that_names_it_are_taken_while_all_goes_on(registry: Registry) -> None:
+    """`prompt` asks about the expert at once, `cls` when its new classification expert is there."""
+    experts, labels_asked = opened(registry), list[tuple[str, ...]]()
+    before = dict(experts.snapshot.tensors)
+
+    def score(prompt: Any, labels: tuple[str, ...], mixture: Mixture) -> tuple[float, ...]:
+        labels_asked.append(labels)
+        return tuple({"middle": 2.0, "code": 1.0}.get(label, 0.0) for label in labels)
+
+    async def main() -> None:
+        dispatcher = Dispatcher.__new__(Dispatcher)
+        generator = FakeHandle(catalog=lambda seen: experts.catalog(), score=score)
+        await dispatcher.__init__({"poll_s": 60}, generator)  # type: ignore[misc]
+
+        async def label(strategy: str) -> tuple[str | None, bool]:
+            await dispatcher.watch.refresh()
+            decided = await dispatcher.decide(strategy, user("middle? A 97 B 30 C 10"))
+            assert isinstance(decided, Dispatch) and decided.mixture.names == (decided.label,)
+            return decided.label, decided.cached
+
+        assert [await label("prompt"), await label("cls")] == [("code", False), ("code", False)]
+        save(registry, "middle")
+        assert [await label("prompt"), await label("cls")] == [("middle", False), ("code", True)]
+        save(registry, "dispatch", labels=["math", "code", "middle", "others"])
+        assert await label("cls") == ("middle", False)
+
+    asyncio.run(main())
+    assert labels_asked[-1] == ("math", "code", "middle", "others")
+    assert all(experts.snapshot.tensors[name] is before[name] for name in ("math", "code"))
+
+
 # ---------------------------------------------------------------------------------------------------------------- calls
 
 

@@ -29,8 +29,9 @@ from t2ray.cluster.train import domains
 from t2ray.cluster.train.domains import Share, run_domains
 from t2ray.cluster.train.launch import DomainsFailed, train
 from t2ray.cluster.train.trials import train_trial
+from t2ray.config.domain import DomainConfig
 from t2ray.config.search import SweepConfig
-from t2ray.config.train import DomainConfig, TrainConfig, resolve
+from t2ray.config.train import TrainConfig, resolve
 from t2ray.core import ResourceError, RunError
 from t2ray.experts.registry import Registry
 from t2ray.runs.status import read_status

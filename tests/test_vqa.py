@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pictures import picture
 
-from t2ray.config.train import DomainConfig
+from t2ray.config.domain import DomainConfig
 from t2ray.core import ConfigError, DataError, Image
 from t2ray.tasks import builtin, vqa
 from t2ray.tasks.data import own

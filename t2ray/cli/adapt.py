@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from t2ray.adapt.strategies import FEWSHOT
 from t2ray.cli.options import Parser, add_job, add_model, add_unsafe_code, at_least_one, locate
 from t2ray.cli.output import bar, console, weight_bars
+from t2ray.config.domain import DomainConfig
 from t2ray.config.files import nearest, override, validate
 from t2ray.config.search import CEMConfig
-from t2ray.config.train import DomainConfig, TrainConfig
+from t2ray.config.train import TrainConfig
 from t2ray.core import ConfigError, DataError, Example, SamplingParams, UnknownExpert, check_name
 from t2ray.tasks.build import task_named
 from t2ray.tasks.data import own

@@ -25,7 +25,7 @@ class TrainingDisplay:
     def __init__(self, config: TrainConfig) -> None:
         self.live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self.printed = time.monotonic()
-        self.told = {(domain, line) for domain in config.domains for line in notes(domain_store(config, domain))}
+        self.told = {(domain, line) for domain in config.trains for line in notes(domain_store(config, domain))}
 
     def __enter__(self) -> TrainingDisplay:
         if self.live:
@@ -43,12 +43,12 @@ class TrainingDisplay:
             self.live.update(_table(config), refresh=True)
         elif time.monotonic() - self.printed > _PLAIN_EVERY_S:
             self.printed = time.monotonic()
-            for domain in config.domains:
+            for domain in config.trains:
                 console.print(f"{domain}: {', '.join(f'{k} {v}' for k, v in _line(config, domain).items())}")
 
     def tell(self, config: TrainConfig) -> None:
         """Writes what was noted since the last time to standard error."""
-        for domain in config.domains:
+        for domain in config.trains:
             for line in notes(domain_store(config, domain)):
                 if (domain, line) not in self.told:
                     self.told.add((domain, line))
@@ -62,7 +62,7 @@ _COLUMNS = (
 
 def _table(config: TrainConfig) -> Table:
     table = Table("domain", *_COLUMNS, box=None)
-    for domain in config.domains:
+    for domain in config.trains:
         table.add_row(domain, *_line(config, domain).values())
     return table
 

@@ -93,7 +93,7 @@ def _training(
     first = training_job(config, Trial(point={}, seed=0))
     assert first.cpus is not None
     worker = {"CPU": first.cpus} | ({"GPU": first.gpus} if first.gpus else {})
-    domains = len(first.domains)
+    domains = len(first.trains)
     workers = first.span[0]  # a range runs with its fewest
     needs = {key: amount * workers * domains for key, amount in worker.items()} if workers else worker
     one = {key: amount * max(1, workers) for key, amount in worker.items()}
@@ -109,7 +109,7 @@ def _training(
     if "model" not in config.space:
         named["model"] = jobs[0].model
     config = config.model_copy(update={"job": config.job | named})
-    steps = max(first.domain_rl(domain).steps for domain in first.domains)
+    steps = max(first.domain_rl(domain).steps for domain in first.trains)
     # a process that only waits: Tune takes no trial without any resource, and memory is what every node has
     holds: dict[str, float] = worker if workers == 0 else {"CPU": 0, "memory": 2**20}
     return config, holds, needs, steps

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
             failed = str(error)
         finally:
             display.tell(config)
-    for domain in config.domains:
+    for domain in config.trains:
         result = finished(domain_store(config, domain))
         if result is None:
             continue

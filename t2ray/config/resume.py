@@ -16,7 +16,7 @@ FREE = frozenset(
     {"run", "out", "experts", "factors", "workers", "domains_per_worker", "cpus", "gpus", "verifiers", "code", "track",
      "fail_fast", "preset", "unsafe_code", "verify_timeout_s", "date"}
 )  # fmt: skip
-FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish"})
+FREE_DOMAIN = frozenset({"gold", "test", "on_reward_error", "on_long_prompt", "publish", "train"})
 FREE_RL = frozenset({"steps", "micro_batch", "micro_tokens", "eval_every", "patience"})
 
 _UNTOLD = (("objective", "reinforce"), ("engine", "transformers"))

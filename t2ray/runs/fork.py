@@ -28,7 +28,7 @@ def starts(config: TrainConfig) -> dict[str, dict[str, Tensor]]:
     if (theirs := source.adapter.method) != (ours := config.adapter.method):
         raise ConfigError(f"from: {config.source} trained {theirs}, this job trains {ours}; give it the same adapter")
     found = {}
-    for domain in config.domains:
+    for domain in config.trains:
         if domain not in source.domains:
             raise ConfigError(f"from: {config.source} has no domain {domain!r}{nearest(domain, source.domains)}")
         store = Store(f"{config.source}/domains/{domain}")

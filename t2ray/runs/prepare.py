@@ -63,8 +63,8 @@ def prepare(config: TrainConfig, *, resume: bool) -> TrainConfig:
 
 
 def job_tasks(config: TrainConfig) -> dict[str, Task]:
-    """Returns the task of each domain of a job."""
-    return {domain: build_task(config, domain) for domain in config.domains}
+    """Returns the task of each domain that a job trains."""
+    return {domain: build_task(config, domain) for domain in config.trains}
 
 
 def check_run(config: TrainConfig, resume: bool) -> None:
@@ -81,7 +81,7 @@ def check_run(config: TrainConfig, resume: bool) -> None:
         raise RunError(f"run {config.run!r} exists in {folder}; go on with it by --resume, or choose another run=NAME")
     first = read_run(folder)
     differing = _differing(first.resume_fields(), config.resume_fields())
-    for domain in config.domains:
+    for domain in config.trains:
         asked, made = config.domain_rl(domain).steps, max(steps(domain_store(config, domain)), default=0)
         if asked < made:
             differing.append(f"rl.steps of {domain}: {made} were made, now {asked}")
@@ -158,8 +158,15 @@ def _check_base(config: TrainConfig) -> None:
     if config.adapter.kind != "svf":  # as decomposing does of SVF's
         chosen = select_targets(skeleton(config.model), config.trained.targets, config.trained.layers)
         check_baseline(config.trained, chosen.targets)
-    for name in registry.names()[:1]:  # a registry is refused as a whole if one expert has another base
+    names = registry.names()
+    for name in names[:1]:  # a registry is refused as a whole if one expert has another base
         registry.load(name, base_digest=digest)
+    for classifier in (name for name in config.trains if config.domains[name].others is not None):
+        if lacking := [name for name in config.labels if name not in (*config.trains, *names)]:
+            raise ConfigError(
+                f"domains.{classifier} would name {', '.join(lacking)}, of which {registry.store.uri} has no expert; "
+                "name the registry that has it by experts=, or leave out train: false there"
+            )
 
 
 def _differing(before: object, now: object, path: str = "") -> list[str]:

@@ -54,8 +54,8 @@ def check_rows(config: TrainConfig, tasks: Mapping[str, Task], *, new: bool) -> 
                 f"domain {domain!r}: its {' and '.join(changed)} rows have changed since run {config.run!r} began; put "
                 f"them back, or go on from its expert in another run: run=NAME from={config.out}/{config.run}"
             )
-    if not before:
-        store.write_text(ROWS, seal(now, indent=1))
+    if now.keys() - before.keys():
+        store.write_text(ROWS, seal(now | before, indent=1))
 
 
 def _known(value: object) -> str:

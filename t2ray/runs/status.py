@@ -53,8 +53,8 @@ class DomainStatus:
 
 
 def read_status(config: TrainConfig) -> list[DomainStatus]:
-    """Returns the status of every domain of a run, in the job's order."""
-    return [_domain(config, domain) for domain in config.domains]
+    """Returns the status of every domain that a run trains, in the job's order."""
+    return [_domain(config, domain) for domain in config.trains]
 
 
 def _domain(config: TrainConfig, domain: str) -> DomainStatus:

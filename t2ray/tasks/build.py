@@ -23,7 +23,7 @@ def build_task(config: TrainConfig, domain: str) -> Task:
     """
     settings = config.domains[domain]
     if settings.others is not None:
-        rest = [build_task(config, name) for name, other in config.domains.items() if other.others is None]
+        rest = [build_task(config, name) for name in config.labels]
         if not rest:
             raise ConfigError(f"domains.{domain}: a classifier needs at least one other domain to tell apart")
         from t2ray.tasks.dispatch import dispatch

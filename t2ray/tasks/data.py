@@ -19,7 +19,7 @@ from t2ray.tasks.table import FORMATS, Table
 from t2ray.tasks.task import LONGEST, DataRow, Task, load_reward
 
 if TYPE_CHECKING:
-    from t2ray.config.train import DomainConfig
+    from t2ray.config.domain import DomainConfig
 
 _HOLD_OUT = 10
 

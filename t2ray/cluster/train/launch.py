@@ -29,6 +29,7 @@ from t2ray.runs.prepare import check_run, job_tasks, prepare
 from t2ray.runs.rows import check_rows
 from t2ray.store import Store
 from t2ray.training.domain import START, Result, damage, domain_store, expert_of, finished
+from t2ray.training.metrics import note
 
 
 class DomainsFailed(RunError):
@@ -121,7 +122,7 @@ def _unfinished(config: TrainConfig) -> list[str]:
 
     These are also those whose run was made longer, and those whose expert was lost before the registry had it.
     """
-    stores = {domain: domain_store(config, domain) for domain in config.domains}
+    stores = {domain: domain_store(config, domain) for domain in config.trains}
     results = {domain: finished(store) for domain, store in stores.items()}
     return [
         domain
@@ -138,7 +139,7 @@ def _share(config: TrainConfig, resources: dict[str, float]) -> tuple[TrainConfi
     least_cpus = {"CPU": config.cpus or 1.0, "GPU": config.gpus}
     what = f"a domain of run {config.run!r}"
     together = _together(config, slots({key: n * least for key, n in least_cpus.items()}, resources, what))
-    groups = len(split([*config.domains], together))
+    groups = len(split(config.trains, together))
     # A core is left to Ray, the driver and the verifiers: threads that share one wait for each other at every step.
     even = max(1.0, (resources.get("CPU", 0.0) - 1) // (groups * most))
     worker = {"CPU": config.cpus or min(even, max(1.0, largest("CPU"))), "GPU": config.gpus}
@@ -164,26 +165,32 @@ def _together(config: TrainConfig, workers: int) -> int:
     """
     if config.domains_per_worker != "auto":
         return config.domains_per_worker
-    settings = config.domain_settings.values()
+    settings = [config.domain_rl(domain) for domain in config.trains]
     if not config.gpus or config.span[1] > 1 or any(rl.engine == "vllm" for rl in settings):
         return 1
-    return max(1, min(-(-len(config.domains) // workers), MAX_ROWS // max(rl.prompts * rl.samples for rl in settings)))
+    return max(1, min(-(-len(config.trains) // workers), MAX_ROWS // max(rl.prompts * rl.samples for rl in settings)))
 
 
 def _collect(config: TrainConfig) -> dict[str, Result]:
     """Puts the expert of each domain that is done into the registry, once, and returns the figures.
 
-    An expert that has not beaten its base is left out, unless the job asks for all of them.
+    An expert that has not beaten its base is left out, unless the job asks for all of them; and so is, until a resume,
+    a classification expert that names one that is not there: `cls` could not use it, nor the one before it any more.
     """
     assert config.experts is not None
     registry, results, digest = Registry(config.experts), {}, open_weights(config.model).digest
-    for domain in config.domains:
+    for domain in sorted(config.trains, key=lambda name: config.domains[name].others is not None):
         store = domain_store(config, domain)
         result = finished(store)
         if result is None:
             continue
         metrics = {"accuracy": result.accuracy, "base_accuracy": result.base_accuracy, "best_step": result.best_step}
-        wanted = result.beats_base or config.domains[domain].publish == "always"
+        names = config.labels if config.domains[domain].others is not None else ()
+        lacking = [name for name in names if name not in registry.names()]
+        if lacking and result.beats_base:
+            note(store, f"it names {', '.join(lacking)}, and no expert of that name is in the registry: --resume "
+                        f"publishes it once there is, and with domains.{domain}.publish=always at once")  # fmt: skip
+        wanted = (result.beats_base and not lacking) or config.domains[domain].publish == "always"
         if wanted and not _registered(config, domain, result):
             try:
                 z = expert_of(store, result)
@@ -198,7 +205,7 @@ def _collect(config: TrainConfig) -> dict[str, Result]:
     if leftovers.local is not None:
         for name in leftovers.names():
             leftovers.delete(name)
-    return results
+    return {domain: results[domain] for domain in config.trains if domain in results}
 
 
 def _registered(config: TrainConfig, domain: str, result: Result) -> bool:
@@ -217,5 +224,5 @@ def _origin(config: TrainConfig, domain: str) -> dict[str, Any]:
     """Returns what the registry keeps of where the expert of a domain comes from."""
     run: dict[str, Any] = {"run": config.run, "digest": config.digest, "rl": config.domain_rl(domain).model_dump()}
     if config.domains[domain].others is not None:  # what a dispatcher must know of its classification expert
-        run["labels"] = [*(name for name, other in config.domains.items() if other.others is None), OTHERS]
+        run["labels"] = [*config.labels, OTHERS]
     return run

@@ -84,8 +84,7 @@ async def _search(
     count, settings = search_of(config, strategy)
     experts = list(bench.experts)
     if lender_of(strategy):
-        answering = [name for name, domain in job.domains.items() if domain.others is None]
-        experts += lend(config, bench, cell, strategy, answering)
+        experts += lend(config, bench, cell, strategy, job.labels)
     return await fewshot(
         bench.engine.generate, bench.engine.score, verify, shots_at(task.examples("train"), cell.seed, count), experts,
         settings=settings.model_copy(update={"seed": cell.seed}), sampling=sampling, gold=task.gold,

@@ -35,14 +35,14 @@ def train_trial(sweep: SweepConfig, trial: Trial, report: ReportScore) -> float:
     Each validation of all domains is reported, as the best so far, which is what the run would end with.
     """
     config = training_job(sweep, trial)
-    last = max(config.domain_rl(domain).steps for domain in config.domains)
+    last = max(config.domain_rl(domain).steps for domain in config.trains)
     told = 0
 
     def tick(config: TrainConfig) -> None:
         nonlocal told
         checked = [
             [row for row in read_metrics(domain_store(config, name)) if row.validation is not None and row.step < last]
-            for name in config.domains
+            for name in config.trains
         ]
         while told < min(map(len, checked)):
             told += 1
