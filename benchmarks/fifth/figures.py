@@ -9,12 +9,12 @@ from typing import Any
 
 from t2ray.evals.tabled import aligned
 
-Seed = Mapping[str, Any]
+SeedFound = Mapping[str, Any]
 """What one seed measured; see `command`."""
 PHASES = ("before", "after")
 
 
-def told(seeds: Sequence[Seed]) -> list[str]:
+def told(seeds: Sequence[SeedFound]) -> list[str]:
     """Returns what is kept, pass 1 by kind of request, right answers by kind, and the searches."""
     return [_kept([seed["kept"] for seed in seeds]), _pass1(seeds), _right(seeds), _searches(seeds)]
 
@@ -28,7 +28,7 @@ def _kept(rows: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _pass1(seeds: Sequence[Seed]) -> str:
+def _pass1(seeds: Sequence[SeedFound]) -> str:
     ways = [(strategy, phase) for strategy in ("prompt", "cls") for phase in PHASES]
     lines = [["requests", *(f"{strategy}, {phase}" for strategy, phase in ways)]]
     for group in seeds[0]["after"]["pass1"]["cls"]["groups"]:
@@ -39,7 +39,7 @@ def _pass1(seeds: Sequence[Seed]) -> str:
     return aligned(lines)
 
 
-def _by(seed: Seed, way: tuple[str, str]) -> Mapping[str, Any]:
+def _by(seed: SeedFound, way: tuple[str, str]) -> Mapping[str, Any]:
     strategy, phase = way
     found: Mapping[str, Any] = seed[phase]["pass1"][strategy]
     return found
@@ -53,7 +53,7 @@ def _named(groups: Sequence[Mapping[str, Any]]) -> str:
     return f"{100 * acc:.1f}" + (f": {chosen}" if acc < 1 else "")
 
 
-def _right(seeds: Sequence[Seed]) -> str:
+def _right(seeds: Sequence[SeedFound]) -> str:
     ways = [("base", "after"), ("expert", "after"), *(("cls", phase) for phase in PHASES)]
     lines = [["requests", "base", "its expert", *(f"cls, {phase}" for phase in PHASES)]]
     for task in seeds[0]["after"]["right"]:
@@ -72,7 +72,7 @@ def _shares(found: Sequence[float | None]) -> str:
     return f"{fmean(shares):.1f}{each}"
 
 
-def _searches(seeds: Sequence[Seed]) -> str:
+def _searches(seeds: Sequence[SeedFound]) -> str:
     lines = [["seed", "experts", "mixture found", "shots right", "test prompts right"]]
     for seed in seeds:
         for phase in PHASES:
