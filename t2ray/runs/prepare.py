@@ -146,8 +146,8 @@ def _support(config: TrainConfig) -> str | None:
 
 
 def _check_base(config: TrainConfig) -> None:
-    """Raises a T2RayError if the factors or the registry belong to another model than the job's, or a baseline does not
-    fit it."""
+    """Raises a T2RayError if the factors or the registry belong to another model than the job's, if a baseline does not
+    fit it, or if a classification expert would name an expert that there will not be."""
     assert config.factors is not None and config.experts is not None
     digest, registry = open_weights(config.model).digest, Registry(config.experts)
     chat, _ = load_chat(resolve(config.model))
