@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from benchmarks.experts.command import row_text
+from benchmarks.fifth.figures import told as after_a_fifth
 from benchmarks.learn import figures
 from t2ray.cli.reference import pages
 from t2ray.config import tables
@@ -344,6 +345,8 @@ def test_the_results_page_shows_the_tables_of_every_file_of_figures(path: Path) 
     if "tasks" in found:
         texts.append(table(found["tasks"], list(next(iter(found["tasks"].values()))["strategies"])))
     texts += [row_text(row) for row in found.get("experts", ())]
+    if "fifth" in found:
+        texts += after_a_fifth(found["fifth"])
     if "learn" in found:
         texts += [figures.table(found["learn"]), *figures.told(found["beside"]).splitlines()]
     assert texts, f"{path.name} has no figures that a test knows how to show"

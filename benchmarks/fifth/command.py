@@ -42,7 +42,7 @@ SHIPPED_ONES = tuple(f"domains.{name}.train=false" for name in ("math", "code", 
 FIFTH, SIBLING = "middle", "largest"
 SHOTS, SEARCH = 20, CEMConfig(population=16, iterations=4)
 
-Said = list[tuple[tuple[int, ...], tuple[float, ...]]]
+Spoken = list[tuple[tuple[int, ...], tuple[float, ...]]]
 """The tokens of answers and their log-probabilities."""
 
 
@@ -79,7 +79,7 @@ def _of_seed(seed: int, prompts: int) -> dict[str, Any]:
 
 def _measured(
     config: TrainConfig, known: tuple[str, ...], prompts: int
-) -> tuple[dict[str, Any], dict[str, bytes], Said]:
+) -> tuple[dict[str, Any], dict[str, bytes], Spoken]:
     """Returns figures of the registry as it is, its files, and what the `known` experts say to their test prompts."""
     bench = open_workbench(find_place(model=config.model, experts=config.experts))
     tasks = {name: build_task(config, name) for name in config.labels} | {OTHERS: builtin(OTHERS)}
@@ -148,7 +148,7 @@ def _search(bench: Workbench, task: Task) -> dict[str, Any]:
         return asyncio.run(searched())
 
 
-async def _said(bench: Workbench, tasks: dict[str, Task], known: tuple[str, ...], prompts: int) -> Said:
+async def _said(bench: Workbench, tasks: dict[str, Task], known: tuple[str, ...], prompts: int) -> Spoken:
     asked = [
         bench.engine.generate(example.messages, Mixture.of({name: 1.0}), bench.sampling(None, tasks[name]))
         for name in known
