@@ -205,6 +205,7 @@ def test_a_cell_is_made_once_and_what_fails_is_a_hole_with_its_reason(tmp_path: 
     base, svf, ia3 = load_cells(config)
     assert svf.base_digest == open_weights("tiny").digest
     assert len(svf.measured["pick"]["expert"]["correct"]) == len(base.measured["pick"]["base"]["correct"]) == 8
+    assert svf.measured["pick"]["expert"]["unseen"], "the domain names rows for tests"
     assert svf.trained["pick"]["numbers"] > 0 and len(svf.trained["pick"]["curve"]) == 1
     assert "pick" in svf.measured["pick_more"]["fewshot/2"]["mixture"] or svf.missing
     assert svf.lacks(config) == [("pick_more", "cls")]
@@ -349,6 +350,7 @@ def test_the_papers_grid_tells_its_hours_before_it_starts(tmp_path: Path, capsys
     assert main(["tables", str(ROOT / "jobs" / "tables_paper.yaml"), *words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "50 of 50 cells are to be made" in said and "hours of an H100 in all" in said
+    assert "1,000 test prompts of each task" in said
 
 
 def test_the_papers_largest_model_is_a_grid_of_the_words_in_the_file() -> None:
@@ -357,6 +359,15 @@ def test_the_papers_largest_model_is_a_grid_of_the_words_in_the_file() -> None:
     (line,) = [line for line in comment.splitlines() if "llama3-70b" in line]
     config = load(path, shlex.split(line)[3:])
     assert [*config.models] == ["llama3-70b"]
+
+
+def test_a_table_of_rows_that_chose_the_expert_says_so_once(tmp_path: Path) -> None:
+    config = grid(tmp_path)
+    cells = some_cells(config)
+    assert "chose the expert" not in markdown(summary(config, cells))
+    for at in (1, 3):
+        cells[at] = replace(cells[at], measured={"pick": {"expert": measured("1100", unseen=False)}})
+    assert markdown(summary(config, cells)).count("- pick: these rows chose the expert in training") == 1
 
 
 def test_an_example_that_the_verifier_left_open_counts_for_nobody(tmp_path: Path) -> None:

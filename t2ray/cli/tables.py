@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from t2ray.evals.cells import GridCell
     from t2ray.runs.memory import ModelShape
 
+_ROWS = 1000
+"""The test prompts of a task, as the estimate of hours takes them where the grid sets no limit."""
+
 
 def add(p: Parser) -> None:
     """Adds the options of the command."""
@@ -116,9 +119,10 @@ def _tell_hours(config: TablesConfig, cells: Sequence[GridCell]) -> None:
             f"{model}: {shape.parameters:,} parameters, {job.gpus:g} GPUs a cell, about {hours:,.0f} GPU hours",
             markup=False,
         )
+    rows = "" if config.limit else f", {_ROWS:,} test prompts of each task"
     console.print(
-        f"about {total:,.0f} hours of an {GPU} in all, for prompts of {PROMPT} tokens and answers of the greatest "
-        "length; real ones are shorter",
+        f"about {total:,.0f} hours of an {GPU} in all, for prompts of {PROMPT} tokens{rows} and answers of the "
+        "greatest length; real ones are shorter",
         markup=False,
     )
 
@@ -126,6 +130,7 @@ def _tell_hours(config: TablesConfig, cells: Sequence[GridCell]) -> None:
 def _hours(config: TablesConfig, cell: GridCell, shape: ModelShape) -> float:
     """Returns the hours of one cell on one GPU: its trainings, its searches, its answers."""
     from t2ray.runs.hours import answering_hours, training_hours
+    from t2ray.tasks import builtin
 
     job = job_of(config, cell.model, cell.method if cell.method != BASE else next(iter(config.methods)), cell.seed)
     hours = 0.0
@@ -134,11 +139,11 @@ def _hours(config: TablesConfig, cell: GridCell, shape: ModelShape) -> float:
         for rl in job.domain_settings.values():
             asked = rl.max_tokens or longest
             hours += training_hours(shape, steps=rl.steps, rollouts=rl.prompts * rl.samples, tokens=asked)
-    rows = config.limit or 1000
-    for _, strategy in cell.lacks(config):
-        prompts = rows
+    for task, strategy in cell.lacks(config):
+        prompts, named = config.limit or _ROWS, config.unseen.get(task)
+        tokens = builtin(named.task or task).max_tokens if named else longest
         if strategy.startswith(FEWSHOT):
             shots, search = search_of(config, strategy)
             prompts += shots * search.population * search.iterations
-        hours += answering_hours(shape, prompts=prompts, tokens=longest)
+        hours += answering_hours(shape, prompts=prompts, tokens=tokens)
     return hours

@@ -173,13 +173,16 @@ def _of_strategies(cells: Sequence[GridCell], key: str) -> Summary:
 
 
 def _warnings(cells: Sequence[GridCell]) -> list[str]:
-    return [
-        f"{cell.name}, {task} {strategy}: {figures['warning']}"
+    """Returns which tasks were asked rows that chose their expert, and which answers are odd."""
+    figures = [
+        (f"{cell.name}, {task} {strategy}", task, figures)
         for cell in cells
         for task, by_strategy in cell.measured.items()
         for strategy, figures in by_strategy.items()
-        if figures["warning"]
     ]
+    seen = dict.fromkeys(task for _, task, one in figures if not one.get("unseen", True))
+    told = [f"{task}: these rows chose the expert in training; name others by test: in its domain" for task in seen]
+    return told + [f"{what}: {one['warning']}" for what, _, one in figures if one["warning"]]
 
 
 def _missing(config: TablesConfig, cells: Sequence[GridCell]) -> dict[str, str]:

@@ -67,7 +67,7 @@ async def measure(
         "labels": dict(result.labels),
         "readings": shares(result.readings, baseline.golds), "warning": lopsided(result.readings, baseline.golds),
         "baselines": baseline.row(), "pass1_s": result.pass1_s, "pass2_s": result.pass2_s,
-        "truncated": result.truncated, "too_long": result.too_long,
+        "truncated": result.truncated, "too_long": result.too_long, "unseen": task.test_is_unseen,
     }  # fmt: skip
 
 
