@@ -191,6 +191,20 @@ def test_arc_labels_may_be_numbers() -> None:
     assert "1. x\n2. y\n3. z" in arc.messages(row)[0].content
 
 
+def test_arc_reads_the_label_beside_a_real_choice_and_none_from_a_line_of_all_of_them() -> None:
+    for row in real("arc_challenge").rows("all")[::12]:
+        labels, texts, key = row["choices"]["label"], row["choices"]["text"], row["answerKey"]
+        text = texts[labels.index(key)]
+        if "{" in text:  # a formula
+            continue
+        for right in (f"{key}. {text}", f"{text} ({key})", f"The answer to this question is {key}. {text}"):
+            assert arc.extract(right, row["choices"]) == key, right
+        pairs = [*zip(labels, texts, strict=True)]
+        for mark, between in ((".", " "), (")", ", "), (".", " or ")):
+            listed = between.join(f"{label}{mark} {choice}" for label, choice in pairs)
+            assert arc.extract(listed, row["choices"]) is arc.extract(f"The answer is {listed}", row["choices"]) is None
+
+
 # ----------------------------------------------------------------------------------------------------------------- mbpp
 
 MBPP = {
