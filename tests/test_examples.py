@@ -18,7 +18,7 @@ from t2ray.store import Store
 from t2ray.training.metrics import read_metrics
 
 EXAMPLES = ROOT / "examples"
-ELSEWHERE = {"lm_eval"}  # the harness is no dependency of t2ray, and of its tests neither
+ELSEWHERE = {"lm_eval", "inspect_ai"}  # the harnesses are no dependencies of t2ray, and of its tests neither
 TABLE = re.compile(r"^\| \[(\w+)\]\(\1\) \|", re.MULTILINE)
 
 
