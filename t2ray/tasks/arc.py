@@ -189,7 +189,10 @@ class _Answers:
             for match in re.finditer(pattern.replace("LABEL", f"({self.label})"), text, re.I | re.M | re.ASCII):
                 kind = self.ending(match[1], text[match.end() :].partition("\n")[0])
                 found |= {"": set(), "several": {*self.texts}}.get(kind, {self.names[match[1].lower()]})
+        lower = text.lower()
         for label, choice in self.texts.items():  # "The answer is the leaf (B)."
+            if choice not in lower:  # a pattern of its own for every choice takes longer to compile than to search
+                continue
             bracketed = rf"(?:^|\banswer{_IS})\s*{re.escape(choice)}[.!]?\s*[(\[]{re.escape(label)}[)\]](?=[.!\s]*$)"
             found |= {label} if re.search(bracketed, text, re.I | re.M) else set()
         return found or None
@@ -218,11 +221,10 @@ class _Answers:
 
     def goes_on(self, label: str, rest: str) -> bool:
         """Whether after a label's choice another label with its choice follows: "A. a root B. the leaf C. rain"."""
-        others = "|".join(
-            rf"{re.escape(other)}[.:)\]]+[\s(=-]*{re.escape(text)}"
-            for other, text in self.texts.items()
-            if other != label
-        )
+        following = {other: text for other, text in self.texts.items() if other != label and text in rest.lower()}
+        if not following:
+            return False
+        others = "|".join(rf"{re.escape(other)}[.:)\]]+[\s(=-]*{re.escape(text)}" for other, text in following.items())
         next_one = rf"[\s.,;]*(?:$|(?:or|and)\b|[(\[]?{self.label}[.:)\]])"
         listed = rf"[\s.:)\](=-]*{re.escape(self.texts[label])}[\s.,;]*(?:or|and)?\s*[(\[]?(?:{others})(?={next_one})"
         return re.match(listed, rest, re.I | re.ASCII) is not None
